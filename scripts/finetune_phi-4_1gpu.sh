@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Phi-4 on 1 GPU: bash scripts/finetune_phi-4_1gpu.sh MODE [BATCH_SIZE] [more flags]
+# MODE is superoffload or zerooffload.
+
+MODEL_NAME="microsoft/phi-4"
+GPUS_PER_NODE=1
+DEVICE_KIND="GPU"
+BIND_CORES=false
+
+SAVE_CHECKPOINT=false
+USE_WANDB=false
+WANDB_PROJECT="phi-4"
+WANDB_RUN_NAME="phi-4"
+
+DATASET_NAME="tatsu-lab/alpaca"
+DATASET_PERCENTAGE=100.0
+MAX_LENGTH=4096
+BATCH_SIZE=4
+EPOCHS=1
+LR=1e-5
+WARMUP=0.05
+WEIGHT_DECAY=0.01
+SEED=42
+DETERMINISTIC=false
+
+ACTIVATION_CHECKPOINTING=true
+ATTN_IMPLEMENTATION=auto
+LEAF_MODULE=""
+SUB_GROUP_SIZE=4e8
+OFFLOAD_RATIO=0.90
+
+LOG_INTERVAL=1
+WARMUP_STEPS=15
+BENCH_STEPS=0
+
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh" "$@"

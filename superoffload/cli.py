@@ -1,0 +1,136 @@
+"""The command line: click options derived from `config.py`, and argv -> Config.
+
+Imports neither torch nor DeepSpeed, so that `--help` and a mistyped flag are answered at once.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field
+from typing import Any, NoReturn
+
+import click
+
+from superoffload import config
+from superoffload.errors import UserError
+
+SILENT_RANK_PATIENCE_S = 5.0
+
+
+class WholeNumber(click.ParamType[int]):
+    """An integer, also written as in DeepSpeed's files: `4e8`."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the value as an int; fail where it is not a whole number."""
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
+        if not number.is_integer():
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
+        return int(number) if "e" in str(value).lower() or "." in str(value) else int(value)
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows the options under the headings of their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section per group of settings."""
+        records = {param.name: param.get_help_record(ctx) for param in self.get_params(ctx)}
+        for group in config.GROUPS.values():
+            rows = [records.pop(spec.name) for spec in config.settings_of(group)]
+            with formatter.section((group.__doc__ or "").rstrip(".")):
+                formatter.write_dl([row for row in rows if row])
+        with formatter.section("Other"):
+            formatter.write_dl([row for row in records.values() if row])
+
+
+def _option(spec: Field[Any]) -> click.Option:
+    kinds: dict[Any, Any] = {int: WholeNumber(), float: float, bool: bool}
+    kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
+    limits = "" if "choices" in spec.metadata else config.allowed(spec)
+    required = spec.default is MISSING
+    return click.Option(
+        [f"--{spec.name}"],
+        type=kind,
+        is_flag=spec.type is bool,
+        multiple="several" in spec.metadata,
+        required=required,
+        default=None if required else spec.default,
+        show_default=not (spec.default is None or spec.default is False or spec.default == ()),
+        help=spec.metadata["help"] + (f" ({limits})" if limits else ""),
+    )
+
+
+def _spread(argv: Sequence[str]) -> list[str]:
+    """Repeat a flag that takes several values: `--wandb_tags a b` becomes `--wandb_tags a --wandb_tags b`."""
+    several = {
+        f"--{spec.name}"
+        for group in config.GROUPS.values()
+        for spec in config.settings_of(group)
+        if "several" in spec.metadata
+    }
+    result: list[str] = []
+    open_flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            open_flag = word if word in several else ""
+            if not open_flag:
+                result.append(word)
+        else:
+            result += [open_flag, word] if open_flag else [word]
+    return result
+
+
+def command(action: Callable[[config.Config], Any]) -> click.Command:
+    """Make the click command that calls `action` with the Config of its arguments."""
+
+    def callback(**values: Any) -> Any:
+        context = click.get_current_context()
+        source = click.core.ParameterSource.COMMANDLINE
+        explicit = frozenset(name for name in values if context.get_parameter_source(name) is source)
+        return action(config.build(values, explicit))
+
+    options: list[click.Parameter] = [
+        _option(spec) for group in config.GROUPS.values() for spec in config.settings_of(group)
+    ]
+    return GroupedCommand(
+        "finetune_zero3.py",
+        params=options,
+        callback=callback,
+        help="Fine-tune a language model with DeepSpeed ZeRO-3 and host offload.",
+        context_settings={"max_content_width": 110},
+    )
+
+
+def parse(argv: Sequence[str]) -> config.Config:
+    """Turn the arguments after the script's name into a Config.
+
+    Raises `UserError` for unknown flags, missing ones and values outside their limits; `--help` prints
+    the help and raises `SystemExit(0)`.
+    """
+    try:
+        result = command(lambda parsed: parsed).main(args=_spread(argv), standalone_mode=False)
+    except click.ClickException as error:
+        raise UserError(" ".join(error.format_message().split())) from error
+    if not isinstance(result, config.Config):
+        raise SystemExit(result or 0)
+    return result
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Print `Error: ...` on stderr and exit with status 2.
+
+    Every rank meets the same mistake, and rank 0 speaks for all: the others wait for the launcher to end
+    them, and speak only if rank 0 lives on, that is, if the mistake was theirs alone.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = f"[rank {rank}] " if rank else ""
+    if rank:
+        time.sleep(SILENT_RANK_PATIENCE_S)
+    sys.stderr.write(f"{prefix}Error: {error}\n")
+    sys.stderr.flush()
+    raise SystemExit(2)

@@ -1,0 +1,210 @@
+"""Everything a person can choose, validated where it is made.
+
+Each setting has its name, type, default, range and help here and nowhere else; `cli.py` derives the
+command line from these fields. The field `max_grad_norm` is the flag `--max_grad_norm`.
+"""
+
+import math
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from superoffload.errors import UserError
+
+
+def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
+    """Declare a setting: its help, its default, and its limits.
+
+    `limits` may hold `minimum` and `maximum` (inclusive), `above` (exclusive), `choices` (a tuple) and
+    `several` (one or more values may follow the flag). Without a default the flag is required.
+    """
+    metadata = {"help": help_text, **limits}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def allowed(spec: Field[Any]) -> str:
+    """Word the values that a setting accepts, e.g. `0 < value <= 100`; empty where all are accepted."""
+    limits = spec.metadata
+    if "choices" in limits:
+        return "one of " + ", ".join(limits["choices"])
+    low = f"{limits['above']} < " if "above" in limits else f"{limits['minimum']} <= " if "minimum" in limits else ""
+    high = f" <= {limits['maximum']}" if "maximum" in limits else ""
+    return f"{low}value{high}" if low or high else ""
+
+
+def settings_of(group: Any) -> tuple[Field[Any], ...]:
+    """List the settings of a group, given its class or an object of it."""
+    return fields(group)
+
+
+def _accepts(spec: Field[Any], value: Any) -> bool:
+    limits = spec.metadata
+    if value is None:
+        return True
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return not (
+        ("choices" in limits and value not in limits["choices"])
+        or ("above" in limits and value <= limits["above"])
+        or ("minimum" in limits and value < limits["minimum"])
+        or ("maximum" in limits and value > limits["maximum"])
+    )
+
+
+class Settings:
+    """Base of the groups below: checks every field against its limits when the object is made."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for the first value outside its limits."""
+        for spec in settings_of(self):
+            value = getattr(self, spec.name)
+            if not _accepts(spec, value):
+                raise UserError(f"--{spec.name} {value}: allowed is {allowed(spec)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings(Settings):
+    """Model."""
+
+    model_name: str = setting("Hub id or folder of the model.")
+    attn_implementation: str = setting(
+        "Attention kernel; auto takes flash_attention_2 where it can run, else sdpa.",
+        "auto",
+        choices=("auto", "eager", "sdpa", "flash_attention_2"),
+    )
+    leaf_module: str | None = setting(
+        "Class name of the module that ZeRO-3 fetches as a whole (sparse MoE blocks); known ones are found.", None
+    )
+    activation_checkpointing: bool = setting("Recompute activations in backward to save device memory.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings(Settings):
+    """Data."""
+
+    dataset_name: str = setting("Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file.", "tatsu-lab/alpaca")
+    dataset_percentage: float = setting("Share of the rows to use, from the first on.", 100.0, above=0, maximum=100)
+    max_length: int = setting("Tokens at most per row; longer rows lose their end.", 2048, minimum=8)
+    train_on_prompt: bool = setting("Let the tokens of the prompt count in the loss too.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings(Settings):
+    """Training."""
+
+    lr: float = setting("Peak learning rate.", 1e-5, above=0, maximum=10)
+    batch_size: int = setting("Rows per device and micro-batch.", 1, minimum=1)
+    gradient_accumulation_steps: int = setting("Micro-batches per optimizer step.", 1, minimum=1)
+    num_train_epochs: int = setting("Passes over the data.", 1, minimum=1)
+    max_steps: int = setting(
+        "Stop after this many optimizer steps; 0: no limit. Sets the schedule's length.", 0, minimum=0
+    )
+    lr_scheduler: str = setting(
+        "Course of the learning rate after the warm-up.", "cosine", choices=("cosine", "linear", "constant")
+    )
+    warmup: float = setting(
+        "Share of the steps over which the learning rate rises to --lr.", 0.01, minimum=0, maximum=1
+    )
+    weight_decay: float = setting("Decoupled weight decay; norms and biases take none.", 0.01, minimum=0, maximum=1)
+    max_grad_norm: float = setting("Clip the gradient's norm to this; 0: no clipping.", 1.0, minimum=0)
+    seed: int = setting("Seed of the data order and of every random number.", 42, minimum=0, maximum=2**32 - 1)
+    deterministic: bool = setting("Use deterministic kernels only (slower).", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadSettings(Settings):
+    """Memory and DeepSpeed."""
+
+    deepspeed_config: str = setting("DeepSpeed JSON: where memory lives.", "configs/superoffload.json")
+    offload_ratio: float = setting(
+        "Share of the optimizer's state and work that lives on the host.", 1.0, minimum=0, maximum=1
+    )
+    sub_group_size: int = setting(
+        "Parameters per sub-group of the optimizer, and elements per reduce bucket.", 400_000_000, minimum=1
+    )
+    deepspeed: bool = setting("Accepted for DeepSpeed's sake; training always runs on DeepSpeed.", False)
+    local_rank: int = setting("Set by the launcher.", -1, minimum=-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSettings(Settings):
+    """Output and checkpoint."""
+
+    output_dir: str = setting("Folder for the checkpoint, the tokenizer, metrics.jsonl and summary.json.")
+    save_checkpoint: bool = setting("Save a checkpoint after the last step.", False)
+    fail_on_checkpoint_error: bool = setting("Exit with status 3 when a checkpoint could not be saved.", False)
+    log_interval: int = setting("Steps between two log lines.", 1, minimum=1)
+    log_level: str = setting(
+        "Least severe messages shown.", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementSettings(Settings):
+    """Measurement."""
+
+    warmup_steps: int = setting("First steps that the summary's figures leave out.", 15, minimum=0)
+    bench_steps: int = setting(
+        "Stop after this many steps and print the measurement; 0: train to the end.", 0, minimum=0
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingSettings(Settings):
+    """Weights & Biases."""
+
+    use_wandb: bool = setting("Log the run to Weights & Biases.", False)
+    wandb_project: str = setting("Project of the run.", "superoffload")
+    wandb_run_name: str | None = setting("Name of the run; made of the model and the time if left out.", None)
+    wandb_tags: tuple[str, ...] = setting("Tags of the run.", (), several=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings of a run, in the groups that `--help` shows.
+
+    `explicit` names the flags that were given on the command line: one of them may not be contradicted
+    by the DeepSpeed JSON, while a default gives way to it.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    training: TrainingSettings
+    offload: OffloadSettings
+    output: OutputSettings
+    measurement: MeasurementSettings
+    tracking: TrackingSettings
+    explicit: frozenset[str] = frozenset()
+
+
+GROUPS: dict[str, Any] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "training": TrainingSettings,
+    "offload": OffloadSettings,
+    "output": OutputSettings,
+    "measurement": MeasurementSettings,
+    "tracking": TrackingSettings,
+}
+
+
+def build(values: dict[str, Any], explicit: frozenset[str] = frozenset()) -> Config:
+    """Make a Config of flat values, e.g. `{"model_name": "gpt2", "output_dir": "out"}`.
+
+    Raises `UserError` for a value outside its limits. Settings left out take their default.
+    """
+    groups = {
+        name: group(**{spec.name: values[spec.name] for spec in settings_of(group) if spec.name in values})
+        for name, group in GROUPS.items()
+    }
+    return Config(**groups, explicit=explicit)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """List every setting of a run by its flag's name: the inverse of `build`."""
+    return {
+        spec.name: getattr(getattr(config, name), spec.name)
+        for name, group in GROUPS.items()
+        for spec in settings_of(group)
+    }

@@ -1,0 +1,122 @@
+"""Ranks, the collectives that the program calls itself, and seeds."""
+
+import os
+import random
+import socket
+from datetime import timedelta
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+
+# A rank may write its share of a large checkpoint for long while the others wait in DeepSpeed's barrier;
+# DeepSpeed's own ten minutes would end the run then. DEEPSPEED_TIMEOUT (minutes) still has the last word.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+def rank() -> int:
+    """Return this process's number among all ranks; 0 where no launcher started it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return this process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of ranks of the job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def place() -> tuple[int, int]:
+    """Return this rank and the number of ranks."""
+    return rank(), world_size()
+
+
+def speaks() -> bool:
+    """Tell whether this rank reports for the whole job."""
+    return rank() == 0
+
+
+def init() -> None:
+    """Join the other ranks (collective); a process without a launcher is a job of one rank."""
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update(alone)
+    get_accelerator().set_device(local_rank())
+    chosen = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": COLLECTIVE_TIMEOUT}
+    deepspeed.init_distributed(verbose=False, **chosen)
+
+
+def close() -> None:
+    """Leave the group of ranks (collective where the backend waits)."""
+    if comm.is_initialized():
+        comm.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Return the device this rank computes on."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def barrier() -> None:
+    """Wait for all ranks (collective)."""
+    comm.barrier()
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Add a tensor up over all ranks, in place, on the device (collective); returns it."""
+    comm.all_reduce(values)
+    return values
+
+
+def count(mine: int) -> torch.Tensor:
+    """Add a count up over all ranks, left on the device: float32 `[]` (collective)."""
+    return total(torch.tensor(float(mine), device=device()))
+
+
+def agree(ok: bool) -> bool:
+    """Tell every rank whether all of them said yes (collective)."""
+    answer = torch.tensor([0.0 if ok else 1.0], device=device())
+    return bool(total(answer).item() == 0)
+
+
+def from_rank_0(value: int) -> int:
+    """Give every rank the integer that rank 0 holds (collective)."""
+    shared = torch.tensor([value], dtype=torch.int64, device=device())
+    comm.broadcast(shared, src=0)
+    return int(shared.item())
+
+
+def peak_device_bytes() -> int:
+    """Return the most device memory that torch held on any rank (collective); 0 where the device is the CPU."""
+    accelerator = get_accelerator()
+    mine = 0 if accelerator.device_name() == "cpu" else accelerator.max_memory_allocated()
+    largest = torch.tensor([mine], dtype=torch.int64, device=device())
+    comm.all_reduce(largest, op=comm.ReduceOp.MAX)
+    return int(largest.item())
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, NumPy and torch; with `deterministic` allow deterministic kernels only."""
+    if deterministic:
+        from transformers import enable_full_determinism
+
+        enable_full_determinism(seed)
+        torch.backends.cudnn.benchmark = False
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    get_accelerator().manual_seed_all(seed)

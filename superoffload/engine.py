@@ -1,0 +1,57 @@
+"""The optimizer, its schedule and DeepSpeed's engine, made once, here."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+from superoffload import ds_config, schedule
+from superoffload.config import TrainingSettings
+from superoffload.ds_config import BETAS, Document
+from superoffload.log import logger
+from superoffload.model import parameter_groups
+
+
+def for_this_device(document: Document) -> Document:
+    """Return the document, as ZeRO-Offload where SuperOffload cannot run on the device at hand."""
+    name = get_accelerator().device_name()
+    if not ds_config.wants_super_offload(document) or name == "cuda":
+        return document
+    logger.warning("DeepSpeed's SuperOffload needs a CUDA device, this one is %s: training with ZeRO-Offload", name)
+    return ds_config.as_zero_offload(document)
+
+
+def create(model: Any, document: Document, training: TrainingSettings, total_steps: int) -> Any:
+    """Wrap the sharded model in DeepSpeed's engine with AdamW on the host and the schedule (collective)."""
+    logger.info("Preparing DeepSpeed (its CPU Adam is compiled at the first start, about a minute)")
+    groups = parameter_groups(model, training.weight_decay)
+    optimizer = DeepSpeedCPUAdam(groups, lr=training.lr, betas=BETAS, weight_decay=training.weight_decay)
+    warmup = schedule.warmup_steps(total_steps, training.warmup)
+
+    def lr_scheduler(base: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(
+            base, lambda step: schedule.factor(training.lr_scheduler, step, warmup, total_steps)
+        )
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=document)
+    _follow_schedule_on_device(engine.optimizer, optimizer)
+    engine.train()
+    return engine
+
+
+def _follow_schedule_on_device(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Let the device's share of the optimizer (offload ratio below 1) take the learning rate of each step.
+
+    DeepSpeed makes that second optimizer from the first group's values at the start and never updates them.
+    """
+    device_share = getattr(zero_optimizer, "backup_optimizer", None)
+    if device_share is None:
+        return
+
+    def copy_lr(*_: Any) -> None:
+        for group, source in zip(device_share.param_groups, optimizer.param_groups, strict=True):
+            group["lr"] = source["lr"]
+
+    device_share.register_step_pre_hook(copy_lr)

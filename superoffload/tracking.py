@@ -1,0 +1,134 @@
+"""Where the numbers of a run go: a local file always, Weights & Biases when asked for.
+
+A tracker's failure never stops training: it is reported once and that tracker is switched off.
+"""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from superoffload import config as settings
+from superoffload.config import Config
+from superoffload.log import logger
+
+
+class Tracker(Protocol):
+    """Takes the numbers of logged steps."""
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Record the numbers of a step."""
+
+    def finish(self) -> None:
+        """Write out what is left and let go."""
+
+
+class JsonLines:
+    """One line of JSON per logged step in `metrics.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Append a line; it is on its way to the disk when this returns."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Wandb:
+    """A run of Weights & Biases; with WANDB_MODE=offline it stays on this machine."""
+
+    def __init__(self, config: Config) -> None:
+        import wandb  # only where asked for: it takes a second and may not be installed
+
+        self._wandb = wandb
+        tracking = config.tracking
+        wandb.init(
+            project=tracking.wandb_project,
+            name=tracking.wandb_run_name or run_name(config, datetime.now()),
+            tags=list(tracking.wandb_tags),
+            config=settings.flat(config),
+        )
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Send the numbers of a step, under the headings that upstream uses."""
+        training = ("loss", "lr", "grad_norm", "epoch")
+        self._wandb.log(
+            {f"{'train' if key in training else 'perf'}/{key}": value for key, value in values.items()}, step=step
+        )
+
+    def finish(self) -> None:
+        """End the run and wait until its data is out."""
+        self._wandb.finish()
+
+
+class Guarded:
+    """A tracker that may fail: a failure is a warning, logging ends with it, and `finish` is still called."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+        self._name = name
+        self._tracker: Tracker | None = self._try("start", make)
+        self._logging = self._tracker is not None
+
+    def _try(self, what: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001  whatever a tracker does, training goes on
+            logger.warning("%s failed to %s and gets no more numbers: %s", self._name, what, error)
+            self._logging = False
+            return None
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Pass the numbers on."""
+        tracker = self._tracker
+        if self._logging and tracker is not None:
+            self._try("log", lambda: tracker.log(step, values))
+
+    def finish(self) -> None:
+        """End the tracker; once."""
+        if self._tracker is not None:
+            self._try("finish", self._tracker.finish)
+            self._tracker = None
+
+
+class Trackers:
+    """All trackers of a run as one."""
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Give the numbers of a step to every tracker."""
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def finish(self) -> None:
+        """End every tracker."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def start(config: Config, speaks: bool) -> Trackers:
+    """Start the trackers of this rank: none unless it is the one that speaks."""
+    if not speaks:
+        return Trackers([])
+    path = Path(config.output.output_dir) / "metrics.jsonl"
+    trackers: list[Tracker] = [Guarded("metrics.jsonl", lambda: JsonLines(path))]
+    if config.tracking.use_wandb:
+        trackers.append(Guarded("Weights & Biases", lambda: Wandb(config)))
+    return Trackers(trackers)
+
+
+def run_name(config: Config, now: datetime) -> str:
+    """Name a run as upstream does: model, batch size, length, activation checkpointing, time."""
+    model, training = config.model, config.training
+    short = model.model_name.rstrip("/").split("/")[-1]
+    return (
+        f"{short}_bs{training.batch_size}_seq{config.data.max_length}_ac{int(model.activation_checkpointing)}"
+        f"_T{now:%Y%m%d_%H%M%S}"
+    )
