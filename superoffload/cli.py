@@ -53,15 +53,16 @@ def _option(spec: Field[Any]) -> click.Option:
     kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
     required = spec.default is MISSING
+    default: dict[str, Any] = {} if required else {"default": spec.default}  # a default of None counts as given
     return click.Option(
         [f"--{spec.name}"],
         type=kind,
         is_flag=spec.type is bool,
         multiple="several" in spec.metadata,
         required=required,
-        default=None if required else spec.default,
         show_default=not (spec.default is None or spec.default is False or spec.default == ()),
         help=spec.metadata["help"] + (f" ({limits})" if limits else ""),
+        **default,
     )
 
 

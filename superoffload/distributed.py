@@ -11,6 +11,8 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 
+from superoffload import ops
+
 # A rank may write its share of a large checkpoint for long while the others wait in DeepSpeed's barrier;
 # DeepSpeed's own ten minutes would end the run then. DEEPSPEED_TIMEOUT (minutes) still has the last word.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -56,6 +58,7 @@ def init() -> None:
         }
         os.environ.update(alone)
     get_accelerator().set_device(local_rank())
+    ops.prepare()  # on the CPU, joining compiles one
     chosen = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": COLLECTIVE_TIMEOUT}
     deepspeed.init_distributed(verbose=False, **chosen)
 

@@ -1,0 +1,1 @@
+"""Tests of the package, in folders and files that mirror it."""

@@ -1,0 +1,136 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from superoffload import cli, config
+from superoffload.errors import UserError
+from tests.ranks import REPOSITORY
+
+REQUIRED = ["--model_name", "m", "--output_dir", "out"]
+UPSTREAM = [
+    "--model_name", "m", "--lr", "1e-5", "--batch_size", "4", "--output_dir", "out", "--attn_implementation", "eager",
+    "--leaf_module", "Block", "--activation_checkpointing", "--num_train_epochs", "2", "--max_length", "4096",
+    "--weight_decay", "0.01", "--warmup", "0.05", "--local_rank=0", "--seed", "42", "--deterministic",
+    "--log_interval", "1", "--log_level", "INFO", "--warmup_steps", "20", "--bench_steps", "10", "--save_checkpoint",
+    "--use_wandb", "--wandb_project", "p", "--wandb_run_name", "n", "--wandb_tags", "a", "b",
+    "--dataset_name", "tatsu-lab/alpaca", "--dataset_percentage", "10.0", "--deepspeed", "--deepspeed_config=ds.json",
+]  # fmt: skip
+
+
+def script(*flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(REPOSITORY / "finetune_zero3.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env or None)
+
+
+def test_every_flag_of_upstream_is_accepted() -> None:
+    values = config.flat(cli.parse(UPSTREAM))
+    assert values["wandb_tags"] == ("a", "b")
+    assert values["warmup"] == 0.05
+    assert values["deepspeed_config"] == "ds.json"
+    assert values["local_rank"] == 0
+    assert values["bench_steps"] == 10
+
+
+def test_the_last_flag_may_take_several_values() -> None:
+    assert cli.parse([*REQUIRED, "--wandb_tags", "x", "y", "z"]).tracking.wandb_tags == ("x", "y", "z")
+    assert cli.parse([*REQUIRED, "--wandb_tags", "x"]).tracking.wandb_tags == ("x",)
+
+
+def test_defaults_of_this_program() -> None:
+    parsed = cli.parse(REQUIRED)
+    assert parsed.training.lr == 1e-5
+    assert parsed.training.batch_size == 1
+    assert parsed.training.max_grad_norm == 1.0
+    assert parsed.measurement.bench_steps == 0
+    assert parsed.model.attn_implementation == "auto"
+    assert parsed.explicit == {"model_name", "output_dir"}
+
+
+def test_whole_numbers_may_be_written_with_an_exponent() -> None:
+    assert cli.parse([*REQUIRED, "--sub_group_size", "4e8"]).offload.sub_group_size == 400_000_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "0"], "--lr 0.0: allowed is 0 < value"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--lr", "fast"], "'--lr'"),
+        (["--batch_size", "0"], "--batch_size 0: allowed is 1 <= value"),
+        (["--batch_size", "-2"], "--batch_size -2"),
+        (["--batch_size", "1.5"], "'1.5' is not a whole number"),
+        (["--max_length", "0"], "--max_length 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
+        (["--weight_decay", "-0.1"], "--weight_decay -0.1: allowed is 0 <= value <= 1"),
+        (["--warmup", "1.5"], "--warmup 1.5: allowed is 0 <= value <= 1"),
+        (["--dataset_percentage", "0"], "--dataset_percentage 0.0: allowed is 0 < value <= 100"),
+        (["--dataset_percentage", "101"], "--dataset_percentage 101.0"),
+        (["--offload_ratio", "2"], "--offload_ratio 2.0: allowed is 0 <= value <= 1"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm -1.0"),
+        (["--max_steps", "-1"], "--max_steps -1"),
+        (["--log_interval", "0"], "--log_interval 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--lr_scheduler", "zigzag"], "'zigzag' is not one of 'cosine', 'linear', 'constant'"),
+        (["--attn_implementation", "fast"], "'fast' is not one of"),
+        (["--log_level", "LOUD"], "'LOUD' is not one of"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
+        (["--max_length"], "'--max_length' requires an argument"),
+    ],
+)
+def test_bad_values_name_flag_and_value(flags: list[str], words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        cli.parse([*REQUIRED, *flags])
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_flag_is_named() -> None:
+    with pytest.raises(UserError, match="'--output_dir'"):
+        cli.parse(["--model_name", "m"])
+
+
+def test_the_script_prints_one_line_and_exits_with_2() -> None:
+    result = script(*REQUIRED, "--lr", "0")
+    assert result.returncode == 2
+    assert result.stderr == "Error: --lr 0.0: allowed is 0 < value <= 10\n"
+    assert result.stdout == ""
+
+
+def test_other_ranks_give_rank_0_time_to_speak() -> None:
+    before = time.monotonic()
+    result = script(*REQUIRED, "--lr", "0", RANK="1", PATH="")
+    assert time.monotonic() - before > cli.SILENT_RANK_PATIENCE_S
+    assert result.stderr.startswith("[rank 1] Error: --lr 0.0")
+    assert result.returncode == 2
+
+
+def test_help_is_grouped_and_quick() -> None:
+    times = []
+    for _ in range(3):
+        before = time.monotonic()
+        result = script("--help")
+        times.append(time.monotonic() - before)
+    assert result.returncode == 0
+    for heading in (
+        "Model:",
+        "Data:",
+        "Training:",
+        "Memory and DeepSpeed:",
+        "Output and checkpoint:",
+        "Measurement:",
+        "Weights & Biases:",
+    ):
+        assert f"\n{heading}\n" in result.stdout
+    for flag in config.flat(cli.parse(REQUIRED)):
+        assert f"--{flag}" in result.stdout
+    assert min(times) < 0.5
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys, finetune_zero3; finetune_zero3.cli.parse(['--model_name', 'm', '--output_dir', 'o'])\n"
+    code += "print({'torch', 'deepspeed', 'transformers', 'datasets', 'wandb'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert result.stdout.strip() == "set()", result.stderr

@@ -1,0 +1,37 @@
+import dataclasses
+
+import pytest
+
+from superoffload import config
+from superoffload.errors import UserError
+
+VALUES = {"model_name": "m", "output_dir": "out"}
+
+
+def test_flat_is_the_inverse_of_build() -> None:
+    values = config.flat(config.build({**VALUES, "lr": 3e-4, "wandb_tags": ("a",)}))
+    assert values["lr"] == 3e-4
+    assert config.flat(config.build(values)) == values
+
+
+def test_no_setting_has_two_owners() -> None:
+    names = [spec.name for group in config.GROUPS.values() for spec in config.settings_of(group)]
+    assert len(names) == len(set(names))
+
+
+def test_every_setting_has_a_help_text() -> None:
+    for group in config.GROUPS.values():
+        for spec in config.settings_of(group):
+            assert spec.metadata["help"].endswith(".")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.build(VALUES).training.lr = 1.0  # type: ignore[misc]
+
+
+def test_construction_checks_the_limits() -> None:
+    with pytest.raises(UserError, match="--warmup 2"):
+        config.TrainingSettings(warmup=2)
+    with pytest.raises(UserError, match="--lr inf"):
+        config.TrainingSettings(lr=float("inf"))

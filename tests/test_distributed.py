@@ -1,0 +1,62 @@
+import os
+import random
+
+import numpy as np
+import torch
+
+from superoffload import distributed
+from tests.ranks import run_ranks
+
+
+def ask() -> dict[str, object]:
+    rank, ranks = distributed.place()
+    return {
+        "rank": rank,
+        "ranks": ranks,
+        "agree": distributed.agree(True),
+        "one says no": distributed.agree(rank != 1),
+        "total": distributed.total(torch.tensor([rank, 10.0])).tolist(),
+        "count": distributed.count(rank + 1).item(),
+        "from rank 0": distributed.from_rank_0(rank + 5),
+        "peak": distributed.peak_device_bytes(),
+    }
+
+
+def test_collectives_on_two_ranks() -> None:
+    first, second = run_ranks(2, ask)
+    assert (first["rank"], second["rank"]) == (0, 1)
+    for answer in (first, second):
+        assert answer["ranks"] == 2
+        assert answer["agree"] is True
+        assert answer["one says no"] is False
+        assert answer["total"] == [1.0, 20.0]
+        assert answer["count"] == 3.0
+        assert answer["from rank 0"] == 5
+        assert answer["peak"] == 0
+
+
+def test_a_process_without_a_launcher_is_a_job_of_one(one_rank: None) -> None:
+    assert distributed.place() == (0, 1)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert distributed.speaks()
+
+
+def test_seeds_reach_every_generator(one_rank: None) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    distributed.seed_everything(7, deterministic=False)
+    first = draw()
+    distributed.seed_everything(7, deterministic=False)
+    assert draw() == first
+    distributed.seed_everything(8, deterministic=False)
+    assert draw() != first
+
+
+def deterministic_mode() -> bool:
+    distributed.seed_everything(7, deterministic=True)
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_mode_is_full_determinism() -> None:
+    assert run_ranks(1, deterministic_mode) == [True]

@@ -1,0 +1,147 @@
+"""Run the whole program under the real launcher, on one rank and on two."""
+
+import json
+import math
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import REPOSITORY, free_port, launch, run
+
+KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "target_tokens_per_s",
+        "padding_share", "tflops_per_gpu", "hardware_tflops_per_gpu"]  # fmt: skip
+LINE = re.compile(
+    r"^\S+ \S+ INFO Step (\d+) \| Loss: [\d.]+ \| LR: [\d.e+-]+ \| Grad norm: [\d.]+ \| Time: \d+ms \| "
+    r"TFLOPS/GPU: [\d.]+ \| Tokens/s: \d+ \| Target tokens/s: \d+$",
+    re.MULTILINE,
+)
+
+
+def shares(ranks: int) -> set[str]:
+    return {f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks)} | {
+        f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)
+    }
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = launch(
+        ranks, "--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(out),
+        "--max_length", "128", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--lr", "5e-3",
+        "--num_train_epochs", "2", "--warmup", "0.1", "--save_checkpoint", "--activation_checkpointing",
+        "--warmup_steps", "2", "--use_wandb", "--wandb_project", "test",
+        WANDB_MODE="offline", WANDB_DIR=str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    steps = 2 * math.ceil(40 / (4 * ranks))
+
+    tag = f"global_step{steps}"
+    assert set(os.listdir(out)) == {
+        tag, "latest", "metrics.jsonl", "special_tokens_map.json", "summary.json", "tokenizer.json",
+        "tokenizer_config.json", "zero_to_fp32.py", "zero_to_torch.py",
+    }  # fmt: skip
+    assert set(os.listdir(out / tag)) == shares(ranks)
+    assert (out / "latest").read_text() == tag
+
+    logged = metrics(out)
+    assert [list(line) for line in logged] == [KEYS] * steps
+    assert [line["step"] for line in logged] == list(range(1, steps + 1))
+    assert logged[-1]["loss"] < logged[0]["loss"] - 1
+    assert logged[-1]["epoch"] == pytest.approx(2 - 2 / steps + 2 / steps)
+    assert [int(step) for step in LINE.findall(result.stderr)] == list(range(1, steps + 1))  # each line once
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["measured_steps"]) == (steps, steps - 2)
+    assert summary["checkpoint"] == str(out / tag)
+    assert summary["final_loss"] == logged[-1]["loss"]
+    assert result.stderr.rstrip().splitlines()[-1].endswith(f"Checkpoint saved in {out / tag}")
+    assert list(tmp_path.glob("wandb/offline-run-*")) != []
+
+
+def test_a_save_that_fails_is_said_and_counts(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest.partial").mkdir()
+    flags = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path),
+             "--max_length", "128", "--max_steps", "2", "--save_checkpoint"]  # fmt: skip
+    strict = launch(2, *flags, "--fail_on_checkpoint_error")
+    assert strict.returncode == 3
+    assert "NO CHECKPOINT WAS SAVED" in strict.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["checkpoint"] is None
+    assert not (tmp_path / "latest").exists()
+    lenient = launch(1, *flags)
+    assert lenient.returncode == 0
+    assert "NO CHECKPOINT WAS SAVED" in lenient.stderr
+
+
+def test_a_benchmark_stops_early_and_keeps_the_schedule(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    result = launch(
+        1, "--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path),
+        "--max_length", "128", "--batch_size", "4", "--bench_steps", "4", "--log_interval", "3", "--warmup", "0",
+        "--lr_scheduler", "linear", "--lr", "1e-3", "--warmup_steps", "20", "--deterministic",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    logged = metrics(tmp_path)
+    assert [line["step"] for line in logged] == [3, 4]
+    assert [line["lr"] for line in logged] == pytest.approx([8e-4, 7e-4])  # of ten steps
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["measured_steps"] == 2
+    assert "last half measured" in summary["note"]
+    assert summary["checkpoint"] is None
+    assert "--save_checkpoint was not given" in result.stderr
+    assert not (tmp_path / "latest").exists()
+
+
+def start_node(rank: int, port: int, flags: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    recipe = folder / "scripts" / "finetune_small_1gpu.sh"
+    node = {"NUM_NODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return run(["bash", str(recipe), "zerooffload", "4", *flags], cwd=folder, OUTPUT_DIR=str(folder / "out"), **node)
+
+
+def test_two_nodes_without_ssh(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """A recipe started on each of two nodes, here two launchers on the loopback interface."""
+    (tmp_path / "scripts").mkdir()
+    launcher = REPOSITORY / "scripts" / "_launch.sh"
+    text = (REPOSITORY / "scripts" / "finetune_llama-8b_1gpu.sh").read_text()
+    text = text.replace("meta-llama/Llama-3.1-8B", str(model_folder)).replace("tatsu-lab/alpaca", str(rows_file))
+    text = text.replace('"$(dirname "${BASH_SOURCE[0]}")/_launch.sh"', f'"{launcher}"')
+    (tmp_path / "scripts" / "finetune_small_1gpu.sh").write_text(text)
+    port = free_port()
+    flags = ["--max_steps", "2", "--save_checkpoint"]
+    with ThreadPoolExecutor() as pool:
+        nodes = [pool.submit(start_node, rank, port, flags, tmp_path) for rank in range(2)]
+        first, second = [node.result() for node in nodes]
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
+    assert "Finished after 2 steps" in first.stderr
+    assert "Finished" not in second.stderr
+    assert set(os.listdir(tmp_path / "out" / "global_step2")) == shares(2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--model_name", "no/such-model"],
+            "--model_name no/such-model: not a local path, and the hub cannot be reached",
+        ),
+        (["--dataset_name", "./none.json"], "--dataset_name ./none.json: no such file or folder"),
+        (["--output_dir", "/proc/none/at/all"], "--output_dir /proc/none/at/all: cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line_from_rank_0(
+    flags: list[str], words: str, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    good = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path)]
+    result = launch(2, *good, *flags)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
+    assert line.startswith(f"Error: {words}")
+    assert "Traceback" not in result.stderr

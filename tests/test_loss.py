@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from superoffload.loss import summed_loss
+from tests.models import make_model
+
+
+def test_equals_the_loss_that_transformers_computes() -> None:
+    llama = make_model("llama", "float32")
+    ids = torch.randint(0, 264, (2, 12))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    labels[1, 9:] = -100
+    theirs = llama(input_ids=ids, labels=labels).loss
+    counted = int((labels[:, 1:] != -100).sum())
+    ours = summed_loss(llama(input_ids=ids).logits, labels)
+    assert ours.item() == pytest.approx(theirs.item() * counted, rel=1e-6)
+
+
+def test_nothing_to_predict_is_zero_with_zero_gradient() -> None:
+    logits = torch.randn((1, 4, 8), requires_grad=True)
+    loss = summed_loss(logits, torch.full((1, 4), -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None
+    assert logits.grad.abs().max() == 0
+
+
+def test_bf16_logits_are_added_up_in_float32() -> None:
+    logits = torch.randn((1, 64, 32)).bfloat16()
+    labels = torch.randint(0, 32, (1, 64))
+    loss = summed_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(summed_loss(logits.float(), labels)))

@@ -1,0 +1,99 @@
+import json
+import sys
+import types
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from superoffload import config, tracking
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the wandb package and fails at one of its three moments."""
+
+    def __init__(self, failing: str = "") -> None:
+        super().__init__("wandb")
+        self.failing = failing
+        self.calls: list[tuple[str, Any]] = []
+
+    def _call(self, name: str, value: Any) -> None:
+        self.calls.append((name, value))
+        if name == self.failing:
+            raise RuntimeError(f"{name} is down")
+
+    def init(self, **options: Any) -> None:
+        self._call("init", options)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self._call("log", (step, values))
+
+    def finish(self) -> None:
+        self._call("finish", None)
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str = "", speaks: bool = True) -> Any:
+    fake = FakeWandb(failing)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    values = {"model_name": "org/m", "output_dir": str(folder), "use_wandb": True, "wandb_tags": ("a", "b"), "lr": 2e-5}
+    return tracking.start(config.build(values), speaks), fake
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_numbers_reach_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers, fake = start(tmp_path, monkeypatch)
+    trackers.log(1, {"step": 1, "loss": 2.5, "tokens_per_s": 10.0})
+    assert lines(tmp_path) == [{"step": 1, "loss": 2.5, "tokens_per_s": 10.0}]
+    trackers.finish()
+    assert [name for name, _ in fake.calls] == ["init", "log", "finish"]
+    options = fake.calls[0][1]
+    assert options["config"]["lr"] == 2e-5
+    assert options["config"]["model_name"] == "org/m"
+    assert options["tags"] == ["a", "b"]
+    assert options["name"].startswith("m_bs1_seq2048_ac0_T")
+    assert fake.calls[1][1] == (1, {"perf/step": 1, "train/loss": 2.5, "perf/tokens_per_s": 10.0})
+
+
+@pytest.mark.parametrize(
+    ("failing", "calls"),
+    [("init", ["init"]), ("log", ["init", "log", "finish"]), ("finish", ["init", "log", "log", "finish"])],
+)
+def test_a_failing_wandb_never_stops_a_run(
+    failing: str, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking.logger, "propagate", True)
+    trackers, fake = start(tmp_path, monkeypatch, failing)
+    trackers.log(1, {"loss": 2.5})
+    trackers.log(2, {"loss": 2.4})
+    trackers.finish()
+    assert [name for name, _ in fake.calls] == calls
+    assert len(lines(tmp_path)) == 2
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert f"{failing} is down" in warnings[0]
+
+
+def test_other_ranks_track_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers, fake = start(tmp_path, monkeypatch, speaks=False)
+    trackers.log(1, {"loss": 2.5})
+    trackers.finish()
+    assert fake.calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metrics_file_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    trackers, fake = start(tmp_path, monkeypatch)
+    trackers.log(1, {"loss": 2.5})
+    trackers.finish()
+    assert [name for name, _ in fake.calls] == ["init", "log", "finish"]
+
+
+def test_run_name_is_upstreams() -> None:
+    values = {"model_name": "org/Model-8B/", "output_dir": "o", "batch_size": 4, "activation_checkpointing": True}
+    name = tracking.run_name(config.build(values), datetime(2026, 1, 2, 3, 4, 5))
+    assert name == "Model-8B_bs4_seq2048_ac1_T20260102_030405"
