@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
 from superoffload import config as settings
 from superoffload import distributed
 from superoffload.config import Config
@@ -135,8 +137,9 @@ def _write_shares(engine: Any, folder: Path, tag: str, state: dict[str, Any]) ->
     finally:
         engine.checkpoint_engine = recorder._inner
     if raised and recorder.begun and not recorder.committed:
-        # DeepSpeed also copies its conversion scripts and gathers state between its barriers; where that failed
-        # on this rank, its last barrier is still owed to the others.
+        # DeepSpeed also copies its conversion scripts and collects state between its collectives; where that
+        # failed on this rank, what follows in `save_checkpoint` is still owed to the others.
+        engine.optimizer.checkpoint_event_epilogue()
         distributed.barrier()
     return [*recorder.errors, *raised]
 
@@ -164,3 +167,15 @@ def _remove_superseded(folder: Path, tag: str, step: int) -> None:
     for old in folder.glob(f"global_step{step}*"):
         if old.name != tag and (old.name == f"global_step{step}" or old.name.startswith(f"global_step{step}_")):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Give a whole (unsharded) model the float32 weights of the checkpoint that `latest` names.
+
+    Raises `UserError` where they are those of another model.
+    """
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if unexpected or set(missing) - tied:
+        raise UserError(f"{folder}: the checkpoint is of another model: {[*missing, *unexpected][0]} does not fit")

@@ -88,6 +88,12 @@ def choose_attention(settings: ModelSettings, config: Any, document: Document) -
     return "flash_attention_2" if installed and suitable and supported else None
 
 
+def load_whole(folder: Path) -> tuple[Any, Any]:
+    """Load a model, all of it in this process and in float32, and its tokenizer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), load_tokenizer(str(folder))
+
+
 def check_leaf_module(requested: str | None, config: Any) -> None:
     """Raise `UserError` for a leaf module that no module of the model bears, with what could be meant.
 

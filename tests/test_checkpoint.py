@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,73 +27,106 @@ def make_engine(folder: str, output_dir: str) -> tuple[Any, Any, config.Config]:
     return engine.create(sharded, document, merged.config.training, 10), model.load_tokenizer(folder), merged.config
 
 
-def save_in_turn(folder: str, output_dir: str, steps: list[int], sabotage: Callable[..., None]) -> list[Saved]:
-    """Save at each of `steps`, the last time with `sabotage(engine, output_dir)` done on this rank before."""
+def save_in_turn(folder: str, output_dir: str, steps: list[int], sabotages: list[str] | None = None) -> list[Saved]:
+    """Save at each of `steps`, then once more at step 9 for each sabotage, done on some rank and undone after."""
     wrapped, tokenizer, chosen = make_engine(folder, output_dir)
-    results = []
-    for step in steps:
-        if step == steps[-1]:
-            sabotage(wrapped, Path(output_dir))
-        results.append(checkpoint.save(wrapped, tokenizer, chosen, Progress(step=step, epoch=1, tokens=70)))
+    results = [checkpoint.save(wrapped, tokenizer, chosen, Progress(step=step, epoch=1, tokens=70)) for step in steps]
+    for name in sabotages or []:
+        with globals()[name](wrapped, Path(output_dir)):
+            distributed.barrier()
+            results.append(checkpoint.save(wrapped, tokenizer, chosen, Progress(step=9)))
+        distributed.barrier()
     return results
 
 
-def nothing(wrapped: Any, output_dir: Path) -> None:
-    """Leave everything as it is."""
+@contextmanager
+def replaced(holder: Any, name: str, rank: int, action: Callable[..., Any]) -> Iterator[None]:
+    """Put another function in a method's place on one rank."""
+    if distributed.rank() == rank:
+        setattr(holder, name, action)
+    yield
+    if distributed.rank() == rank:
+        delattr(holder, name)
 
 
-def disk_full_on_rank_1(wrapped: Any, output_dir: Path) -> None:
-    if distributed.rank() == 1:
-
-        def save(state_dict: Any, path: str) -> None:
-            Path(path).write_bytes(b"the beginning")
-            raise OSError(28, "No space left on device", path)
-
-        wrapped.checkpoint_engine.save = save
-
-
-def writer_breaks_on_rank_0(wrapped: Any, output_dir: Path) -> None:
+@contextmanager
+def blocked(path: Path) -> Iterator[None]:
+    """Let rank 0 find a folder where it wants to write a file."""
     if distributed.rank() == 0:
-
-        def save(state_dict: Any, path: str) -> None:
-            raise RuntimeError("PytorchStreamWriter failed writing file")
-
-        wrapped.checkpoint_engine.save = save
-
-
-def conversion_script_cannot_be_written(wrapped: Any, output_dir: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    yield
     if distributed.rank() == 0:
-        (output_dir / "zero_to_fp32.py").unlink(missing_ok=True)
-        (output_dir / "zero_to_fp32.py").mkdir()
+        path.rmdir()
 
 
-def tag_folder_cannot_be_made(wrapped: Any, output_dir: Path) -> None:
+def disk_full_on_rank_1(wrapped: Any, output_dir: Path) -> Any:
+    def save(state_dict: Any, path: str) -> None:
+        Path(path).write_bytes(b"the beginning")
+        raise OSError(28, "No space left on device", path)
+
+    return replaced(wrapped.checkpoint_engine, "save", 1, save)
+
+
+def writer_breaks_on_rank_0(wrapped: Any, output_dir: Path) -> Any:
+    def save(state_dict: Any, path: str) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    return replaced(wrapped.checkpoint_engine, "save", 0, save)
+
+
+def state_cannot_be_collected_on_rank_1(wrapped: Any, output_dir: Path) -> Any:
+    def state_dict() -> Any:
+        raise MemoryError("no memory for the state")
+
+    return replaced(wrapped.optimizer, "state_dict", 1, state_dict)
+
+
+def conversion_script_cannot_be_written(wrapped: Any, output_dir: Path) -> Any:
+    return blocked(output_dir / "zero_to_fp32.py")
+
+
+def latest_cannot_be_replaced(wrapped: Any, output_dir: Path) -> Any:
+    return blocked(output_dir / "latest.partial")
+
+
+def tokenizer_cannot_be_written(wrapped: Any, output_dir: Path) -> Any:
+    return blocked(output_dir / "tokenizer.json")
+
+
+@contextmanager
+def tag_folder_cannot_be_made(wrapped: Any, output_dir: Path) -> Iterator[None]:
     if distributed.rank() == 0:
         (output_dir / "global_step9").symlink_to("/proc/no_such_folder/below")
-
-
-def latest_cannot_be_replaced(wrapped: Any, output_dir: Path) -> None:
+    yield
     if distributed.rank() == 0:
-        (output_dir / "latest.partial").mkdir()
+        (output_dir / "global_step9").unlink()
 
 
-def tokenizer_cannot_be_written(wrapped: Any, output_dir: Path) -> None:
+@contextmanager
+def disk_is_full(wrapped: Any, output_dir: Path) -> Iterator[None]:
+    """Leave room for the small files of a checkpoint and not for its large ones."""
+    filler = output_dir / "filler"
     if distributed.rank() == 0:
-        (output_dir / "tokenizer.json").unlink(missing_ok=True)
-        (output_dir / "tokenizer.json").mkdir()
+        filler.write_bytes(bytes(shutil.disk_usage(output_dir).free - 2**16))
+    yield
+    if distributed.rank() == 0:
+        filler.unlink()
 
 
-def state_cannot_be_gathered_on_rank_1(wrapped: Any, output_dir: Path) -> None:
-    if distributed.rank() == 1:
-
-        def state_dict() -> Any:
-            raise MemoryError("no memory for the state")
-
-        wrapped.optimizer.state_dict = state_dict
+SABOTAGES = [
+    "disk_full_on_rank_1",
+    "writer_breaks_on_rank_0",
+    "state_cannot_be_collected_on_rank_1",
+    "conversion_script_cannot_be_written",
+    "latest_cannot_be_replaced",
+    "tokenizer_cannot_be_written",
+    "tag_folder_cannot_be_made",
+]
 
 
 def test_a_complete_checkpoint(model_folder: Path, tmp_path: Path) -> None:
-    results = run_ranks(2, save_in_turn, str(model_folder), str(tmp_path), [7], nothing)
+    results = run_ranks(2, save_in_turn, str(model_folder), str(tmp_path), [7])
     assert [saved[0].path for saved in results] == [tmp_path / "global_step7"] * 2
     assert not results[0][0].failed
     assert (tmp_path / "latest").read_text() == "global_step7"
@@ -109,25 +143,18 @@ def test_a_complete_checkpoint(model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_the_same_step_replaces_the_older_one(model_folder: Path, tmp_path: Path) -> None:
-    run_ranks(1, save_in_turn, str(model_folder), str(tmp_path), [5, 7, 7], nothing)
+    run_ranks(1, save_in_turn, str(model_folder), str(tmp_path), [5, 7, 7])
     assert (tmp_path / "latest").read_text() == "global_step7_2"
     assert sorted(path.name for path in tmp_path.glob("global_step*")) == ["global_step5", "global_step7_2"]
 
 
-@pytest.mark.parametrize(
-    "sabotage",
-    [disk_full_on_rank_1, writer_breaks_on_rank_0, conversion_script_cannot_be_written, tag_folder_cannot_be_made,
-     latest_cannot_be_replaced, tokenizer_cannot_be_written, state_cannot_be_gathered_on_rank_1],
-)  # fmt: skip
-def test_a_failed_save_ends_in_order_and_keeps_the_older(
-    sabotage: Callable[..., None], model_folder: Path, tmp_path: Path
-) -> None:
-    results = run_ranks(2, save_in_turn, str(model_folder), str(tmp_path), [5, 9], sabotage, timeout_s=120)
-    for first, second in results:
-        assert first.path == tmp_path / "global_step5"
-        assert second.failed
-        assert second.path is None
-        assert second.sentence.startswith("NO CHECKPOINT WAS SAVED")
+def test_a_failed_save_ends_in_order_and_keeps_the_older(model_folder: Path, tmp_path: Path) -> None:
+    for saves in run_ranks(2, save_in_turn, str(model_folder), str(tmp_path), [5], SABOTAGES):
+        assert saves[0].path == tmp_path / "global_step5"
+        for name, saved in zip(SABOTAGES, saves[1:], strict=True):
+            assert saved.failed, name
+            assert saved.path is None
+            assert saved.sentence.startswith("NO CHECKPOINT WAS SAVED")
     assert (tmp_path / "latest").read_text() == "global_step5"
     assert len(shares(tmp_path, "global_step5")) == 4
     assert not (tmp_path / "global_step9").exists()
@@ -137,7 +164,7 @@ def test_a_failed_save_ends_in_order_and_keeps_the_older(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
@@ -145,7 +172,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(model_folder: Path, small_disk: Path) -> None:
-    results = run_ranks(2, save_in_turn, str(model_folder), str(small_disk), [5, 9], nothing, timeout_s=120)
+    results = run_ranks(2, save_in_turn, str(model_folder), str(small_disk), [5], ["disk_is_full"], timeout_s=120)
     assert [[saved.failed for saved in rank] for rank in results] == [[False, True], [False, True]]
     assert (small_disk / "latest").read_text() == "global_step5"
     assert len(shares(small_disk, "global_step5")) == 4

@@ -22,7 +22,7 @@ LAYERS = [
     {"commands", "tiny"},
 ]
 HEAVY = {
-    "deepspeed": {"distributed", "model", "engine"},
+    "deepspeed": {"distributed", "model", "engine", "checkpoint"},
     "transformers": {"model", "tiny", "distributed"},
     "datasets": {"data.loader"},
     "wandb": {"tracking"},
