@@ -5,16 +5,14 @@ import is imported in `main`, so that `--help` and a mistyped flag are answered 
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from superoffload import cli, ds_config
 from superoffload.errors import UserError
 
 if TYPE_CHECKING:
     from superoffload.config import Config
-    from superoffload.data.loader import Batches
-    from superoffload.metrics import Meter, Progress
-    from superoffload.tracking import Trackers
+    from superoffload.run import Run
 
 CHECKPOINT_ERROR = 3
 
@@ -22,8 +20,9 @@ CHECKPOINT_ERROR = 3
 def main(config: "Config") -> int:
     """Train as the settings say and return the exit status."""
     document = ds_config.read(config)
-    from superoffload import checkpoint, distributed, engine, log, metrics, model, tracking
+    from superoffload import checkpoint, distributed, engine, log, metrics, model, resume, tracking
     from superoffload.data import loader
+    from superoffload.run import Run
 
     log.setup(config.output.log_level)
     merged = ds_config.merge(document, config, distributed.world_size())
@@ -31,8 +30,10 @@ def main(config: "Config") -> int:
     for note in merged.notes:
         log.logger.warning("%s", note)
     checkpoint.prepare_folder(config.output.output_dir)
+    lock = resume.lock(config.output.output_dir) if distributed.speaks() else None
     distributed.init()
     distributed.seed_everything(config.training.seed, config.training.deterministic)
+    source = resume.find(config)
 
     document = engine.for_this_device(merged.document)
     model_config = model.load_config(config.model.model_name)
@@ -46,64 +47,80 @@ def main(config: "Config") -> int:
     shape = model.shape_of(sharded)
     model_engine = engine.create(sharded, document, config.training, batches.total_steps)
 
-    progress = metrics.Progress()
-    meter = metrics.Meter(config, shape)
-    trackers = tracking.start(config, distributed.speaks())
-    saved = checkpoint.NOT_ASKED
+    progress, state = resume.restore(model_engine, source) if source else (metrics.Progress(), {})
+    engine.catch_up(model_engine)
+    run = Run(
+        config=config,
+        engine=model_engine,
+        tokenizer=tokenizer,
+        batches=batches,
+        progress=progress,
+        meter=metrics.Meter(config, shape, state.get("meter")),
+        trackers=tracking.start(config, distributed.speaks(), progress.step, state.get("trackers")),
+    )
+    if state:
+        distributed.set_random_state(state["random"])
     try:
-        train(model_engine, batches, config, progress, (meter, trackers))
-        if config.output.save_checkpoint:
-            saved = checkpoint.save(model_engine, tokenizer, config, progress)
+        train(run)
+        if config.checkpoint.save_checkpoint or run.stopped:
+            run.save()
     finally:
-        trackers.finish()
-    metrics.report(meter.summary(config.measurement.warmup_steps), saved, config.output.output_dir)
+        run.trackers.finish()
+    metrics.report(run.meter.summary(config.measurement.warmup_steps), run.saved, config.output.output_dir)
     distributed.close()
-    return CHECKPOINT_ERROR if saved.failed and config.output.fail_on_checkpoint_error else 0
+    resume.unlock(lock)
+    return CHECKPOINT_ERROR if run.saved.failed and config.checkpoint.fail_on_checkpoint_error else 0
 
 
-def train(
-    model_engine: Any, batches: "Batches", config: "Config", progress: "Progress", reports: "tuple[Meter, Trackers]"
-) -> None:
-    """Run the optimizer steps from `progress` on to the end, and keep `progress` up to date (collective).
+def train(run: "Run") -> None:
+    """Run the optimizer steps that are left, and keep `run.progress` up to date (collective).
 
     The loss of a step is the mean over all its target tokens, on all ranks and in all micro-batches: their
     number is known before the first backward, and each micro-batch adds its share of the sum.
     """
     from superoffload import distributed, log
     from superoffload.loss import summed_loss
+    from superoffload.requests import Requests
 
-    meter, trackers = reports
-    last_step = min(batches.total_steps, config.measurement.bench_steps or batches.total_steps)
+    config, model_engine, progress = run.config, run.engine, run.progress
     # DeepSpeed divides the loss by the micro-batches and averages gradients over the ranks.
     undone = config.training.gradient_accumulation_steps * distributed.world_size()
-    bar = log.progress_bar(last_step, progress.step)
-    meter.start()
-    while progress.step < last_step:
-        for micro_batches in batches.epoch(progress.epoch, progress.step_in_epoch):
-            lr = model_engine.get_lr()[0]
-            targets = distributed.count(sum(batch.target_tokens for batch in micro_batches))
-            for batch in micro_batches:
-                inputs = {name: tensor.to(model_engine.device) for name, tensor in batch.inputs.items()}
-                labels = inputs.pop("labels")
-                loss_sum = summed_loss(model_engine(**inputs).logits, labels)
-                model_engine.backward(loss_sum * (undone / targets))
-                model_engine.step()
-                meter.add(batch, loss_sum.detach())
-            meter.end_step()
-            progress.step += 1
-            progress.step_in_epoch += 1
+    bar = log.progress_bar(run.last_step, progress.step)
+    with Requests(config, distributed.speaks()) as requests, bar:
+        run.meter.start()
+        while progress.step < run.last_step and not run.stopped:
+            for micro_batches in run.batches.epoch(progress.epoch, progress.step_in_epoch):
+                lr = model_engine.get_lr()[0]
+                targets = sum(batch.target_tokens for batch in micro_batches)
+                tokens = sum(sum(batch.lengths) for batch in micro_batches)
+                counts = distributed.counts(targets, tokens, *requests.votes())
+                for batch in micro_batches:
+                    inputs = {name: tensor.to(model_engine.device) for name, tensor in batch.inputs.items()}
+                    labels = inputs.pop("labels")
+                    loss_sum = summed_loss(model_engine(**inputs).logits, labels)
+                    model_engine.backward(loss_sum * (undone / counts[0]).float())
+                    model_engine.step()
+                    run.meter.add(batch, loss_sum.detach())
+                run.meter.end_step()
+                _, tokens, stop_votes, save_votes = counts.tolist()
+                progress.advance(int(tokens))
 
-            if progress.step % config.output.log_interval == 0 or progress.step == last_step:
-                grad_norm = float(model_engine.get_global_grad_norm())
-                numbers = meter.read(progress, lr, grad_norm, batches.steps_per_epoch)
-                log.logger.info("%s", numbers.line())
-                trackers.log(progress.step, numbers.as_dict())
-            bar.update()
-            if progress.step == last_step:
-                break
-        else:
-            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-    bar.close()
+                if progress.step % config.output.log_interval == 0 or progress.step == run.last_step:
+                    grad_norm = float(model_engine.get_global_grad_norm())
+                    numbers = run.meter.read(progress, lr, grad_norm, run.batches.steps_per_epoch)
+                    log.logger.info("%s", numbers.line())
+                    run.trackers.log(progress.step, numbers.as_dict())
+                bar.update()
+                if stop_votes:
+                    log.logger.warning("Asked to stop by %s: saving after step %d", requests.stopped_by, progress.step)
+                    run.stopped = True
+                elif requests.wants_save(progress.step, save_votes):
+                    run.save()
+                    requests.saved()
+                if run.stopped or progress.step == run.last_step:
+                    break
+            else:
+                progress.next_epoch()
 
 
 if __name__ == "__main__":

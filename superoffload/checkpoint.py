@@ -1,12 +1,24 @@
-"""Save a checkpoint: complete or absent, the same answer on every rank, nothing older lost."""
+"""Save a checkpoint: complete or absent, the same answer on every rank, nothing older lost.
+
+A checkpoint is a folder `OUTPUT_DIR/global_stepN` of DeepSpeed's files, one pair per rank. While it is written it holds
+a file `incomplete`; once every rank has said that its share is on the disk, `manifest.json` names every file with
+its size and checksum, `incomplete` goes, and `latest` is replaced by rename. What has a manifest is complete.
+"""
 
 import json
 import os
+import platform
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import torch
+import transformers
+import xxhash
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from superoffload import config as settings
@@ -14,9 +26,15 @@ from superoffload import distributed
 from superoffload.config import Config
 from superoffload.errors import UserError
 from superoffload.log import logger
-from superoffload.metrics import Progress, Saved
+from superoffload.metrics import GIB, Progress, Saved
 
 LATEST = "latest"
+MANIFEST = "manifest.json"
+INCOMPLETE = "incomplete"
+BYTES_PER_PARAMETER = 12  # float32 master and the two moments; the sharded model state is empty shells
+ROOM_BYTES = 2**20  # for shells, manifest, tokenizer
+
+NOT_ASKED = Saved(None, "No checkpoint was saved: --save_checkpoint was not given")
 
 
 def prepare_folder(folder: str) -> None:
@@ -35,19 +53,17 @@ def prepare_folder(folder: str) -> None:
         ) from error
 
 
-NOT_ASKED = Saved(None, "No checkpoint was saved: --save_checkpoint was not given")
-
-
 class _RecordingEngine:
     """Stands before DeepSpeed's checkpoint engine and keeps a failed write from leaving the collectives.
 
     An exception inside `save_checkpoint` on one rank would leave the others in its barriers for ever. Here it is
-    kept in `errors`, and what was half written is removed to make room.
+    kept in `errors`, and what was half written is removed to make room. `written` lists this rank's files.
     """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self.errors: list[Exception] = []
+        self.written: list[Path] = []
         self.begun = self.committed = False
 
     def __getattr__(self, name: str) -> Any:
@@ -66,11 +82,13 @@ class _RecordingEngine:
             self.errors.append(error)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file, or keep the error and remove the piece."""
+        """Write one file through to the disk, or keep the error and remove the piece."""
         if self.errors:
             return
         try:
             self._inner.save(state_dict, path)
+            _sync(Path(path))
+            self.written.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
             self.errors.append(error)
             Path(path).unlink(missing_ok=True)
@@ -81,35 +99,42 @@ class _RecordingEngine:
         return self._inner.commit(info)
 
 
-def save(engine: Any, tokenizer: Any, config: Config, progress: Progress) -> Saved:
+def save(engine: Any, tokenizer: Any, config: Config, progress: Progress, extra: dict[str, Any]) -> Saved:
     """Save the run's state, then the tokenizer, then publish the tag in `latest` (collective).
 
-    Every rank writes its share and says whether it could; one collective decides, and only then does rank 0
-    replace `latest`, by rename. If any rank failed, the partial tag is removed and an older checkpoint stays
-    as it was. Never raises for a failed write: the returned `Saved` says how it ended, alike on every rank.
+    `extra` is what this rank wants back on resume beside model, optimizer and schedule. Every rank writes its
+    share and says whether it could; one collective decides, and only then does rank 0 publish. If any rank
+    failed, the partial tag is removed and an older checkpoint stays as it was. Never raises for a failed write:
+    the returned `Saved` says how it ended, alike on every rank.
     """
     folder = Path(config.output.output_dir)
     tag = _free_tag(folder, progress.step)
-    errors = _write_shares(engine, folder, tag, {"progress": asdict(progress), "config": settings.flat(config)})
+    state = {"progress": asdict(progress), "config": settings.flat(config), **extra}
+    entries, errors = _write_shares(engine, folder, tag, state)
     if distributed.speaks() and not errors:
         errors += _attempt(lambda: save_tokenizer(tokenizer, folder))
-    for error in errors:
-        logger.error("Error saving the checkpoint: %s", error)
-    complete = distributed.agree(not errors)
+    _report(errors)
+    everything = distributed.gather({"ok": not errors, "files": entries})
+    complete = all(share["ok"] for share in everything)
     if complete and distributed.speaks():
-        errors = _attempt(lambda: _publish(folder, tag))
-        for error in errors:
-            logger.error("Error publishing the checkpoint: %s", error)
+        files = {name: entry for share in everything for name, entry in share["files"].items()}
+        errors = _attempt(lambda: _publish(folder, tag, _manifest(config, progress, files)))
+        _report(errors)
     if not distributed.agree(complete and not errors):
         if distributed.local_rank() == 0:
             shutil.rmtree(folder / tag, ignore_errors=True)
         return Saved(None, "NO CHECKPOINT WAS SAVED: writing it failed, see the errors above", failed=True)
-    if distributed.local_rank() == 0:
-        _remove_superseded(folder, tag, progress.step)
+    if distributed.speaks():
+        _report(_attempt(lambda: _tidy(folder, tag, config.checkpoint.keep_checkpoints)))
     return Saved(folder / tag, f"Checkpoint saved in {folder / tag}")
 
 
-def _attempt(action: Any) -> list[Exception]:
+def _report(errors: list[Exception]) -> None:
+    for error in errors:
+        logger.error("Error saving the checkpoint: %s", error)
+
+
+def _attempt(action: Callable[[], Any]) -> list[Exception]:
     try:
         action()
     except Exception as error:  # noqa: BLE001  the guard of the end of a run: reported, and the run ends in order
@@ -121,15 +146,17 @@ def _free_tag(folder: Path, step: int) -> str:
     """Name the checkpoint, the same on all ranks (collective), so that an older one of the same step stays whole."""
     names = [f"global_step{step}", *(f"global_step{step}_{number}" for number in range(2, 1000))]
     free = next((i for i, name in enumerate(names) if not (folder / name).exists()), 0)
-    return names[distributed.from_rank_0(free)]
+    return names[int(distributed.of_rank_0(free))]
 
 
-def _write_shares(engine: Any, folder: Path, tag: str, state: dict[str, Any]) -> list[Exception]:
-    """Let every rank write its files through DeepSpeed (collective); return this rank's errors."""
+def _write_shares(
+    engine: Any, folder: Path, tag: str, state: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[Exception]]:
+    """Let every rank write its files through DeepSpeed (collective); return this rank's files and errors."""
     # Most of what can go wrong shows before DeepSpeed's collectives begin; then none of them is entered.
-    blocked = _attempt(lambda: (folder / tag).mkdir(parents=True, exist_ok=True))
+    blocked = _attempt(lambda: _begin(engine, folder, tag))
     if not distributed.agree(not blocked):
-        return blocked or [RuntimeError("another rank cannot write")]
+        return {}, blocked or [RuntimeError("another rank cannot write")]
     recorder = _RecordingEngine(engine.checkpoint_engine)
     engine.checkpoint_engine = recorder
     try:
@@ -141,7 +168,23 @@ def _write_shares(engine: Any, folder: Path, tag: str, state: dict[str, Any]) ->
         # failed on this rank, what follows in `save_checkpoint` is still owed to the others.
         engine.optimizer.checkpoint_event_epilogue()
         distributed.barrier()
-    return [*recorder.errors, *raised]
+    errors = [*recorder.errors, *raised]
+    entries: dict[str, dict[str, Any]] = {}
+    if not errors:
+        errors += _attempt(lambda: entries.update({path.name: describe(path) for path in recorder.written}))
+    return entries, errors
+
+
+def _begin(engine: Any, folder: Path, tag: str) -> None:
+    """Make the tag's folder with its mark, and compare the room on this machine with what is to come (collective)."""
+    mine = sum(parameter.ds_tensor.numel() for parameter in engine.module.parameters()) * BYTES_PER_PARAMETER
+    needs = distributed.gather((platform.node(), mine))
+    (folder / tag).mkdir(parents=True, exist_ok=True)
+    (folder / tag / INCOMPLETE).touch()
+    needed = sum(size for node, size in needs if node == platform.node()) + ROOM_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder} has {free / GIB:.2f} GiB free, the checkpoint needs {needed / GIB:.2f} GiB")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -152,21 +195,84 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         path.write_text(json.dumps(tokenizer.special_tokens_map, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _publish(folder: Path, tag: str) -> None:
-    """Point `latest` to a complete tag, in one step that a crash cannot split."""
-    partial = folder / f"{LATEST}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / LATEST)
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _remove_superseded(folder: Path, tag: str, step: int) -> None:
-    """Remove earlier checkpoints of the same step, which a second run into the same folder replaces."""
-    for old in folder.glob(f"global_step{step}*"):
-        if old.name != tag and (old.name == f"global_step{step}" or old.name.startswith(f"global_step{step}_")):
-            shutil.rmtree(old, ignore_errors=True)
+def _write_through(path: Path, text: str) -> None:
+    """Replace a file's content in one step that a crash cannot split."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return a file's size in bytes and its XXH3 checksum."""
+    checksum = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            checksum.update(piece)
+    return {"bytes": path.stat().st_size, "xxh3_128": checksum.hexdigest()}
+
+
+def _manifest(config: Config, progress: Progress, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    versions = {
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {
+        "saved_at": time.time(),
+        "world_size": distributed.world_size(),
+        "versions": versions,
+        "progress": asdict(progress),
+        "config": settings.flat(config),
+        "files": files,
+    }
+
+
+def _publish(folder: Path, tag: str, manifest: dict[str, Any]) -> None:
+    """Declare a tag complete and point `latest` to it."""
+    _write_through(folder / tag / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    (folder / tag / INCOMPLETE).unlink()
+    _sync(folder / tag)
+    _write_through(folder / LATEST, tag)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint folder; None where there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """List the complete checkpoints of an output folder, the one saved last first."""
+    found = [(manifest["saved_at"], path) for path in folder.glob("global_step*") if (manifest := read_manifest(path))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _tidy(folder: Path, tag: str, keep: int) -> None:
+    """Remove what a newer complete checkpoint makes superfluous: pieces of saves that failed, and all but `keep`."""
+    for path in folder.glob("global_step*"):
+        if path.name != tag and (path / INCOMPLETE).exists():
+            logger.warning("Removing %s: saving it was cut off", path)
+            shutil.rmtree(path)
+    for path in complete_checkpoints(folder)[max(1, keep) :]:
+        if path.name != tag:
+            logger.info("Removing %s: --keep_checkpoints %d", path, keep)
+            (path / INCOMPLETE).touch()  # a removal that is cut off must not leave what looks complete
+            (path / MANIFEST).unlink()
+            shutil.rmtree(path)
 
 
 def load_weights(model: Any, folder: Path) -> None:

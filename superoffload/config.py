@@ -14,8 +14,9 @@ from superoffload.errors import UserError
 def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
     """Declare a setting: its help, its default, and its limits.
 
-    `limits` may hold `minimum` and `maximum` (inclusive), `above` (exclusive), `choices` (a tuple) and
-    `several` (one or more values may follow the flag). Without a default the flag is required.
+    `limits` may hold `minimum` and `maximum` (inclusive), `above` (exclusive), `choices` (a tuple), `several`
+    (one or more values may follow the flag) and `shapes_run` (another value makes it another run, which a
+    checkpoint cannot go on with). Without a default the flag is required.
     """
     metadata = {"help": help_text, **limits}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
@@ -67,7 +68,7 @@ class Settings:
 class ModelSettings(Settings):
     """Model."""
 
-    model_name: str = setting("Hub id or folder of the model.")
+    model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
     attn_implementation: str = setting(
         "Attention kernel; auto takes flash_attention_2 where it can run, else sdpa.",
         "auto",
@@ -83,32 +84,43 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Data."""
 
-    dataset_name: str = setting("Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file.", "tatsu-lab/alpaca")
-    dataset_percentage: float = setting("Share of the rows to use, from the first on.", 100.0, above=0, maximum=100)
-    max_length: int = setting("Tokens at most per row; longer rows lose their end.", 2048, minimum=8)
-    train_on_prompt: bool = setting("Let the tokens of the prompt count in the loss too.", False)
+    dataset_name: str = setting(
+        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file.", "tatsu-lab/alpaca", shapes_run=True
+    )
+    dataset_percentage: float = setting(
+        "Share of the rows to use, from the first on.", 100.0, above=0, maximum=100, shapes_run=True
+    )
+    max_length: int = setting("Tokens at most per row; longer rows lose their end.", 2048, minimum=8, shapes_run=True)
+    train_on_prompt: bool = setting("Let the tokens of the prompt count in the loss too.", False, shapes_run=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSettings(Settings):
     """Training."""
 
-    lr: float = setting("Peak learning rate.", 1e-5, above=0, maximum=10)
-    batch_size: int = setting("Rows per device and micro-batch.", 1, minimum=1)
-    gradient_accumulation_steps: int = setting("Micro-batches per optimizer step.", 1, minimum=1)
-    num_train_epochs: int = setting("Passes over the data.", 1, minimum=1)
+    lr: float = setting("Peak learning rate.", 1e-5, above=0, maximum=10, shapes_run=True)
+    batch_size: int = setting("Rows per device and micro-batch.", 1, minimum=1, shapes_run=True)
+    gradient_accumulation_steps: int = setting("Micro-batches per optimizer step.", 1, minimum=1, shapes_run=True)
+    num_train_epochs: int = setting("Passes over the data.", 1, minimum=1, shapes_run=True)
     max_steps: int = setting(
-        "Stop after this many optimizer steps; 0: no limit. Sets the schedule's length.", 0, minimum=0
+        "Stop after this many optimizer steps; 0: no limit. Sets the schedule's length.", 0, minimum=0, shapes_run=True
     )
     lr_scheduler: str = setting(
-        "Course of the learning rate after the warm-up.", "cosine", choices=("cosine", "linear", "constant")
+        "Course of the learning rate after the warm-up.",
+        "cosine",
+        choices=("cosine", "linear", "constant"),
+        shapes_run=True,
     )
     warmup: float = setting(
-        "Share of the steps over which the learning rate rises to --lr.", 0.01, minimum=0, maximum=1
+        "Share of the steps over which the learning rate rises to --lr.", 0.01, minimum=0, maximum=1, shapes_run=True
     )
-    weight_decay: float = setting("Decoupled weight decay; norms and biases take none.", 0.01, minimum=0, maximum=1)
-    max_grad_norm: float = setting("Clip the gradient's norm to this; 0: no clipping.", 1.0, minimum=0)
-    seed: int = setting("Seed of the data order and of every random number.", 42, minimum=0, maximum=2**32 - 1)
+    weight_decay: float = setting(
+        "Decoupled weight decay; norms and biases take none.", 0.01, minimum=0, maximum=1, shapes_run=True
+    )
+    max_grad_norm: float = setting("Clip the gradient's norm to this; 0: no clipping.", 1.0, minimum=0, shapes_run=True)
+    seed: int = setting(
+        "Seed of the data order and of every random number.", 42, minimum=0, maximum=2**32 - 1, shapes_run=True
+    )
     deterministic: bool = setting("Use deterministic kernels only (slower).", False)
 
 
@@ -129,15 +141,30 @@ class OffloadSettings(Settings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings(Settings):
-    """Output and checkpoint."""
+    """Output."""
 
     output_dir: str = setting("Folder for the checkpoint, the tokenizer, metrics.jsonl and summary.json.")
-    save_checkpoint: bool = setting("Save a checkpoint after the last step.", False)
-    fail_on_checkpoint_error: bool = setting("Exit with status 3 when a checkpoint could not be saved.", False)
     log_interval: int = setting("Steps between two log lines.", 1, minimum=1)
     log_level: str = setting(
         "Least severe messages shown.", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSettings(Settings):
+    """Checkpoint and resume."""
+
+    save_checkpoint: bool = setting("Save a checkpoint after the last step.", False)
+    save_steps: int = setting("Save a checkpoint every N steps; 0: not.", 0, minimum=0)
+    save_minutes: float = setting("Save a checkpoint every M minutes; 0: not.", 0.0, minimum=0)
+    keep_checkpoints: int = setting("Complete checkpoints to keep, the newest ones.", 2, minimum=1)
+    fail_on_checkpoint_error: bool = setting("Exit with status 3 when a checkpoint could not be saved.", False)
+    resume: str = setting(
+        "auto: go on from the newest complete checkpoint in the output folder, or start; none: start; or the "
+        "folder of a checkpoint.",
+        "none",
+    )
+    resume_anyway: bool = setting("Go on although settings differ from those of the checkpoint.", False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +200,7 @@ class Config:
     training: TrainingSettings
     offload: OffloadSettings
     output: OutputSettings
+    checkpoint: CheckpointSettings
     measurement: MeasurementSettings
     tracking: TrackingSettings
     explicit: frozenset[str] = frozenset()
@@ -184,6 +212,7 @@ GROUPS: dict[str, Any] = {
     "training": TrainingSettings,
     "offload": OffloadSettings,
     "output": OutputSettings,
+    "checkpoint": CheckpointSettings,
     "measurement": MeasurementSettings,
     "tracking": TrackingSettings,
 }
@@ -208,3 +237,20 @@ def flat(config: Config) -> dict[str, Any]:
         for name, group in GROUPS.items()
         for spec in settings_of(group)
     }
+
+
+def differences(config: Config, other: dict[str, Any]) -> list[str]:
+    """List, as `--flag: there ..., here ...`, the settings that make `config` another run than `other` (flat values).
+
+    A setting that `other` does not know yet counts by its default.
+    """
+    here = flat(config)
+    result = []
+    for group in GROUPS.values():
+        for spec in settings_of(group):
+            if spec.metadata.get("shapes_run"):
+                there = other.get(spec.name, spec.default)
+                there = tuple(there) if isinstance(there, list) else there
+                if there != here[spec.name]:
+                    result.append(f"--{spec.name}: there {there}, here {here[spec.name]}")
+    return result

@@ -4,6 +4,7 @@ import os
 import random
 import socket
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -85,9 +86,9 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def count(mine: int) -> torch.Tensor:
-    """Add a count up over all ranks, left on the device: float32 `[]` (collective)."""
-    return total(torch.tensor(float(mine), device=device()))
+def counts(*mine: float) -> torch.Tensor:
+    """Add counts up over all ranks, left on the device: float64 `[number of counts]` (collective)."""
+    return total(torch.tensor(mine, dtype=torch.float64, device=device()))
 
 
 def agree(ok: bool) -> bool:
@@ -96,11 +97,18 @@ def agree(ok: bool) -> bool:
     return bool(total(answer).item() == 0)
 
 
-def from_rank_0(value: int) -> int:
-    """Give every rank the integer that rank 0 holds (collective)."""
-    shared = torch.tensor([value], dtype=torch.int64, device=device())
-    comm.broadcast(shared, src=0)
-    return int(shared.item())
+def gather(mine: Any) -> list[Any]:
+    """Give every rank a list of what each rank holds, any picklable object, in the order of ranks (collective)."""
+    everyone: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def of_rank_0(value: Any) -> Any:
+    """Give every rank the picklable object that rank 0 holds (collective)."""
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def peak_device_bytes() -> int:
@@ -110,6 +118,24 @@ def peak_device_bytes() -> int:
     largest = torch.tensor([mine], dtype=torch.int64, device=device())
     comm.all_reduce(largest, op=comm.ReduceOp.MAX)
     return int(largest.item())
+
+
+def random_state() -> dict[str, Any]:
+    """Take down the state of every random number generator of this rank."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": get_accelerator().get_rng_state(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every random number generator of this rank where `random_state` found it."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    get_accelerator().set_rng_state(state["device"])
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

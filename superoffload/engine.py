@@ -41,6 +41,25 @@ def create(model: Any, document: Document, training: TrainingSettings, total_ste
     return engine
 
 
+def catch_up(engine: Any) -> None:
+    """Bring the running powers of Adam's betas, after a load, to where an uninterrupted run has them.
+
+    DeepSpeed's C++ Adam (csrc/includes/cpu_adam.h, IncrementStep) multiplies beta^t up step by step and takes a
+    power afresh when the step jumps, as it does after a load; the two round differently. Updates of nothing,
+    microseconds each, multiply it up again.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", None)
+    if not isinstance(optimizer, DeepSpeedCPUAdam):
+        return
+    last = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    nothing = torch.empty(0)
+    group = optimizer.param_groups[0]
+    for step in range(1, last + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, nothing, nothing, nothing, nothing
+        )
+
+
 def _follow_schedule_on_device(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> None:
     """Let the device's share of the optimizer (offload ratio below 1) take the learning rate of each step.
 

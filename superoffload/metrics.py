@@ -43,6 +43,17 @@ class Progress:
     step_in_epoch: int = 0
     tokens: int = 0
 
+    def advance(self, tokens: int) -> None:
+        """Count one more step and the tokens it was trained on."""
+        self.step += 1
+        self.step_in_epoch += 1
+        self.tokens += tokens
+
+    def next_epoch(self) -> None:
+        """Begin the next pass over the data."""
+        self.epoch += 1
+        self.step_in_epoch = 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
@@ -106,7 +117,14 @@ class Meter:
     Where a step hands its gradients to the host, as offloading does, the host's clock follows the device.
     """
 
-    def __init__(self, config: Config, shape: ModelShape, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        state: dict[str, Any] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Start counting; `state` is what an earlier run's `state()` gave, whose interval then goes on."""
         self._recomputed = config.model.activation_checkpointing
         self._shape = shape
         self._clock = clock
@@ -115,6 +133,18 @@ class Meter:
         self._current, self._interval = _Work(), _Work()
         self._steps: list[_Work] = []
         self.last_loss = float("nan")
+        if state is not None:
+            self._interval = _Work(**state["interval"])
+            self._loss_sum += state["loss_sum"]
+            self.last_loss = state["last_loss"]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold so that the interval that is open can be logged whole."""
+        return {
+            "interval": asdict(self._interval),
+            "loss_sum": self._loss_sum.item(),
+            "last_loss": self.last_loss,
+        }
 
     def start(self) -> None:
         """Start the clock of the first step."""
@@ -174,6 +204,8 @@ class Meter:
         A run without more steps than that is measured over its last half, and the summary says so.
         """
         steps = len(self._steps)
+        if not steps:
+            return {"steps": 0, "final_loss": self.last_loss, **peak_memory()}
         left_out = warmup_steps if steps > warmup_steps else steps // 2
         measured = _Work()
         for work in self._steps[left_out:]:
@@ -181,7 +213,7 @@ class Meter:
         result: dict[str, Any] = {"steps": steps, "measured_steps": measured.steps}
         if left_out != warmup_steps:
             result["note"] = f"{steps} steps are not more than the {warmup_steps} of --warmup_steps: last half measured"
-        result["final_loss"] = self.last_loss if steps else None
+        result["final_loss"] = self.last_loss
         rates, *_ = self._rates(measured, torch.zeros_like(self._loss_sum))
         result["median_step_time_s"] = statistics.median(work.time_s for work in self._steps[left_out:])
         result.update({key: value for key, value in asdict(rates).items() if key != "step_time_s"})
@@ -209,6 +241,17 @@ def report(summary: dict[str, Any], saved: Saved, folder: str) -> None:
     logger.info("Finished after %d steps, final loss %.4f", summary["steps"], summary["final_loss"])
     if "note" in summary:
         logger.info("%s", summary["note"])
+    if summary["steps"]:
+        _report_rates(summary)
+    logger.info(
+        "Peak memory: device %.2f GiB, host %.2f GiB",
+        summary["peak_device_bytes"] / GIB,
+        summary["peak_host_bytes"] / GIB,
+    )
+    logger.log(logging.ERROR if saved.failed else logging.INFO, "%s", saved.sentence)
+
+
+def _report_rates(summary: dict[str, Any]) -> None:
     logger.info(
         "Measured over %d steps: median step %.0f ms, %.0f tokens/s, %.0f target tokens/s, %.2f TFLOPS/GPU, "
         "%.1f%% padding",
@@ -219,9 +262,3 @@ def report(summary: dict[str, Any], saved: Saved, folder: str) -> None:
         summary["tflops_per_gpu"],
         summary["padding_share"] * 100,
     )
-    logger.info(
-        "Peak memory: device %.2f GiB, host %.2f GiB",
-        summary["peak_device_bytes"] / GIB,
-        summary["peak_host_bytes"] / GIB,
-    )
-    logger.log(logging.ERROR if saved.failed else logging.INFO, "%s", saved.sentence)

@@ -27,8 +27,13 @@ class Tracker(Protocol):
 class JsonLines:
     """One line of JSON per logged step in `metrics.jsonl`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, step: int) -> None:
+        """Keep the lines up to `step`, which a run that goes on continues, and drop those after it."""
+        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
         self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append a line; it is on its way to the disk when this returns."""
@@ -40,20 +45,32 @@ class JsonLines:
         self._file.close()
 
 
+def _step_of(line: str) -> float:
+    """Return the step of a line; infinity for one that a crash cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
 class Wandb:
     """A run of Weights & Biases; with WANDB_MODE=offline it stays on this machine."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, run_id: str | None) -> None:
+        """Begin a run, or go on with the one whose id is given."""
         import wandb  # only where asked for: it takes a second and may not be installed
 
         self._wandb = wandb
         tracking = config.tracking
-        wandb.init(
+        run = wandb.init(
+            id=run_id,
+            resume="allow" if run_id else None,
             project=tracking.wandb_project,
             name=tracking.wandb_run_name or run_name(config, datetime.now()),
             tags=list(tracking.wandb_tags),
             config=settings.flat(config),
         )
+        self.run_id = getattr(run, "id", None)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers of a step, under the headings that upstream uses."""
@@ -89,6 +106,11 @@ class Guarded:
         if self._logging and tracker is not None:
             self._try("log", lambda: tracker.log(step, values))
 
+    @property
+    def run_id(self) -> str | None:
+        """Return the id under which this tracker can go on, if it has one."""
+        return getattr(self._tracker, "run_id", None)
+
     def finish(self) -> None:
         """End the tracker; once."""
         if self._tracker is not None:
@@ -102,6 +124,11 @@ class Trackers:
     def __init__(self, trackers: list[Tracker]) -> None:
         self._trackers = trackers
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold so that a resumed run goes on in the same place."""
+        ids = [getattr(tracker, "run_id", None) for tracker in self._trackers]
+        return {"run_id": next((run_id for run_id in ids if run_id), None)}
+
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Give the numbers of a step to every tracker."""
         for tracker in self._trackers:
@@ -113,14 +140,17 @@ class Trackers:
             tracker.finish()
 
 
-def start(config: Config, speaks: bool) -> Trackers:
-    """Start the trackers of this rank: none unless it is the one that speaks."""
+def start(config: Config, speaks: bool, step: int = 0, state: dict[str, Any] | None = None) -> Trackers:
+    """Start the trackers of this rank: none unless it is the one that speaks.
+
+    `step` and `state` are those of the checkpoint from which the run goes on.
+    """
     if not speaks:
         return Trackers([])
     path = Path(config.output.output_dir) / "metrics.jsonl"
-    trackers: list[Tracker] = [Guarded("metrics.jsonl", lambda: JsonLines(path))]
+    trackers: list[Tracker] = [Guarded("metrics.jsonl", lambda: JsonLines(path, step))]
     if config.tracking.use_wandb:
-        trackers.append(Guarded("Weights & Biases", lambda: Wandb(config)))
+        trackers.append(Guarded("Weights & Biases", lambda: Wandb(config, (state or {}).get("run_id"))))
     return Trackers(trackers)
 
 

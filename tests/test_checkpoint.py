@@ -30,11 +30,13 @@ def make_engine(folder: str, output_dir: str) -> tuple[Any, Any, config.Config]:
 def save_in_turn(folder: str, output_dir: str, steps: list[int], sabotages: list[str] | None = None) -> list[Saved]:
     """Save at each of `steps`, then once more at step 9 for each sabotage, done on some rank and undone after."""
     wrapped, tokenizer, chosen = make_engine(folder, output_dir)
-    results = [checkpoint.save(wrapped, tokenizer, chosen, Progress(step=step, epoch=1, tokens=70)) for step in steps]
+    results = [
+        checkpoint.save(wrapped, tokenizer, chosen, Progress(step=step, epoch=1, tokens=70), {}) for step in steps
+    ]
     for name in sabotages or []:
         with globals()[name](wrapped, Path(output_dir)):
             distributed.barrier()
-            results.append(checkpoint.save(wrapped, tokenizer, chosen, Progress(step=9)))
+            results.append(checkpoint.save(wrapped, tokenizer, chosen, Progress(step=9), {}))
         distributed.barrier()
     return results
 
@@ -132,6 +134,7 @@ def test_a_complete_checkpoint(model_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "global_step7"
     assert shares(tmp_path, "global_step7") == [
         "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "manifest.json",
         "zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt",
     ]  # fmt: skip
     import torch
@@ -142,10 +145,30 @@ def test_a_complete_checkpoint(model_folder: Path, tmp_path: Path) -> None:
     assert state["lr_scheduler"] is not None
 
 
-def test_a_checkpoint_of_the_same_step_replaces_the_older_one(model_folder: Path, tmp_path: Path) -> None:
+def test_the_newest_are_kept_and_pieces_cleared(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "global_step3").mkdir()
+    (tmp_path / "global_step3" / "incomplete").touch()
+    (tmp_path / "global_step4").mkdir()  # somebody else's: neither a manifest nor our mark
     run_ranks(1, save_in_turn, str(model_folder), str(tmp_path), [5, 7, 7])
     assert (tmp_path / "latest").read_text() == "global_step7_2"
-    assert sorted(path.name for path in tmp_path.glob("global_step*")) == ["global_step5", "global_step7_2"]
+    left = sorted(path.name for path in tmp_path.glob("global_step*"))
+    assert left == ["global_step4", "global_step7", "global_step7_2"]
+    newest = [path.name for path in checkpoint.complete_checkpoints(tmp_path)]
+    assert newest == ["global_step7_2", "global_step7"]
+
+
+def test_the_manifest_describes_every_file(model_folder: Path, tmp_path: Path) -> None:
+    run_ranks(2, save_in_turn, str(model_folder), str(tmp_path), [7])
+    manifest = checkpoint.read_manifest(tmp_path / "global_step7")
+    assert manifest is not None
+    assert manifest["world_size"] == 2
+    assert manifest["progress"]["step"] == 7
+    assert manifest["config"]["model_name"] == str(model_folder)
+    assert set(manifest["versions"]) == {"torch", "deepspeed", "transformers"}
+    files = {path.name for path in (tmp_path / "global_step7").glob("*.pt")}
+    assert set(manifest["files"]) == files
+    for name, entry in manifest["files"].items():
+        assert checkpoint.describe(tmp_path / "global_step7" / name) == entry
 
 
 def test_a_failed_save_ends_in_order_and_keeps_the_older(model_folder: Path, tmp_path: Path) -> None:
@@ -156,7 +179,7 @@ def test_a_failed_save_ends_in_order_and_keeps_the_older(model_folder: Path, tmp
             assert saved.path is None
             assert saved.sentence.startswith("NO CHECKPOINT WAS SAVED")
     assert (tmp_path / "latest").read_text() == "global_step5"
-    assert len(shares(tmp_path, "global_step5")) == 4
+    assert len(shares(tmp_path, "global_step5")) == 5
     assert not (tmp_path / "global_step9").exists()
 
 
@@ -175,7 +198,7 @@ def test_a_full_disk(model_folder: Path, small_disk: Path) -> None:
     results = run_ranks(2, save_in_turn, str(model_folder), str(small_disk), [5], ["disk_is_full"], timeout_s=120)
     assert [[saved.failed for saved in rank] for rank in results] == [[False, True], [False, True]]
     assert (small_disk / "latest").read_text() == "global_step5"
-    assert len(shares(small_disk, "global_step5")) == 4
+    assert len(shares(small_disk, "global_step5")) == 5
     assert not (small_disk / "global_step9").exists()
 
 

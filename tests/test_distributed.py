@@ -16,8 +16,9 @@ def ask() -> dict[str, object]:
         "agree": distributed.agree(True),
         "one says no": distributed.agree(rank != 1),
         "total": distributed.total(torch.tensor([rank, 10.0])).tolist(),
-        "count": distributed.count(rank + 1).item(),
-        "from rank 0": distributed.from_rank_0(rank + 5),
+        "counts": distributed.counts(rank + 1, 10).tolist(),
+        "gather": distributed.gather({"rank": rank}),
+        "of rank 0": distributed.of_rank_0(f"said by {rank}"),
         "peak": distributed.peak_device_bytes(),
     }
 
@@ -30,8 +31,9 @@ def test_collectives_on_two_ranks() -> None:
         assert answer["agree"] is True
         assert answer["one says no"] is False
         assert answer["total"] == [1.0, 20.0]
-        assert answer["count"] == 3.0
-        assert answer["from rank 0"] == 5
+        assert answer["counts"] == [3.0, 20.0]
+        assert answer["gather"] == [{"rank": 0}, {"rank": 1}]
+        assert answer["of rank 0"] == "said by 0"
         assert answer["peak"] == 0
 
 

@@ -8,6 +8,7 @@ import torch
 
 from superoffload import config, distributed, ds_config, engine, log, metrics, model, schedule, tracking
 from superoffload.data import loader
+from superoffload.run import Run
 from tests.ranks import REPOSITORY, run_ranks
 
 sys.path.insert(0, str(REPOSITORY))
@@ -46,8 +47,17 @@ def train(values: dict[str, Any], document: dict[str, Any] | None = None) -> tup
     shape = model.shape_of(sharded)
     wrapped = engine.create(sharded, merged.document, chosen.training, batches.total_steps)
     recorder = Recorder()
-    meter = metrics.Meter(chosen, shape)
-    finetune_zero3.train(wrapped, batches, chosen, metrics.Progress(), (meter, tracking.Trackers([recorder])))
+    finetune_zero3.train(
+        Run(
+            config=chosen,
+            engine=wrapped,
+            tokenizer=tokenizer,
+            batches=batches,
+            progress=metrics.Progress(),
+            meter=metrics.Meter(chosen, shape),
+            trackers=tracking.Trackers([recorder]),
+        )
+    )
     return wrapped, recorder.logged
 
 

@@ -23,9 +23,11 @@ LINE = re.compile(
 
 
 def shares(ranks: int) -> set[str]:
-    return {f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks)} | {
-        f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)
-    }
+    return (
+        {f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks)}
+        | {f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)}
+        | {"manifest.json"}
+    )
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

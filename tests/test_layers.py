@@ -18,16 +18,18 @@ LAYERS = [
     {"data.encode"},
     {"data.loader", "loss"},
     {"model", "tracking", "metrics"},
-    {"engine", "checkpoint"},
-    {"commands", "tiny"},
+    {"engine", "checkpoint", "requests"},
+    {"resume", "run"},
+    {"tiny"},
+    {"commands"},
 ]
 HEAVY = {
     "deepspeed": {"distributed", "model", "engine", "checkpoint"},
-    "transformers": {"model", "tiny", "distributed"},
+    "transformers": {"model", "tiny", "distributed", "checkpoint"},
     "datasets": {"data.loader"},
     "wandb": {"tracking"},
     "huggingface_hub": {"hub", "model"},
-    "torch": {"ops", "distributed", "data.loader", "loss", "model", "metrics", "engine", "tiny"},
+    "torch": {"ops", "distributed", "data.loader", "loss", "model", "metrics", "engine", "tiny", "checkpoint"},
 }
 
 

@@ -32,7 +32,7 @@ def batch(lengths: tuple[int, ...], target_tokens: int, positions: int) -> Batch
 
 def meter(clock: Clock, recomputed: bool = False) -> metrics.Meter:
     values = {"model_name": "m", "output_dir": "o", "activation_checkpointing": recomputed}
-    made = metrics.Meter(config.build(values), SHAPE, clock)
+    made = metrics.Meter(config.build(values), SHAPE, clock=clock)
     made.start()
     return made
 
@@ -142,3 +142,16 @@ def test_the_report_says_what_happened(
     assert written["final_loss"] == 1.5
     last = caplog.records[-1]
     assert (last.levelname, last.message) == ("ERROR", "NO CHECKPOINT WAS SAVED: x")
+
+
+def test_an_open_interval_goes_on_after_a_resume(one_rank: None) -> None:
+    clock = Clock()
+    first = meter(clock)
+    step(first, clock, 1.0, loss=2.0, targets=30)
+    values = {"model_name": "m", "output_dir": "o"}
+    second = metrics.Meter(config.build(values), SHAPE, first.state(), clock)
+    second.start()
+    step(second, clock, 3.0, loss=6.0, targets=10)
+    read = second.read(Progress(step=2), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
+    assert read.loss == pytest.approx(3.0)
+    assert read.rates.step_time_s == 2.0

@@ -23,8 +23,9 @@ class FakeWandb(types.ModuleType):
         if name == self.failing:
             raise RuntimeError(f"{name} is down")
 
-    def init(self, **options: Any) -> None:
+    def init(self, **options: Any) -> Any:
         self._call("init", options)
+        return types.SimpleNamespace(id=options["id"] or "new-id")
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self._call("log", (step, values))
@@ -33,11 +34,11 @@ class FakeWandb(types.ModuleType):
         self._call("finish", None)
 
 
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str = "", speaks: bool = True) -> Any:
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str = "", speaks: bool = True, **resumed: Any) -> Any:
     fake = FakeWandb(failing)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     values = {"model_name": "org/m", "output_dir": str(folder), "use_wandb": True, "wandb_tags": ("a", "b"), "lr": 2e-5}
-    return tracking.start(config.build(values), speaks), fake
+    return tracking.start(config.build(values), speaks, **resumed), fake
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -97,3 +98,19 @@ def test_run_name_is_upstreams() -> None:
     values = {"model_name": "org/Model-8B/", "output_dir": "o", "batch_size": 4, "activation_checkpointing": True}
     name = tracking.run_name(config.build(values), datetime(2026, 1, 2, 3, 4, 5))
     assert name == "Model-8B_bs4_seq2048_ac1_T20260102_030405"
+
+
+def test_a_resumed_run_goes_on_in_the_same_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = start(tmp_path, monkeypatch)
+    for step in (1, 2, 3, 4):
+        first.log(step, {"step": step})
+    state = first.state()
+    assert state == {"run_id": "new-id"}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # cut short by a crash
+    second, fake = start(tmp_path, monkeypatch, step=2, state=state)
+    second.log(3, {"step": 3, "again": True})
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert (fake.calls[0][1]["id"], fake.calls[0][1]["resume"]) == ("new-id", "allow")
+    start(tmp_path, monkeypatch)
+    assert lines(tmp_path) == []

@@ -1,0 +1,141 @@
+"""Go on from a checkpoint as if nothing had happened: find an intact one, compare the settings, restore.
+
+`latest` alone is not believed: every rank checks the size and checksum of its own files against the manifest, and
+where one is damaged the next older complete checkpoint is taken, with a warning that names what was wrong.
+"""
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from superoffload import config as settings
+from superoffload import distributed
+from superoffload.checkpoint import LATEST, complete_checkpoints, describe, read_manifest
+from superoffload.config import Config
+from superoffload.errors import UserError
+from superoffload.log import logger
+from superoffload.metrics import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint to go on from, intact on every rank."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def lock(folder: str) -> int | None:
+    """Refuse an output folder into which another run writes; the lock ends with this process, however it ends.
+
+    Returns the handle that holds it, None where the file system knows no locks. Raises `UserError`.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(
+            f"--output_dir {folder}: another run is writing there; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): take care that no other run writes there", folder, error.strerror)
+        os.close(handle)
+        return None
+    return handle
+
+
+def unlock(handle: int | None) -> None:
+    """Let the output folder go at the end of a run."""
+    if handle is not None:
+        os.close(handle)
+
+
+def find(config: Config) -> Source | None:
+    """Choose the checkpoint that `--resume` means and check it on every rank (collective); None: start anew.
+
+    Raises `UserError` where there is none that is intact, or where it is one of another run.
+    """
+    wanted = config.checkpoint.resume
+    if wanted == "none":
+        return None
+    candidates: list[tuple[Path, Any]] = distributed.of_rank_0(_candidates(config) if distributed.speaks() else None)
+    if not candidates:
+        if wanted == "auto":
+            if any(Path(config.output.output_dir).glob("global_step*")):
+                logger.warning("%s holds no complete checkpoint: starting anew", config.output.output_dir)
+            return None
+        raise UserError(f"--resume {wanted}: no complete checkpoint there; a complete one has a manifest.json")
+    for path, manifest in candidates:
+        _check_world_size(path, manifest)
+        damage = [text for text in distributed.gather(_damage(path, manifest)) if text]
+        if not damage:
+            _check_same_run(config, path, manifest)
+            return Source(path, manifest)
+        logger.warning("%s cannot be used: %s", path, "; ".join(damage))
+    raise UserError(f"--resume {wanted}: every checkpoint is damaged ({'; '.join(damage)}); --resume none starts anew")
+
+
+def _candidates(config: Config) -> list[tuple[Path, Any]]:
+    """List the complete checkpoints to try: the one that `latest` names first, then by age."""
+    auto = config.checkpoint.resume == "auto"
+    folder = Path(config.output.output_dir if auto else config.checkpoint.resume)
+    if not auto and read_manifest(folder):
+        return [(folder, read_manifest(folder))]
+    found = complete_checkpoints(folder)
+    named = folder / _read(folder / LATEST) if (folder / LATEST).is_file() else None
+    if named is not None and named in found:
+        found.sort(key=lambda path: path != named)
+    elif found:
+        what = f"names {named.name}, which is not complete" if named else "is missing"
+        logger.warning("%s %s: taking the newest complete checkpoint, %s", folder / LATEST, what, found[0].name)
+    return [(path, read_manifest(path)) for path in found]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip() or "nothing"
+
+
+def _damage(path: Path, manifest: dict[str, Any]) -> str:
+    """Say which file of this rank's is not as it was written; empty where all are."""
+    mark = f"pp_rank_{distributed.rank()}_"
+    for name, entry in manifest["files"].items():
+        if mark in name:
+            try:
+                found = describe(path / name)
+            except OSError as error:
+                return f"{name}: {error.strerror}"
+            if found["bytes"] != entry["bytes"]:
+                return f"{name} has {found['bytes']} bytes instead of {entry['bytes']}"
+            if found != entry:
+                return f"{name} has another checksum than when it was written"
+    return ""
+
+
+def _check_world_size(path: Path, manifest: dict[str, Any]) -> None:
+    there = manifest["world_size"]
+    if there != distributed.world_size():
+        raise UserError(
+            f"{path} was saved by {there} ranks, this run has {distributed.world_size()}: start it with {there}"
+        )
+
+
+def _check_same_run(config: Config, path: Path, manifest: dict[str, Any]) -> None:
+    found = settings.differences(config, manifest["config"])
+    if not found:
+        return
+    if not config.checkpoint.resume_anyway:
+        raise UserError(f"{path} is of another run ({'; '.join(found)}); --resume_anyway goes on with the new values")
+    logger.warning("Going on with other settings than the checkpoint's: %s", "; ".join(found))
+
+
+def restore(engine: Any, source: Source) -> tuple[Progress, dict[str, Any]]:
+    """Load model, optimizer and schedule into the engine (collective); return progress and what `save` was given."""
+    path, state = engine.load_checkpoint(str(source.path.parent), tag=source.path.name)
+    if path is None:
+        raise UserError(f"{source.path}: DeepSpeed could not load it")
+    progress = Progress(**state["progress"])
+    logger.info("Going on from %s: step %d, epoch %d", source.path, progress.step, progress.epoch)
+    return progress, state

@@ -1,0 +1,45 @@
+"""What belongs to one run, and its checkpoint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from superoffload import checkpoint, distributed
+from superoffload.config import Config
+from superoffload.data.loader import Batches
+from superoffload.metrics import Meter, Progress, Saved
+from superoffload.tracking import Trackers
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """The parts of a run; `progress` and `saved` change as it goes on."""
+
+    config: Config
+    engine: Any
+    tokenizer: Any
+    batches: Batches
+    progress: Progress
+    meter: Meter
+    trackers: Trackers
+    saved: Saved = checkpoint.NOT_ASKED
+    saved_step: int = -1
+    stopped: bool = False
+
+    @property
+    def last_step(self) -> int:
+        """Return the step after which the run ends."""
+        total = self.batches.total_steps
+        return min(total, self.config.measurement.bench_steps or total)
+
+    def save(self) -> None:
+        """Save a checkpoint of this step unless there is one (collective); `saved` says how it ended."""
+        if self.saved_step == self.progress.step and not self.saved.failed:
+            return
+        extra = {
+            "random": distributed.random_state(),
+            "meter": self.meter.state(),
+            "trackers": self.trackers.state(),
+        }
+        self.saved = checkpoint.save(self.engine, self.tokenizer, self.config, self.progress, extra)
+        self.saved_step = self.progress.step
+        self.meter.start()  # the time of the save is no step's

@@ -1,0 +1,272 @@
+"""Runs that are cut off and go on: the real launcher, real signals, real files."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from superoffload import checkpoint, config, resume
+from superoffload.errors import UserError
+from tests.ranks import REPOSITORY, environment, free_port, launch
+
+TIMES = {"step_time_s", "tokens_per_s", "target_tokens_per_s", "tflops_per_gpu", "hardware_tflops_per_gpu"}
+
+
+def flags(model: Path, rows: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--model_name", str(model), "--dataset_name", str(rows), "--output_dir", str(out), "--max_length", "128",
+        "--batch_size", "1", "--gradient_accumulation_steps", "2", "--lr", "3e-3", "--warmup", "0.2",
+        "--max_grad_norm", "1.9", "--num_train_epochs", "2", "--deterministic", "--resume", "auto", *more,
+    ]  # fmt: skip
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """List every tensor of a loaded state, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for key in sorted(value, key=str) for tensor in tensors(value[key])]
+    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def states(out: Path) -> dict[str, list[torch.Tensor]]:
+    folder = out / (out / "latest").read_text()
+    return {
+        path.name: tensors(torch.load(path, weights_only=False)["optimizer_state_dict"])
+        for path in sorted(folder.glob("*_optim_states.pt"))
+    }
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(
+    ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    steps = ["--max_steps", "12"]
+    assert launch(ranks, *flags(model_folder, rows_file, whole, *steps, "--save_checkpoint")).returncode == 0
+    first = launch(ranks, *flags(model_folder, rows_file, parts, *steps, "--save_steps", "5", "--bench_steps", "7"))
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = launch(ranks, *flags(model_folder, rows_file, parts, *steps, "--save_checkpoint"))
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert f"Going on from {parts / 'global_step5'}: step 5" in second.stderr
+
+    norms = [line["grad_norm"] for line in logged(whole)]
+    assert min(norms) < 1.9 < max(norms)  # some steps are clipped, some are not
+    assert logged(parts) == logged(whole)
+    expected, found = states(whole), states(parts)
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        assert len(values) == len(found[name]) > 3
+        for left, right in zip(values, found[name], strict=True):
+            assert torch.equal(left, right), name
+
+
+def start(model: Path, rows: Path, out: Path, *more: str, ranks: int = 2) -> "subprocess.Popen[str]":
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command += [str(REPOSITORY / "finetune_zero3.py"), *flags(model, rows, out, *more)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(),
+                            start_new_session=True)  # fmt: skip
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if any("--local_rank" in word for word in child.cmdline())]
+
+
+def wait_for(condition: Any, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def lines_of(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_signal_to_one_rank_saves_and_ends_in_order(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500")
+    try:
+        wait_for(lambda: lines_of(tmp_path) >= 2)
+        (tmp_path / "save_now").touch()
+        wait_for(lambda: not (tmp_path / "save_now").exists())
+        assert (tmp_path / "latest").exists()
+        ranks_of(process)[-1].send_signal(signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err[-3000:]
+    step = int((tmp_path / "latest").read_text().removeprefix("global_step"))
+    assert f"Asked to stop by another rank's signal: saving after step {step}" in err
+    assert err.rstrip().splitlines()[-1].endswith(f"Checkpoint saved in {tmp_path / f'global_step{step}'}")
+
+
+def test_a_second_run_into_the_same_folder_is_refused(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500", ranks=1)
+    try:
+        wait_for(lambda: lines_of(tmp_path) >= 1)
+        second = launch(1, *flags(model_folder, rows_file, tmp_path))
+        assert second.returncode == 2
+        assert f"Error: --output_dir {tmp_path}: another run is writing there" in second.stderr
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    handle = resume.lock(str(tmp_path))  # a killed run leaves no lock behind
+    resume.unlock(handle)
+
+
+def kill_and_resume(model: Path, rows: Path, out: Path, rng: random.Random) -> None:
+    """Kill one rank or all at some moment of a run that saves all the time."""
+    before = lines_of(out)
+    process = start(model, rows, out, "--num_train_epochs", "500", "--save_steps", "1", "--keep_checkpoints", "2")
+    try:
+        wait_for(lambda: lines_of(out) >= before + 2 or process.poll() is not None)
+        assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
+        time.sleep(rng.random())
+        victims = ranks_of(process)
+        for victim in victims if rng.random() < 0.5 else victims[:1]:
+            victim.kill()
+        process.communicate(timeout=60)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def test_a_run_killed_while_saving_always_goes_on(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """A few trials; tests/faults.py makes as many as one likes."""
+    for trial in range(2):
+        kill_and_resume(model_folder, rows_file, tmp_path, random.Random(trial))
+        newest = checkpoint.complete_checkpoints(tmp_path)[0]
+        manifest = checkpoint.read_manifest(newest)
+        assert manifest is not None
+        for name, entry in manifest["files"].items():
+            assert checkpoint.describe(newest / name) == entry
+
+
+def find(out: Path, **values: Any) -> resume.Source | None:
+    given = {"model_name": "m", "output_dir": str(out), "resume": "auto", **values}
+    return resume.find(config.build(given))
+
+
+def make_checkpoint(out: Path, step: int, saved_at: float, **values: Any) -> Path:
+    folder = out / f"global_step{step}"
+    folder.mkdir(parents=True)
+    path = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    path.write_bytes(os.urandom(1000))
+    settings = config.flat(config.build({"model_name": "m", "output_dir": str(out), **values}))
+    manifest = {"saved_at": saved_at, "world_size": 1, "files": {path.name: checkpoint.describe(path)},
+                "progress": {"step": step}, "config": settings}  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (out / "latest").write_text(folder.name)
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path: Path, one_rank: None) -> tuple[Path, Path]:
+    return make_checkpoint(tmp_path, 3, 1.0), make_checkpoint(tmp_path, 6, 2.0)
+
+
+def test_nothing_to_resume(tmp_path: Path, one_rank: None) -> None:
+    assert find(tmp_path) is None
+    with pytest.raises(UserError, match="no complete checkpoint there"):
+        find(tmp_path, resume=str(tmp_path))
+
+
+def test_latest_is_taken(two: tuple[Path, Path]) -> None:
+    source = find(two[0].parent)
+    assert source is not None
+    assert source.path == two[1]
+    named = find(two[0].parent, resume=str(two[0]))
+    assert named is not None
+    assert named.path == two[0]
+    assert find(two[0].parent, resume="none") is None
+
+
+@pytest.mark.parametrize("content", [None, "", "global_step99", "\xff\xfe"])
+def test_latest_that_leads_nowhere(content: str | None, two: tuple[Path, Path]) -> None:
+    latest = two[0].parent / "latest"
+    latest.unlink()
+    if content is not None:
+        latest.write_text(content, encoding="latin-1")
+    source = find(two[0].parent)
+    assert source is not None
+    assert source.path == two[1]
+
+
+def damage(folder: Path, how: str) -> None:
+    (path,) = folder.glob("*.pt")
+    data = bytearray(path.read_bytes())
+    if how == "short":
+        path.write_bytes(data[:500])
+    elif how == "flipped":
+        data[700] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("short", "has 500 bytes instead of 1000"), ("flipped", "another checksum"), ("gone", "No such")]
+)
+def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(
+    how: str, words: str, two: tuple[Path, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume.logger, "propagate", True)
+    damage(two[1], how)
+    source = find(two[0].parent)
+    assert source is not None
+    assert source.path == two[0]
+    assert f"{two[1]} cannot be used: zero_pp_rank_0_mp_rank_00_model_states.pt" in caplog.text
+    assert words in caplog.text
+    damage(two[0], how)
+    with pytest.raises(UserError, match="every checkpoint is damaged .*--resume none starts anew"):
+        find(two[0].parent)
+    with pytest.raises(UserError, match=words):
+        find(two[0].parent, resume=str(two[1]))
+
+
+def test_a_checkpoint_without_its_manifest_does_not_count(two: tuple[Path, Path]) -> None:
+    (two[1] / "manifest.json").write_text("{")
+    source = find(two[0].parent)
+    assert source is not None
+    assert source.path == two[0]
+
+
+def test_another_run_is_not_gone_on_with(two: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError) as raised:
+        find(two[0].parent, seed=1, max_length=64, log_interval=7)
+    assert "--seed: there 42, here 1" in str(raised.value)
+    assert "--max_length: there 2048, here 64" in str(raised.value)
+    assert "log_interval" not in str(raised.value)
+    assert find(two[0].parent, seed=1, resume_anyway=True) is not None
+
+
+def test_another_number_of_ranks_is_said(two: tuple[Path, Path]) -> None:
+    manifest = json.loads((two[1] / "manifest.json").read_text())
+    (two[1] / "manifest.json").write_text(json.dumps({**manifest, "world_size": 2}))
+    with pytest.raises(UserError, match="was saved by 2 ranks, this run has 1"):
+        find(two[0].parent, resume_anyway=True)
+
+
+def test_a_checkpoint_can_be_moved(two: tuple[Path, Path], tmp_path: Path) -> None:
+    moved = shutil.copytree(two[1], tmp_path / "elsewhere" / "global_step6")
+    source = find(tmp_path / "new", resume=str(moved))
+    assert source is not None
+    assert source.path == moved
