@@ -58,8 +58,8 @@ def main(config: "Config") -> int:
         meter=metrics.Meter(config, shape, state.get("meter")),
         trackers=tracking.start(config, distributed.speaks(), progress.step, state.get("trackers")),
     )
-    if state:
-        distributed.set_random_state(state["random"])
+    if source:
+        run.goes_on_from(source.path, state["random"])
     try:
         train(run)
         if config.checkpoint.save_checkpoint or run.stopped:

@@ -102,6 +102,9 @@ arguments=(
     --warmup_steps "$WARMUP_STEPS"
     --attn_implementation "$ATTN_IMPLEMENTATION"
     --sub_group_size "$SUB_GROUP_SIZE"
+    --save_steps "$SAVE_STEPS"
+    --keep_checkpoints "$KEEP_CHECKPOINTS"
+    --resume "$RESUME"
 )
 # ZeRO-Offload keeps the whole optimizer on the host, as upstream has it.
 if [[ $mode == superoffload ]]; then arguments+=(--offload_ratio "$OFFLOAD_RATIO"); fi
@@ -128,4 +131,23 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     echo
     exit 0
 fi
-exec "${command[@]}"
+
+# DeepSpeed's launcher dies of a signal alone and leaves its ranks running, so this shell stays and passes SIGTERM and
+# SIGUSR1 on to the ranks, which save and end. Ctrl-C reaches the launcher itself, which then stops the ranks.
+pass_on() {
+    local ranks
+    ranks=$(for launch in $(pgrep -P "$launcher"); do pgrep -P "$launch"; done || true)
+    kill "-$1" ${ranks:-"$launcher"} 2>/dev/null || true
+}
+"${command[@]}" &
+launcher=$!
+trap 'interrupted=true; pass_on TERM' TERM
+trap 'interrupted=true; pass_on USR1' USR1
+trap 'interrupted=true' INT
+interrupted=true
+while $interrupted; do # a trap ends the wait early
+    interrupted=false
+    status=0
+    wait "$launcher" || status=$?
+done
+exit "$status"

@@ -1,11 +1,13 @@
 """What belongs to one run, and its checkpoint."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from superoffload import checkpoint, distributed
 from superoffload.config import Config
 from superoffload.data.loader import Batches
+from superoffload.log import logger
 from superoffload.metrics import Meter, Progress, Saved
 from superoffload.tracking import Trackers
 
@@ -30,6 +32,13 @@ class Run:
         """Return the step after which the run ends."""
         total = self.batches.total_steps
         return min(total, self.config.measurement.bench_steps or total)
+
+    def goes_on_from(self, path: Path, random_state: dict[str, Any]) -> None:
+        """Take up the random numbers where the checkpoint left them; nothing may draw between this and a step."""
+        self.saved, self.saved_step = Saved(path, f"Checkpoint of this step is in {path}"), self.progress.step
+        if self.progress.step >= self.last_step:
+            logger.info("Nothing is left to train: %s is of the last step", path)
+        distributed.set_random_state(random_state)
 
     def save(self) -> None:
         """Save a checkpoint of this step unless there is one (collective); `saved` says how it ended."""

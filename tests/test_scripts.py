@@ -1,6 +1,8 @@
 import os
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -226,3 +228,23 @@ def test_setup_is_done_once(tmp_path: Path) -> None:
     )  # fmt: skip
     assert refused.returncode == 2
     assert "is Python 3.8.1, Python 3.11 or newer is needed" in refused.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_the_ranks_and_their_status_comes_back(number: signal.Signals, stand_in: Path) -> None:
+    """The stand-in is a launcher with a rank below it, as DeepSpeed's is: neither passes signals on."""
+    (stand_in / "rank").write_text('#!/bin/bash\ntrap "exit 5" TERM USR1\ntouch "$SEEN"\nwhile :; do sleep 0.1; done\n')
+    (stand_in / "launch").write_text(f"#!/bin/bash\n{stand_in}/rank & wait $!\n")
+    (stand_in / "deepspeed").write_text(f"#!/bin/bash\n{stand_in}/launch & wait $!\n")
+    for name in ("rank", "launch"):
+        (stand_in / name).chmod(0o755)
+    seen_file = stand_in.parent / "seen"
+    environment = {**os.environ, "PATH": f"{stand_in}:{os.environ['PATH']}", "SEEN": str(seen_file)}
+    process = subprocess.Popen(
+        ["bash", str(script_of("llama-8b")), "superoffload"], env=environment, stdout=subprocess.DEVNULL
+    )
+    while not seen_file.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 5
