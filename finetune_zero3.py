@@ -22,8 +22,8 @@ CHECKPOINT_ERROR = 3
 def main(config: "Config") -> int:
     """Train as the settings say and return the exit status."""
     document = ds_config.read(config)
-    from superoffload import checkpoint, distributed, engine, log, metrics, model, tracking
-    from superoffload.data import loader
+    from superoffload import checkpoint, distributed, engine, isolation, log, metrics, model, tokenizer, tracking
+    from superoffload.data import collate, loader
 
     log.setup(config.output.log_level)
     merged = ds_config.merge(document, config, distributed.world_size())
@@ -38,13 +38,17 @@ def main(config: "Config") -> int:
     model_config = model.load_config(config.model.model_name)
     attention = model.choose_attention(config.model, model_config, document)
     model.check_leaf_module(config.model.leaf_module, model_config)
-    tokenizer = model.load_tokenizer(config.model.model_name)
-    rows = loader.tokenised(loader.load_rows(config.data), tokenizer, config.data)
-    batches = loader.Batches(rows, tokenizer.pad_token_id, config.training, distributed.place())
+    words = tokenizer.load(config.model.model_name)
+    rows, _held_out = loader.load(words, config.data, config.training.seed)
+    distributed.wait_for_all("tokenised")
+    layout = collate.layout(config.data, words.pad_token_id, attention)
+    batches = loader.Batches(rows, layout, config.training, distributed.place())
+    log.logger.info("%s", batches.statistics().short())
 
     sharded = model.load_model(config.model, model_config, document, attention)
     shape = model.shape_of(sharded)
     model_engine = engine.create(sharded, document, config.training, batches.total_steps)
+    isolation.check(model_engine, layout)
 
     progress = metrics.Progress()
     meter = metrics.Meter(config, shape)
@@ -53,7 +57,7 @@ def main(config: "Config") -> int:
     try:
         train(model_engine, batches, config, progress, (meter, trackers))
         if config.output.save_checkpoint:
-            saved = checkpoint.save(model_engine, tokenizer, config, progress)
+            saved = checkpoint.save(model_engine, words, config, progress)
     finally:
         trackers.finish()
     metrics.report(meter.summary(config.measurement.warmup_steps), saved, config.output.output_dir)
@@ -83,7 +87,7 @@ def train(
             lr = model_engine.get_lr()[0]
             targets = distributed.count(sum(batch.target_tokens for batch in micro_batches))
             for batch in micro_batches:
-                inputs = {name: tensor.to(model_engine.device) for name, tensor in batch.inputs.items()}
+                inputs = batch.on(model_engine.device)
                 labels = inputs.pop("labels")
                 loss_sum = summed_loss(model_engine(**inputs).logits, labels)
                 model_engine.backward(loss_sum * (undone / targets))

@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import time
 from datetime import timedelta
 
 import deepspeed
@@ -67,6 +68,14 @@ def close() -> None:
     """Leave the group of ranks (collective where the backend waits)."""
     if comm.is_initialized():
         comm.destroy_process_group()
+
+
+def wait_for_all(event: str) -> None:
+    """Wait until every rank has come here, without a collective: however long one of them takes, none times out."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    store.set(f"superoffload/{event}/{rank()}", "reached")
+    while not store.check([f"superoffload/{event}/{other}" for other in range(world_size())]):
+        time.sleep(0.1)
 
 
 def device() -> torch.device:

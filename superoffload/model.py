@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from superoffload import hub
+from superoffload import hub, tokenizer
 from superoffload.config import ModelSettings
 from superoffload.ds_config import Document, dtype_name
 from superoffload.errors import UserError
@@ -38,24 +38,6 @@ def load_config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise _user_error(name, error) from error
-
-
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer; a missing padding token falls back to the end-of-sequence token.
-
-    Raises `UserError` where it cannot be had or has no end-of-sequence token to learn stopping from.
-    """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _user_error(name, error) from error
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"--model_name {name}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _user_error(name: str, error: BaseException) -> UserError:
@@ -91,7 +73,7 @@ def choose_attention(settings: ModelSettings, config: Any, document: Document) -
 def load_whole(folder: Path) -> tuple[Any, Any]:
     """Load a model, all of it in this process and in float32, and its tokenizer."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), load_tokenizer(str(folder))
+    return model.eval(), tokenizer.load(str(folder))
 
 
 def check_leaf_module(requested: str | None, config: Any) -> None:

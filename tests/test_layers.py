@@ -14,20 +14,24 @@ LAYERS = [
     {"config", "log", "schedule", "flops"},
     {"cli", "ds_config", "hub", "ops"},
     {"distributed"},
-    {"data.formats"},
+    {"data.formats", "data.packing", "data.rows", "tokenizer"},
+    {"data.chat", "data.sources"},
     {"data.encode"},
-    {"data.loader", "loss"},
+    {"data.cache", "data.collate", "loss"},
+    {"data.statistics", "data.preview", "isolation"},
+    {"data.loader"},
     {"model", "tracking", "metrics"},
     {"engine", "checkpoint"},
-    {"commands", "tiny"},
+    {"tiny"},
+    {"commands"},
 ]
 HEAVY = {
     "deepspeed": {"distributed", "model", "engine", "checkpoint"},
-    "transformers": {"model", "tiny", "distributed"},
-    "datasets": {"data.loader"},
+    "transformers": {"model", "tokenizer", "tiny", "distributed"},
+    "datasets": {"data.sources", "data.cache"},
     "wandb": {"tracking"},
-    "huggingface_hub": {"hub", "model"},
-    "torch": {"ops", "distributed", "data.loader", "loss", "model", "metrics", "engine", "tiny"},
+    "huggingface_hub": {"hub", "model", "tokenizer"},
+    "torch": {"ops", "distributed", "data.collate", "isolation", "loss", "model", "metrics", "engine", "tiny"},
 }
 
 
