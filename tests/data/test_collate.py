@@ -1,5 +1,7 @@
 """Batches: their shapes, and documents that do not see each other in real models."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -166,3 +168,35 @@ def test_all_ones_mask_would_leak():
         right = model(**inputs).logits
         leaky = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits
     assert (right - leaky)[1, 17:25].abs().max() > 1e-3
+
+
+def varlen_reference(module, query, key, value, attention_mask, scaling=None, **bounds):
+    """Attend as a variable-length kernel does: document by document, told by the bounds alone."""
+    assert attention_mask is None
+    assert bounds["max_length_q"] == max(bounds["cu_seq_lens_q"].diff().tolist())
+    edges = bounds["cu_seq_lens_q"].tolist()
+    pieces = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        for start, end in itertools.pairwise(edges)
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bounds_reach_the_attention_of_every_layer_and_isolate(kind):
+    transformers.AttentionInterface.register("varlen_reference", varlen_reference)
+    model, plain = tiny(kind, "varlen_reference").eval(), tiny(kind).eval()
+    inputs = collate(PACKS, 2, VARLEN).on("cpu")
+    del inputs["labels"]
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+        for (ids, _), start in zip(DOCUMENTS, [0, 9, 10, 27], strict=True):
+            alone = plain(input_ids=torch.as_tensor(ids)[None]).logits[0]
+            torch.testing.assert_close(logits[start : start + len(ids)], alone, atol=1e-5, rtol=0)

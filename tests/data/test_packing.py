@@ -1,11 +1,18 @@
 """Best-fit decreasing."""
 
+import json
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from superoffload.config import DataSettings
 from superoffload.data import packing
+from superoffload.data.cache import Request, tokenised
 
 
 def lengths_like_alpaca(count, seed=0):
@@ -77,3 +84,19 @@ def test_impossible_lengths_are_refused(lengths):
 def test_alone_gives_each_row_its_own_pack():
     packs = packing.alone(3)
     assert packs.bounds.tolist() == [0, 1, 2, 3]
+
+
+def test_alpaca_rows_are_packed_at_least_99_percent_full():
+    path = Path(os.environ.get("ALPACA_DEMO", Path(__file__).parents[3] / "shared" / "data" / "alpaca_en_demo.json"))
+    if not path.exists():
+        pytest.skip("name alpaca_en_demo.json with ALPACA_DEMO")
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<eos>"])
+    inner.train_from_iterator([text for row in rows for text in row.values()], trainer)
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    loaded = tokenised(Request(name=str(path), split="train"), words, DataSettings(max_length=2048))
+    packs = packing.pack(loaded.lengths, 2048)
+    assert len(loaded) == 999
+    assert packing.fill(loaded.lengths, packs, 2048) >= 0.99
