@@ -39,8 +39,8 @@ def main(config: "Config") -> int:
     attention = model.choose_attention(config.model, model_config, document)
     model.check_leaf_module(config.model.leaf_module, model_config)
     words = tokenizer.load(config.model.model_name)
-    rows, _held_out = loader.load(words, config.data, config.training.seed)
-    distributed.wait_for_all("tokenised")
+    with distributed.each_for_itself("tokenising"):
+        rows, _held_out = loader.load(words, config.data, config.training.seed)
     layout = collate.layout(config.data, words.pad_token_id, attention)
     batches = loader.Batches(rows, layout, config.training, distributed.place())
     log.logger.info("%s", batches.statistics().short())

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 COLLECTIVE_TIMEOUT_S = 2
-TOKENISING_S = 5
+TOKENISING_S = 4
 
 
 def free_port():
@@ -26,6 +26,7 @@ def one_rank(name, env, results):
     from superoffload import distributed
     from superoffload.config import DataSettings
     from superoffload.data import cache
+    from superoffload.errors import UserError
     from tests.data.conftest import make_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE.__class__(env["HF_DATASETS_CACHE"])
@@ -39,8 +40,13 @@ def one_rank(name, env, results):
 
     cache.Encoder.__call__ = slowly
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    rows = cache.tokenised(cache.Request(name=name, split="train"), make_tokenizer(), DataSettings())
-    distributed.wait_for_all("tokenised")
+    try:
+        with distributed.each_for_itself("tokenising"):
+            request = cache.Request(name=env.get("NAME", name), split="train")
+            rows = cache.tokenised(request, make_tokenizer(), DataSettings())
+    except UserError as error:
+        results.put((env["RANK"], str(error)))
+        return
     total = torch.tensor([len(rows)])
     torch.distributed.all_reduce(total)
     results.put((env["RANK"], int(total), bool(tokenised_here)))
@@ -77,3 +83,18 @@ def test_no_collective_waits_on_tokenising(jsonl, tmp_path, nodes):
             for rank in (0, 1)
         ]
     assert run(jsonl(rows), envs) == [("0", 20, True), ("1", 20, nodes == 2)]
+
+
+def test_a_machine_that_fails_does_not_leave_the_others_waiting(jsonl, tmp_path):
+    envs = [
+        {
+            "LOCAL_RANK": "0",
+            "HF_DATASETS_CACHE": str(tmp_path / str(rank)),
+            "DELAY": "0",
+            **({"NAME": "./missing.json"} if rank == 0 else {}),
+        }
+        for rank in (0, 1)
+    ]
+    answers = dict(run(jsonl([{"prompt": "q", "completion": "a"}]), envs))
+    assert "no such file" in answers["0"]
+    assert answers["1"].startswith("tokenising: rank 0 ")  # which holds the store, and may be gone by now
