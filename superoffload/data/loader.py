@@ -73,7 +73,8 @@ class Batches:
 
     def statistics(self) -> statistics.Statistics:
         """Gather the figures of the rows and their packs."""
-        return statistics.describe(self._rows, self.packs, self._layout.max_length, self.steps_per_epoch)
+        capacity = self._layout.max_length if self._layout.packs else 0
+        return statistics.describe(self._rows, self.packs, capacity, self.steps_per_epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """Yield, for each step of an epoch from step `start` on, this rank's micro-batches."""

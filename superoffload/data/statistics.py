@@ -65,8 +65,8 @@ class Statistics:
         return result
 
 
-def describe(rows: TokenisedRows, packs: packing.Packs, max_length: int, steps: int) -> Statistics:
-    """Gather the figures of rows and their packs."""
+def describe(rows: TokenisedRows, packs: packing.Packs, capacity: int, steps: int) -> Statistics:
+    """Gather the figures of rows and their packs of `capacity` tokens; 0 where rows are not packed."""
     lengths = rows.lengths
     longest = int(lengths.max())
     width = -(-longest // BARS)
@@ -81,7 +81,7 @@ def describe(rows: TokenisedRows, packs: packing.Packs, max_length: int, steps: 
         histogram=tuple(zip(edges, counted.tolist(), strict=True)),
         longest=longest,
         packs=len(packs),
-        fill=packing.fill(lengths, packs, max_length),
-        packed=len(packs) < len(rows),
+        fill=packing.fill(lengths, packs, capacity) if capacity else 0.0,
+        packed=capacity > 0,
         steps_per_epoch=steps,
     )

@@ -146,3 +146,11 @@ def test_share_of_the_rows_is_taken_from_the_first_on(jsonl, tokenizer):
     rows = tokenised(request, tokenizer, DataSettings())
     assert len(rows) == 3
     assert len(tokenised(replace(request, percentage=1), tokenizer, DataSettings())) == 1
+
+
+def test_messages_of_a_typed_file(tmp_path, tokenizer):
+    turns = [{"role": "user", "content": "q", "name": "me"}, {"role": "assistant", "content": "the answer"}]
+    cache.datasets.Dataset.from_list([{"messages": turns}] * 3).to_parquet(str(tmp_path / "rows.parquet"))
+    rows = load(str(tmp_path / "rows.parquet"), tokenizer)
+    ids, labels = rows.read([2])[0]
+    assert tokenizer.decode(ids[labels >= 0]) == "the answer<eos>"
