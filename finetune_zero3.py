@@ -20,9 +20,10 @@ CHECKPOINT_ERROR = 3
 def main(config: "Config") -> int:
     """Train as the settings say and return the exit status."""
     document = ds_config.read(config)
-    from superoffload import checkpoint, distributed, engine, log, metrics, model, resume, tracking
-    from superoffload.data import loader
+    from superoffload import checkpoint, distributed, engine, isolation, log, metrics, model, resume, tracking
+    from superoffload.data import collate, loader
     from superoffload.run import Run
+    from superoffload.tokenizer import load_tokenizer
 
     log.setup(config.output.log_level)
     merged = ds_config.merge(document, config, distributed.world_size())
@@ -39,13 +40,17 @@ def main(config: "Config") -> int:
     model_config = model.load_config(config.model.model_name)
     attention = model.choose_attention(config.model, model_config, document)
     model.check_leaf_module(config.model.leaf_module, model_config)
-    tokenizer = model.load_tokenizer(config.model.model_name)
-    rows = loader.tokenised(loader.load_rows(config.data), tokenizer, config.data)
-    batches = loader.Batches(rows, tokenizer.pad_token_id, config.training, distributed.place())
+    tokenizer = load_tokenizer(config.model.model_name)
+    with distributed.each_for_itself("tokenising"):
+        rows, _held_out = loader.load(tokenizer, config.data, config.training.seed)
+    layout = collate.layout(config.data, tokenizer.pad_token_id, attention)
+    batches = loader.Batches(rows, layout, config.training, distributed.place())
+    log.logger.info("%s", batches.statistics().short())
 
     sharded = model.load_model(config.model, model_config, document, attention)
     shape = model.shape_of(sharded)
     model_engine = engine.create(sharded, document, config.training, batches.total_steps)
+    isolation.check(model_engine, layout)
 
     progress, state = resume.restore(model_engine, source) if source else (metrics.Progress(), {})
     engine.catch_up(model_engine)
@@ -95,7 +100,7 @@ def train(run: "Run") -> None:
                 tokens = sum(sum(batch.lengths) for batch in micro_batches)
                 counts = distributed.counts(targets, tokens, *requests.votes())
                 for batch in micro_batches:
-                    inputs = {name: tensor.to(model_engine.device) for name, tensor in batch.inputs.items()}
+                    inputs = batch.on(model_engine.device)
                     labels = inputs.pop("labels")
                     loss_sum = summed_loss(model_engine(**inputs).logits, labels)
                     model_engine.backward(loss_sum * (undone / counts[0]).float())

@@ -109,6 +109,7 @@ arguments=(
 # ZeRO-Offload keeps the whole optimizer on the host, as upstream has it.
 if [[ $mode == superoffload ]]; then arguments+=(--offload_ratio "$OFFLOAD_RATIO"); fi
 if [[ -n $LEAF_MODULE ]]; then arguments+=(--leaf_module "$LEAF_MODULE"); fi
+if ! on PACKING; then arguments+=(--no_packing); fi
 if on ACTIVATION_CHECKPOINTING; then arguments+=(--activation_checkpointing); fi
 if on DETERMINISTIC; then arguments+=(--deterministic); fi
 if on SAVE_CHECKPOINT; then arguments+=(--save_checkpoint --fail_on_checkpoint_error); fi

@@ -18,6 +18,7 @@ WANDB_RUN_NAME="gpt-oss-20b"
 DATASET_NAME="tatsu-lab/alpaca"
 DATASET_PERCENTAGE=100.0
 MAX_LENGTH=8192
+PACKING=false  # its attention lets packed rows see each other (transformers 5.24)
 BATCH_SIZE=4
 EPOCHS=1
 LR=1e-5

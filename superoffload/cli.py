@@ -48,14 +48,15 @@ class GroupedCommand(click.Command):
             formatter.write_dl([row for row in records.values() if row])
 
 
-def _option(spec: Field[Any]) -> click.Option:
+def option(spec: Field[Any]) -> click.Option:
+    """Make the click option of a setting."""
     kinds: dict[Any, Any] = {int: WholeNumber(), float: float, bool: bool}
     kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
     required = spec.default is MISSING
     default: dict[str, Any] = {} if required else {"default": spec.default}  # a default of None counts as given
     return click.Option(
-        [f"--{spec.name}"],
+        [f"--{spec.name}/--no_{spec.name}" if spec.type is bool and spec.default is True else f"--{spec.name}"],
         type=kind,
         is_flag=spec.type is bool,
         multiple="several" in spec.metadata,
@@ -96,7 +97,7 @@ def command(action: Callable[[config.Config], Any]) -> click.Command:
         return action(config.build(values, explicit))
 
     options: list[click.Parameter] = [
-        _option(spec) for group in config.GROUPS.values() for spec in config.settings_of(group)
+        option(spec) for group in config.GROUPS.values() for spec in config.settings_of(group)
     ]
     return GroupedCommand(
         "finetune_zero3.py",

@@ -1,19 +1,69 @@
 """The command `superoffload`: what goes round a run."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from superoffload import tiny
+from superoffload import cli, config, tiny
+from superoffload.errors import UserError
 
 
-@click.group()
-def main() -> None:
+@click.group(context_settings={"max_content_width": 110})
+def group() -> None:
     """Tools round finetune_zero3.py."""
 
 
-@main.group("tiny")
+PREVIEW_GROUPS = {
+    "model": config.ModelSettings,
+    "data": config.DataSettings,
+    "training": config.TrainingSettings,
+}
+PREVIEW_OPTIONS = ("model_name", "batch_size", "gradient_accumulation_steps", "seed")
+
+
+def preview(rows: int, **values: Any) -> None:
+    """Show rows as the model will see them, target tokens set apart, and the data set's statistics."""
+    settings = config.build({**values, "output_dir": ""})
+    from superoffload import log
+    from superoffload.data import collate, loader
+    from superoffload.data.preview import shown_rows
+    from superoffload.tokenizer import load_tokenizer
+
+    log.setup("WARNING")
+    words = load_tokenizer(settings.model.model_name)
+    train, held_out = loader.load(words, settings.data, settings.training.seed)
+    for line in shown_rows(train, words, rows, sys.stdout.isatty()):
+        click.echo(line)
+    parts = {"": train} if held_out is None else {"Training rows": train, "Held-out rows": held_out}
+    for title, part in parts.items():
+        layout = collate.layout(settings.data, words.pad_token_id, None)
+        batches = loader.Batches(part, layout, settings.training, (0, 1))
+        click.echo("\n".join(["", *([title] if title else []), *batches.statistics().lines()]))
+
+
+def _preview_options() -> list[click.Parameter]:
+    """Derive the options from the settings: all of the data's, and what the number of steps depends on."""
+    number = click.Option(
+        ["-n", "--rows"], type=click.IntRange(min=0), default=3, show_default=True, help="Rows shown."
+    )
+    return [
+        number,
+        *(
+            cli.option(spec)
+            for name, settings in PREVIEW_GROUPS.items()
+            for spec in config.settings_of(settings)
+            if name == "data" or spec.name in PREVIEW_OPTIONS
+        ),
+    ]
+
+
+group.add_command(click.Command("preview", params=_preview_options(), callback=preview, help=preview.__doc__))
+
+
+@group.group("tiny")
 def tiny_group() -> None:
     """Make and score the example that two CPU cores train in minutes: scripts/finetune_tiny_cpu.sh."""
 
@@ -44,3 +94,18 @@ def tiny_score(folder: Path, output_dir: Path) -> None:
         click.echo(f"{prompt:34} {row['output']:14} {repr(first)[:13]:14} {second}")
     shares = [f"{tiny.share_right(rows, answers):.0%}" for answers in (before, after)]
     click.echo(f"Answered right: {shares[0]} of {len(rows)} held-out prompts before, {shares[1]} after")
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's is one line and status 2."""
+    try:
+        status = group.main(prog_name="superoffload", standalone_mode=False)
+    except click.ClickException as error:
+        cli.exit_with(UserError(" ".join(error.format_message().split())))
+    except UserError as error:
+        cli.exit_with(error)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

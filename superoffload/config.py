@@ -51,6 +51,17 @@ def _accepts(spec: Field[Any], value: Any) -> bool:
     )
 
 
+def parse_columns(text: str | None) -> dict[str, str]:
+    """Read `part=column,part=column`; raise `UserError` where it is of another form."""
+    result: dict[str, str] = {}
+    for item in text.split(",") if text else ():
+        part, equals, column = (word.strip() for word in item.partition("="))
+        if not (part and equals and column) or part in result:
+            raise UserError(f"--columns {text}: must be of the form prompt=question,completion=answer")
+        result[part] = column
+    return result
+
+
 class Settings:
     """Base of the groups below: checks every field against its limits when the object is made."""
 
@@ -87,11 +98,64 @@ class DataSettings(Settings):
     dataset_name: str = setting(
         "Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file.", "tatsu-lab/alpaca", shapes_run=True
     )
+    dataset_split: str = setting(
+        "Split of a hub data set or a folder; a single file is taken whole.", "train", shapes_run=True
+    )
+    dataset_format: str = setting(
+        "Shape of the rows; auto recognises it by the columns.",
+        "auto",
+        choices=("auto", "alpaca", "messages", "prompt_completion", "text"),
+        shapes_run=True,
+    )
+    columns: str | None = setting(
+        "Columns under other names, e.g. prompt=question,completion=answer.", None, shapes_run=True
+    )
+    chat_template: str = setting(
+        "auto, tokenizer (its own, for pairs too), plain, or a file with a Jinja template. auto: upstream's headings "
+        "for pairs of prompt and answer, the tokenizer's template for messages, plain where it has none.",
+        "auto",
+        shapes_run=True,
+    )
     dataset_percentage: float = setting(
         "Share of the rows to use, from the first on.", 100.0, above=0, maximum=100, shapes_run=True
     )
-    max_length: int = setting("Tokens at most per row; longer rows lose their end.", 2048, minimum=8, shapes_run=True)
+    max_length: int = setting(
+        "Tokens at most per row or pack; longer rows lose their end.", 2048, minimum=8, shapes_run=True
+    )
     train_on_prompt: bool = setting("Let the tokens of the prompt count in the loss too.", False, shapes_run=True)
+    packing: bool = setting(
+        "Put several rows into one of --max_length tokens; they do not see each other.", True, shapes_run=True
+    )
+    padding: str = setting(
+        "Length of rows that are not packed: longest of the batch (in eights), or max_length, which turns packing off.",
+        "longest",
+        choices=("longest", "max_length"),
+        shapes_run=True,
+    )
+    skip_bad_rows: bool = setting(
+        "Skip and count malformed rows instead of stopping at the first.", False, shapes_run=True
+    )
+    num_proc: int = setting("Processes that tokenise on each machine.", 1, minimum=1)
+    eval_percentage: float = setting(
+        "Share of the rows to hold out for evaluation; 0: none.", 0.0, minimum=0, maximum=50, shapes_run=True
+    )
+    eval_dataset: str | None = setting("Data set to evaluate on: hub id, folder or file.", None)
+    eval_split: str = setting("Split of --eval_dataset; a single file is taken whole.", "test")
+
+    def __post_init__(self) -> None:
+        """Check each value, and that they do not contradict each other."""
+        Settings.__post_init__(self)
+        parse_columns(self.columns)
+        if self.eval_dataset is not None and self.eval_percentage:
+            raise UserError(
+                f"--eval_dataset {self.eval_dataset} and --eval_percentage {self.eval_percentage:g} both name the "
+                "held-out rows; keep one"
+            )
+
+    @property
+    def packs(self) -> bool:
+        """Tell whether rows are packed: asked for, and not to be padded to the full length."""
+        return self.packing and self.padding == "longest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,9 @@
 import os
 import random
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,10 +16,12 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 
 from superoffload import ops
+from superoffload.errors import UserError
 
 # A rank may write its share of a large checkpoint for long while the others wait in DeepSpeed's barrier;
 # DeepSpeed's own ten minutes would end the run then. DEEPSPEED_TIMEOUT (minutes) still has the last word.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+POLL_S = 0.1
 
 
 def rank() -> int:
@@ -68,6 +73,30 @@ def close() -> None:
     """Leave the group of ranks (collective where the backend waits)."""
     if comm.is_initialized():
         comm.destroy_process_group()
+
+
+@contextmanager
+def each_for_itself(work: str) -> Iterator[None]:
+    """Let every rank do a long piece of work, then wait for all, without a collective: nothing times out.
+
+    The ranks tell each other through the store that brought them together. Where one of them fails, the others
+    raise `UserError` instead of waiting for it.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+    prefix = f"superoffload/{work}"
+    try:
+        yield
+    except BaseException:
+        store.set(f"{prefix}/failed", str(rank()))
+        raise
+    try:
+        store.set(f"{prefix}/{rank()}", "done")
+        while not store.check([f"{prefix}/{other}" for other in range(world_size())]):
+            if store.check([f"{prefix}/failed"]):
+                raise UserError(f"{work}: rank {store.get(f'{prefix}/failed').decode()} failed, see its message")
+            time.sleep(POLL_S)
+    except torch.distributed.DistError as error:  # the store is gone with the rank that held it
+        raise UserError(f"{work}: rank 0 has ended, see its message") from error
 
 
 def device() -> torch.device:

@@ -14,7 +14,7 @@ import torch
 
 from superoffload import distributed
 from superoffload.config import Config
-from superoffload.data.loader import Batch
+from superoffload.data.collate import Batch
 from superoffload.flops import ModelShape, hardware_flops, model_flops
 from superoffload.log import logger
 

@@ -18,6 +18,7 @@ from superoffload.ds_config import Document, dtype_name
 from superoffload.errors import UserError
 from superoffload.flops import ModelShape
 from superoffload.log import logger, shows_bars
+from superoffload.tokenizer import load_tokenizer
 
 # Sparse blocks as transformers names them. Each rank may route to other experts, so ZeRO-3 must fetch such a
 # block as a whole, or the ranks wait for different parameters for ever.
@@ -38,24 +39,6 @@ def load_config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise _user_error(name, error) from error
-
-
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer; a missing padding token falls back to the end-of-sequence token.
-
-    Raises `UserError` where it cannot be had or has no end-of-sequence token to learn stopping from.
-    """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _user_error(name, error) from error
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"--model_name {name}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _user_error(name: str, error: BaseException) -> UserError:

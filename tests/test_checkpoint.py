@@ -12,6 +12,7 @@ import pytest
 from superoffload import checkpoint, config, distributed, ds_config, engine, model
 from superoffload.errors import UserError
 from superoffload.metrics import Progress, Saved
+from superoffload.tokenizer import load_tokenizer
 from tests.ranks import run_ranks
 
 
@@ -24,7 +25,7 @@ def make_engine(folder: str, output_dir: str) -> tuple[Any, Any, config.Config]:
     merged = ds_config.merge(ds_config.read(config.build(values)), config.build(values), distributed.world_size())
     document = ds_config.as_zero_offload(merged.document)
     sharded = model.load_model(merged.config.model, model.load_config(folder), document, None)
-    return engine.create(sharded, document, merged.config.training, 10), model.load_tokenizer(folder), merged.config
+    return engine.create(sharded, document, merged.config.training, 10), load_tokenizer(folder), merged.config
 
 
 def save_in_turn(folder: str, output_dir: str, steps: list[int], sabotages: list[str] | None = None) -> list[Saved]:
@@ -203,7 +204,7 @@ def test_a_full_disk(model_folder: Path, small_disk: Path) -> None:
 
 
 def test_special_tokens_map_is_always_there(model_folder: Path, tmp_path: Path) -> None:
-    checkpoint.save_tokenizer(model.load_tokenizer(str(model_folder)), tmp_path)
+    checkpoint.save_tokenizer(load_tokenizer(str(model_folder)), tmp_path)
     assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} <= set(os.listdir(tmp_path))
     assert json.loads((tmp_path / "special_tokens_map.json").read_text())["eos_token"] == "<eos>"
 

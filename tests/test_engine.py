@@ -6,9 +6,21 @@ from typing import Any
 import pytest
 import torch
 
-from superoffload import config, distributed, ds_config, engine, log, metrics, model, schedule, tracking
-from superoffload.data import loader
+from superoffload import (
+    config,
+    distributed,
+    ds_config,
+    engine,
+    isolation,
+    log,
+    metrics,
+    model,
+    schedule,
+    tracking,
+)
+from superoffload.data import collate, loader
 from superoffload.run import Run
+from superoffload.tokenizer import load_tokenizer
 from tests.ranks import REPOSITORY, run_ranks
 
 sys.path.insert(0, str(REPOSITORY))
@@ -39,13 +51,15 @@ def train(values: dict[str, Any], document: dict[str, Any] | None = None) -> tup
     merged = ds_config.merge(copy.deepcopy(document or FP32), config.build(values), distributed.world_size())
     chosen = merged.config
     distributed.seed_everything(chosen.training.seed, deterministic=False)
-    tokenizer = model.load_tokenizer(chosen.model.model_name)
-    rows = loader.tokenised(loader.load_rows(chosen.data), tokenizer, chosen.data)
-    batches = loader.Batches(rows, tokenizer.pad_token_id, chosen.training, distributed.place())
+    tokenizer = load_tokenizer(chosen.model.model_name)
+    rows, _ = loader.load(tokenizer, chosen.data, chosen.training.seed)
+    layout = collate.layout(chosen.data, tokenizer.pad_token_id, None)
+    batches = loader.Batches(rows, layout, chosen.training, distributed.place())
     folder = chosen.model.model_name
     sharded = model.load_model(chosen.model, model.load_config(folder), merged.document, None)
     shape = model.shape_of(sharded)
     wrapped = engine.create(sharded, merged.document, chosen.training, batches.total_steps)
+    isolation.check(wrapped, layout)
     recorder = Recorder()
     finetune_zero3.train(
         Run(

@@ -14,9 +14,12 @@ LAYERS = [
     {"config", "log", "schedule", "flops"},
     {"cli", "ds_config", "hub", "ops"},
     {"distributed"},
-    {"data.formats"},
+    {"data.formats", "data.packing", "data.rows", "tokenizer"},
+    {"data.chat", "data.sources"},
     {"data.encode"},
-    {"data.loader", "loss"},
+    {"data.cache", "data.collate", "loss"},
+    {"data.statistics", "data.preview", "isolation"},
+    {"data.loader"},
     {"model", "tracking", "metrics"},
     {"engine", "checkpoint", "requests"},
     {"resume", "run"},
@@ -25,11 +28,22 @@ LAYERS = [
 ]
 HEAVY = {
     "deepspeed": {"distributed", "model", "engine", "checkpoint"},
-    "transformers": {"model", "tiny", "distributed", "checkpoint"},
-    "datasets": {"data.loader"},
+    "transformers": {"model", "tokenizer", "tiny", "distributed", "checkpoint"},
+    "datasets": {"data.sources", "data.cache"},
     "wandb": {"tracking"},
-    "huggingface_hub": {"hub", "model"},
-    "torch": {"ops", "distributed", "data.loader", "loss", "model", "metrics", "engine", "tiny", "checkpoint"},
+    "huggingface_hub": {"hub", "model", "tokenizer"},
+    "torch": {
+        "ops",
+        "distributed",
+        "data.collate",
+        "isolation",
+        "loss",
+        "model",
+        "metrics",
+        "engine",
+        "tiny",
+        "checkpoint",
+    },
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from superoffload import config, metrics
-from superoffload.data.loader import Batch
+from superoffload.data.collate import Batch
 from superoffload.flops import ModelShape
 from superoffload.metrics import Progress, Saved
 from tests.ranks import run_ranks

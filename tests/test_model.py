@@ -83,22 +83,6 @@ def test_biases_of_experts_take_no_decay() -> None:
     assert any(names[id(p)].endswith("gate_up_proj_bias") for p in plain["params"])
 
 
-def test_the_pad_token_falls_back_to_the_end_token(model_folder: Path) -> None:
-    tokenizer = model.load_tokenizer(str(model_folder))
-    assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
-
-
-def test_a_tokenizer_without_an_end_token_is_refused(model_folder: Path, tmp_path: Path) -> None:
-    for file in model_folder.glob("*token*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
-    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    described["eos_token"] = None
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match="no end-of-sequence token"):
-        model.load_tokenizer(str(tmp_path))
-
-
 def test_attention_is_chosen_for_the_device() -> None:
     llama = make_model().config
     assert model.choose_attention(settings(), llama, DOCUMENT) is None

@@ -1,0 +1,234 @@
+"""Tokenise a data set once per machine; the ranks read the result from disk."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from filelock import FileLock, Timeout
+
+from superoffload.config import DataSettings
+from superoffload.data import formats, sources
+from superoffload.data.encode import VERSION, Encoder
+from superoffload.data.formats import BadRow
+from superoffload.data.rows import Counts, TokenisedRows
+from superoffload.errors import UserError
+
+COUNTS_FILE = "superoffload_counts.json"
+POLL_S = 0.1
+# How long the lock may lie idle before another rank than the first of its machine tokenises.
+PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Which rows to tokenise: those of a data set, from the first on, up to a share of them.
+
+    `flag` is the one that named the data set, for messages.
+    """
+
+    name: str
+    split: str
+    percentage: float = 100.0
+    flag: str = "dataset_name"
+
+
+def tokenised(request: Request, tokenizer: Any, settings: DataSettings) -> TokenisedRows:
+    """Return the tokenised rows of a data set; the first rank of each machine makes them, the others wait.
+
+    They wait for a folder to appear, not in a collective, so it may take as long as it takes. The key of the
+    cache covers the rows, the tokenizer, the template's text and every setting that matters. Raises
+    `UserError` for malformed rows, and where most rows have nothing to learn from.
+    """
+    rows = sources.open_rows(request.name, request.split, request.flag)
+    rows = rows.select(range(max(1, int(len(rows) * request.percentage / 100))))
+    encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
+    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
+    key = _key(rows, tokenizer, encoder.template, settings)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "superoffload" / key
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _once(folder, lambda target: _tokenise(rows, _Worker(encoder, shape, request, settings), target, key))
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror or error}); "
+            "name another with HF_DATASETS_CACHE"
+        ) from error
+    return _read(folder, request, settings)
+
+
+def _key(rows: datasets.Dataset, tokenizer: Any, template: str | None, settings: DataSettings) -> str:
+    parts = {
+        "rows": rows._fingerprint,
+        "tokenizer": tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else sorted(tokenizer.get_vocab().items()),
+        "class": type(tokenizer).__name__,
+        "special": tokenizer.special_tokens_map,
+        "eos": tokenizer.eos_token_id,
+        "template": template,
+        "version": VERSION,
+        "libraries": [version("transformers"), version("tokenizers")],
+        "settings": {
+            name: getattr(settings, name)
+            for name in (
+                "dataset_format",
+                "columns",
+                "chat_template",
+                "max_length",
+                "train_on_prompt",
+                "skip_bad_rows",
+            )
+        },
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Let one process of this machine fill the folder, which appears complete; return when it is there.
+
+    The first rank of the machine makes it. The others look for it, and step in only where nobody has held the
+    lock for a minute; if the first rank failed, they meet the same error then, unless the launcher has ended
+    them before.
+    """
+    lock = FileLock(f"{folder}.lock")
+    first = os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
+    idle_since = time.monotonic()
+    while not folder.exists():
+        try:
+            with lock.acquire(timeout=-1 if first else 0):
+                if not folder.exists() and (first or time.monotonic() - idle_since > PATIENCE_S):
+                    _fill(folder, make)
+        except Timeout:
+            idle_since = time.monotonic()
+        if not folder.exists():
+            time.sleep(POLL_S)
+
+
+def _fill(folder: Path, make: Callable[[Path], None]) -> None:
+    for left_over in folder.parent.glob(f"{folder.name}.partial*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.partial_{socket.gethostname()}_{os.getpid()}")
+    try:
+        make(partial)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():  # another machine on a shared disk may have been faster
+            raise
+
+
+class _Worker:
+    """Encodes one row after the other, in any process."""
+
+    def __init__(self, encoder: Encoder, shape: formats.Shape, request: Request, settings: DataSettings) -> None:
+        self._encoder = encoder
+        self._shape = shape
+        self._where = f"--{request.flag} {request.name}"
+        self._max_length = settings.max_length
+        self._skips = settings.skip_bad_rows
+        self.num_proc = settings.num_proc
+
+    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        """Encode row `number` (the first is 0) into the columns of the cache."""
+        try:
+            whole = self._encoder(formats.read(sources.parse(row), self._shape))
+        except BadRow as error:
+            if not self._skips:
+                raise UserError(
+                    f"{self._where}: row {number + 1}: {error}; mend it, or skip such rows with --skip_bad_rows"
+                ) from None
+            return _columns([], [], 0, 0, f"row {number + 1}: {error}")
+        kept = whole.head(self._max_length)
+        cut = len(whole.input_ids) - len(kept.input_ids)
+        if not kept.target_tokens:
+            return _columns([], [], 0, whole.shortest, "")
+        return {**_columns(kept.input_ids, kept.labels, kept.target_tokens, whole.shortest, ""), "cut": cut}
+
+
+def _columns(input_ids: list[int], labels: list[int], targets: int, shortest: int, bad: str) -> dict[str, Any]:
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "length": len(input_ids),
+        "targets": targets,
+        "shortest": shortest,
+        "cut": 0,
+        "bad": bad,
+    }
+
+
+def _tokenise(rows: datasets.Dataset, worker: _Worker, target: Path, key: str) -> None:
+    numbers = {name: datasets.Value("int32") for name in ("length", "targets", "shortest", "cut")}
+    ids = datasets.Sequence(datasets.Value("int32"))
+    features = datasets.Features({"input_ids": ids, "labels": ids, **numbers, "bad": datasets.Value("string")})
+    try:
+        done = rows.map(
+            worker,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=features,
+            num_proc=min(worker.num_proc, len(rows)) if worker.num_proc > 1 else None,
+            load_from_cache_file=False,
+            cache_file_name=f"{target}.arrow",
+            new_fingerprint=key,
+            desc="Tokenising",
+        )
+        _save(done, target)
+    except UnicodeDecodeError as error:  # a typed file whose text columns hold other bytes
+        raise UserError(f"{worker._where}: a text column holds invalid UTF-8 ({error.reason})") from error
+    finally:
+        for piece in target.parent.glob(f"{target.name}*.arrow"):
+            piece.unlink(missing_ok=True)
+
+
+def _save(done: datasets.Dataset, target: Path) -> None:
+    """Write the rows that have a target, and what became of the others."""
+    columns = {name: _numbers(done, name) for name in ("targets", "shortest", "cut")}
+    bad = [text for text in done.with_format(None)["bad"] if text]
+    kept = np.flatnonzero(columns["targets"] > 0)
+    counts = Counts(
+        given=len(done),
+        bad=len(bad),
+        dropped=len(done) - len(kept) - len(bad),
+        truncated=int((columns["cut"] > 0).sum()),
+        first_bad=next(iter(bad), ""),
+    )
+    lost = columns["shortest"][columns["targets"] == 0]
+    done = done.select(kept).remove_columns(["shortest", "cut", "bad"])
+    done.save_to_disk(str(target))
+    record = {**asdict(counts), "shortest_of_dropped": int(lost.max()) if len(lost) else 0}
+    (target / COUNTS_FILE).write_text(json.dumps(record), encoding="utf-8")
+
+
+def _numbers(table: datasets.Dataset, column: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.asarray(table.data.column(column).to_numpy(), dtype=np.int64)
+
+
+def _read(folder: Path, request: Request, settings: DataSettings) -> TokenisedRows:
+    """Open the cache; raise `UserError` where more than half of the rows are gone."""
+    record = json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))
+    enough = record.pop("shortest_of_dropped")
+    counts = Counts(**record)
+    where = f"--{request.flag} {request.name}"
+    if counts.bad > counts.given / 2:
+        raise UserError(f"{where}: {counts.bad} of {counts.given} rows are malformed, e.g. {counts.first_bad}")
+    if counts.dropped > (counts.given - counts.bad) / 2 or counts.dropped + counts.bad == counts.given:
+        way = f"--max_length {enough} would keep those that have one" if enough else "no row has one at any length"
+        raise UserError(
+            f"--max_length {settings.max_length}: {counts.dropped} of {counts.given} rows of {request.name} have no "
+            f"target token within it; {way}"
+        )
+    table = datasets.load_from_disk(str(folder))
+    lengths, targets = _numbers(table, "length"), _numbers(table, "targets")
+    table = table.select_columns(["input_ids", "labels"]).with_format("numpy")
+    return TokenisedRows(table=table, lengths=lengths, targets=targets, counts=counts)

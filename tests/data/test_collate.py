@@ -1,0 +1,202 @@
+"""Batches: their shapes, and documents that do not see each other in real models."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from superoffload.config import DataSettings
+from superoffload.data.collate import Layout, collate, layout
+from superoffload.data.encode import IGNORED
+from superoffload.loss import summed_loss
+
+PACKED = Layout(packs=True, full_length=False, max_length=48, pad_token_id=1)
+PADDED = Layout(packs=False, full_length=False, max_length=48, pad_token_id=1)
+VARLEN = Layout(packs=True, full_length=False, max_length=48, pad_token_id=1, varlen=True)
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+KINDS = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def document(length, seed, prompt=2):
+    ids = np.random.default_rng(seed).integers(2, 64, size=length)
+    labels = np.where(np.arange(length) < prompt, IGNORED, ids)
+    return ids, labels
+
+
+DOCUMENTS = [document(length, seed, prompt) for seed, (length, prompt) in enumerate([(9, 2), (1, 0), (17, 5), (8, 0)])]
+PACKS = [DOCUMENTS[:2], DOCUMENTS[2:]]
+
+
+def tiny(kind, attention="sdpa"):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **KINDS.get(kind, {}))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.config.use_cache = False
+    return model.float()
+
+
+def test_packed_batch():
+    batch = collate(PACKS, 3, PACKED)
+    assert {name: tuple(value.shape) for name, value in batch.inputs.items()} == dict.fromkeys(
+        ("input_ids", "labels", "position_ids"), (3, 32)
+    )
+    assert batch.lengths == (9, 1, 17, 8)
+    assert batch.positions == 96
+    positions = batch.inputs["position_ids"]
+    assert positions[0].tolist() == [*range(9), 0, *range(22)]
+    assert positions[1].tolist() == [*range(17), *range(8), *range(7)]
+    assert positions[2].tolist() == list(range(32))
+    labels = batch.inputs["labels"]
+    assert labels[0, 9] == labels[1, 17] == labels[1, 0] == IGNORED
+    assert batch.target_tokens == sum(int((labels[1:] != IGNORED).sum()) for _, labels in DOCUMENTS)
+    assert (labels[2] == IGNORED).all()
+
+
+def test_one_row_with_bounds_for_variable_length_kernels():
+    inputs = collate(PACKS, 2, VARLEN).inputs
+    assert inputs["input_ids"].shape == (1, 40)
+    assert inputs["cu_seq_lens_q"].dtype == torch.int32
+    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 9, 10, 27, 35, 40]
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 17
+    starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert starts == [0, 9, 10, 27, 35]
+    assert "attention_mask" not in inputs
+    full = collate([[document(16, 0)]], 2, VARLEN).inputs
+    assert full["cu_seq_lens_q"].tolist() == [0, 16]
+
+
+def test_padded_batch():
+    batch = collate([[row] for row in DOCUMENTS[:3]], 4, PADDED)
+    assert batch.inputs["input_ids"].shape == (4, 24)
+    assert batch.inputs["attention_mask"].sum(dim=1).tolist() == [9, 1, 17, 1]
+    assert batch.lengths == (9, 1, 17)
+    full = Layout(packs=False, full_length=True, max_length=48, pad_token_id=1)
+    assert collate([[DOCUMENTS[0]]], 1, full).inputs["input_ids"].shape == (1, 48)
+
+
+@pytest.mark.parametrize("how", [PACKED, PADDED, VARLEN])
+def test_filler_alone_computes_and_counts_nothing(how):
+    batch = collate([], 2, how)
+    assert batch.target_tokens == 0 and batch.lengths == ()
+    inputs = {name: value for name, value in batch.on("cpu").items() if not name.startswith(("cu_", "max_"))}
+    labels = inputs.pop("labels")
+    logits = tiny("llama")(**inputs).logits
+    assert torch.isfinite(logits).all()
+    assert float(summed_loss(logits.detach(), labels)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "attention", "packs", "varlen"),
+    [
+        ({}, None, True, False),
+        ({}, "flash_attention_2", True, True),
+        ({"packing": False}, "flash_attention_2", False, False),
+        ({"padding": "max_length"}, None, False, False),
+    ],
+)
+def test_layout_follows_settings_and_attention(settings, attention, packs, varlen):
+    how = layout(DataSettings(**settings), 0, attention)
+    assert (how.packs, how.varlen) == (packs, varlen)
+    assert how.full_length is (settings.get("padding") == "max_length")
+
+
+def run(model, packs, how):
+    """Return summed loss and each document's logits."""
+    inputs = collate(packs, len(packs), how).on("cpu")
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits
+    found = []
+    for row, pack in enumerate(packs):
+        start = 0
+        for ids, _ in pack:
+            found.append(logits[row, start : start + len(ids)])
+            start += len(ids)
+    return summed_loss(logits, labels), found
+
+
+def flattened(packs):
+    """Lay out as for variable-length kernels, without the bounds that only they take."""
+    return [[row for pack in packs for row in pack]]
+
+
+@pytest.mark.parametrize("one_row", [False, True], ids=["rows", "one_row"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_logits_are_those_of_each_document_alone(kind, attention, one_row):
+    model = tiny(kind, attention).eval()
+    with torch.no_grad():
+        _, packed = run(model, flattened(PACKS) if one_row else PACKS, PACKED)
+        for row, logits in zip(DOCUMENTS, packed, strict=True):
+            alone = model(input_ids=torch.as_tensor(row[0])[None]).logits[0]
+            torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_gradient_is_the_sum_over_documents(kind, attention):
+    model = tiny(kind, attention)
+    run(model, PACKS, PACKED)[0].backward()
+    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for row in DOCUMENTS:
+        run(model, [[row]], PADDED)[0].backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(packed[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_all_ones_mask_would_leak():
+    """The trap that the layout avoids: with a mask given, transformers sees one document."""
+    model = tiny("llama").eval()
+    inputs = collate(PACKS, 2, PACKED).on("cpu")
+    del inputs["labels"]
+    with torch.no_grad():
+        right = model(**inputs).logits
+        leaky = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits
+    assert (right - leaky)[1, 17:25].abs().max() > 1e-3
+
+
+def varlen_reference(module, query, key, value, attention_mask, scaling=None, **bounds):
+    """Attend as a variable-length kernel does: document by document, told by the bounds alone."""
+    assert attention_mask is None
+    assert bounds["max_length_q"] == max(bounds["cu_seq_lens_q"].diff().tolist())
+    edges = bounds["cu_seq_lens_q"].tolist()
+    pieces = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        for start, end in itertools.pairwise(edges)
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bounds_reach_the_attention_of_every_layer_and_isolate(kind):
+    transformers.AttentionInterface.register("varlen_reference", varlen_reference)
+    model, plain = tiny(kind, "varlen_reference").eval(), tiny(kind).eval()
+    inputs = collate(PACKS, 2, VARLEN).on("cpu")
+    del inputs["labels"]
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+        for (ids, _), start in zip(DOCUMENTS, [0, 9, 10, 27], strict=True):
+            alone = plain(input_ids=torch.as_tensor(ids)[None]).logits[0]
+            torch.testing.assert_close(logits[start : start + len(ids)], alone, atol=1e-5, rtol=0)

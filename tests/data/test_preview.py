@@ -1,0 +1,69 @@
+"""What `superoffload preview` prints."""
+
+import subprocess
+import sys
+
+import pytest
+
+from superoffload.commands import group
+from superoffload.data.preview import DIM, GREEN, RESET, shown
+from superoffload.errors import UserError
+from tests.data.conftest import make_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(str(tmp_path / "model"))
+    return str(tmp_path / "model")
+
+
+def preview(capsys, *arguments):
+    group.main(["preview", *arguments], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_rows_and_statistics(capsys, folder, jsonl):
+    name = jsonl([{"instruction": "q", "output": f"answer {n}"} for n in range(9)])
+    out = preview(capsys, "--model_name", folder, "--dataset_name", name, "-n", "2", "--batch_size", "2")
+    assert out.count("--- row") == 2
+    assert ">>>answer 1<eos><<<" in out and "answer 2" not in out
+    for word in ("rows ", "tokens ", "target tokens", "p50", "truncated", "dropped", "packs ", "steps per epoch", "##"):
+        assert word in out
+
+
+def test_held_out_rows_have_their_own_statistics(capsys, folder, jsonl):
+    name = jsonl([{"instruction": "q", "output": f"answer {n}"} for n in range(9)])
+    out = preview(capsys, "--model_name", folder, "--dataset_name", name, "--eval_percentage", "20", "--no_packing")
+    assert "Training rows" in out and "Held-out rows" in out and "not packed" in out
+
+
+def test_colours_and_plain_marks(tokenizer):
+    ids = tokenizer("hello you")["input_ids"]
+    labels = [-100] * (len(ids) - 1) + ids[-1:]
+    head, tail = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[-1:])
+    assert shown(ids, labels, tokenizer, colours=True) == f"{DIM}{head}{RESET}{GREEN}{tail}{RESET}"
+    assert shown(ids, labels, tokenizer, colours=False) == f"{head}>>>{tail}<<<"
+
+
+def test_mistakes_are_one_line(folder, jsonl):
+    name = jsonl([{"a": 1}])
+    command = [sys.executable, "-m", "superoffload.commands", "preview", "--model_name", folder, "--dataset_name", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "known shape" in done.stderr and done.stderr.startswith("Error: ")
+
+
+def test_unknown_setting_is_refused(folder):
+    with pytest.raises(UserError, match="--max_length 3"):
+        group.main(["preview", "--model_name", folder, "--max_length", "3"], standalone_mode=False)
+
+
+def test_deepspeed_is_not_imported(folder, jsonl):
+    name = jsonl([{"instruction": "q", "output": "a"}])
+    code = (
+        "import sys; from superoffload.commands import group; "
+        f"group.main(['preview', '--model_name', {folder!r}, '--dataset_name', {name!r}], standalone_mode=False); "
+        "sys.exit('deepspeed' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
