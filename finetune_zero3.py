@@ -20,7 +20,18 @@ CHECKPOINT_ERROR = 3
 def main(config: "Config") -> int:
     """Train as the settings say and return the exit status."""
     document = ds_config.read(config)
-    from superoffload import checkpoint, distributed, engine, isolation, log, metrics, model, resume, tracking
+    from superoffload import (
+        checkpoint,
+        distributed,
+        engine,
+        evaluation,
+        isolation,
+        log,
+        metrics,
+        model,
+        resume,
+        tracking,
+    )
     from superoffload.data import collate, loader
     from superoffload.run import Run
     from superoffload.tokenizer import load_tokenizer
@@ -42,9 +53,11 @@ def main(config: "Config") -> int:
     model.check_leaf_module(config.model.leaf_module, model_config)
     tokenizer = load_tokenizer(config.model.model_name)
     with distributed.each_for_itself("tokenising"):
-        rows, _held_out = loader.load(tokenizer, config.data, config.training.seed)
+        rows, held_out = loader.load(tokenizer, config.data, config.training.seed)
+        prompts = loader.prompts(evaluation.read_prompts(config.evaluation.sample_prompts), tokenizer, config.data)
     layout = collate.layout(config.data, tokenizer.pad_token_id, attention)
     batches = loader.Batches(rows, layout, config.training, distributed.place())
+    held_out_batches = loader.Batches(held_out, layout, config.training, distributed.place()) if held_out else None
     log.logger.info("%s", batches.statistics().short())
 
     sharded = model.load_model(config.model, model_config, document, attention)
@@ -62,6 +75,7 @@ def main(config: "Config") -> int:
         progress=progress,
         meter=metrics.Meter(config, shape, state.get("meter")),
         trackers=tracking.start(config, distributed.speaks(), progress.step, state.get("trackers")),
+        evaluation=evaluation.Evaluation(held_out_batches, prompts, config.evaluation.eval_steps),
     )
     if source:
         run.goes_on_from(source.path, state["random"])
@@ -116,6 +130,8 @@ def train(run: "Run") -> None:
                     log.logger.info("%s", numbers.line())
                     run.trackers.log(progress.step, numbers.as_dict())
                 bar.update()
+                if run.evaluation.due(progress.step, progress.step == run.last_step):
+                    run.evaluate()
                 if stop_votes:
                     log.logger.warning("Asked to stop by %s: saving after step %d", requests.stopped_by, progress.step)
                     run.stopped = True

@@ -189,6 +189,14 @@ class TrainingSettings(Settings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSettings(Settings):
+    """Evaluation."""
+
+    eval_steps: int = setting("Evaluate every N steps, and always at the end; 0: only then.", 0, minimum=0)
+    sample_prompts: str | None = setting("File of prompts, one a line, to answer at each evaluation.", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadSettings(Settings):
     """Memory and DeepSpeed."""
 
@@ -262,6 +270,7 @@ class Config:
     model: ModelSettings
     data: DataSettings
     training: TrainingSettings
+    evaluation: EvaluationSettings
     offload: OffloadSettings
     output: OutputSettings
     checkpoint: CheckpointSettings
@@ -274,6 +283,7 @@ GROUPS: dict[str, Any] = {
     "model": ModelSettings,
     "data": DataSettings,
     "training": TrainingSettings,
+    "evaluation": EvaluationSettings,
     "offload": OffloadSettings,
     "output": OutputSettings,
     "checkpoint": CheckpointSettings,

@@ -7,6 +7,7 @@ from typing import Any
 from superoffload import checkpoint, distributed
 from superoffload.config import Config
 from superoffload.data.loader import Batches
+from superoffload.evaluation import Evaluation
 from superoffload.log import logger
 from superoffload.metrics import Meter, Progress, Saved
 from superoffload.tracking import Trackers
@@ -23,6 +24,7 @@ class Run:
     progress: Progress
     meter: Meter
     trackers: Trackers
+    evaluation: Evaluation
     saved: Saved = checkpoint.NOT_ASKED
     saved_step: int = -1
     stopped: bool = False
@@ -39,6 +41,13 @@ class Run:
         if self.progress.step >= self.last_step:
             logger.info("Nothing is left to train: %s is of the last step", path)
         distributed.set_random_state(random_state)
+
+    def evaluate(self) -> None:
+        """Evaluate and track the numbers (collective)."""
+        numbers = self.evaluation.run(self.engine, self.tokenizer, self.progress.step)
+        if numbers:
+            self.trackers.log(self.progress.step, {"step": self.progress.step, **numbers})
+        self.meter.start()  # the time of the evaluation is no step's
 
     def save(self) -> None:
         """Save a checkpoint of this step unless there is one (collective); `saved` says how it ended."""

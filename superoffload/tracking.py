@@ -74,7 +74,7 @@ class Wandb:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers of a step, under the headings that upstream uses."""
-        training = ("loss", "lr", "grad_norm", "epoch")
+        training = ("loss", "lr", "grad_norm", "epoch", "eval_loss", "eval_perplexity", "eval_target_tokens")
         self._wandb.log(
             {f"{'train' if key in training else 'perf'}/{key}": value for key, value in values.items()}, step=step
         )

@@ -11,6 +11,7 @@ from superoffload import (
     distributed,
     ds_config,
     engine,
+    evaluation,
     isolation,
     log,
     metrics,
@@ -70,6 +71,7 @@ def train(values: dict[str, Any], document: dict[str, Any] | None = None) -> tup
             progress=metrics.Progress(),
             meter=metrics.Meter(chosen, shape),
             trackers=tracking.Trackers([recorder]),
+            evaluation=evaluation.Evaluation(None, [], 0),
         )
     )
     return wrapped, recorder.logged

@@ -25,7 +25,8 @@ def flags(model: Path, rows: Path, out: Path, *more: str) -> list[str]:
     return [
         "--model_name", str(model), "--dataset_name", str(rows), "--output_dir", str(out), "--max_length", "128",
         "--batch_size", "1", "--gradient_accumulation_steps", "2", "--lr", "3e-3", "--warmup", "0.2",
-        "--max_grad_norm", "1.9", "--num_train_epochs", "2", "--deterministic", "--resume", "auto", *more,
+        "--max_grad_norm", "1.9", "--num_train_epochs", "2", "--deterministic", "--resume", "auto",
+        "--eval_percentage", "10", "--eval_steps", "4", *more,
     ]  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
     ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    steps = ["--max_steps", "12"]
+    steps = ["--max_steps", "12"]  # packs of 128 tokens, clipped and accumulated
     assert launch(ranks, *flags(model_folder, rows_file, whole, *steps, "--save_checkpoint")).returncode == 0
     first = launch(ranks, *flags(model_folder, rows_file, parts, *steps, "--save_steps", "5", "--bench_steps", "7"))
     assert first.returncode == 0, first.stderr[-3000:]
@@ -64,7 +65,8 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
     assert second.returncode == 0, second.stderr[-3000:]
     assert f"Going on from {parts / 'global_step5'}: step 5" in second.stderr
 
-    norms = [line["grad_norm"] for line in logged(whole)]
+    norms = [line["grad_norm"] for line in logged(whole) if "grad_norm" in line]
+    assert [line["step"] for line in logged(whole) if "eval_loss" in line] == [4, 8, 12]
     assert min(norms) < 1.9 < max(norms)  # some steps are clipped, some are not
     assert logged(parts) == logged(whole)
     expected, found = states(whole), states(parts)

@@ -108,6 +108,22 @@ class Encoder:
         turns = as_chat(conversation) if isinstance(conversation, Pair) else conversation
         return self._segments(plain_segments(turns)) if self.template is None else self._chat(turns)
 
+    def prompt_ids(self, request: str, in_turns: bool) -> list[int]:
+        """Tokenise a request as a row's prompt is, ready to be answered.
+
+        `in_turns`: the rows trained on are conversations, so the request is a turn of one.
+        """
+        turns = as_chat(Pair(request=request, context="", answer=""))
+        if not (in_turns or self._pairs_as_chat):
+            text = alpaca_prompt(Pair(request=request, context="", answer=""))
+        elif self.template is None:
+            text = plain_segments(turns)[0][0]
+        else:
+            rendered = self._render(turns.turns[:1], True)
+            return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        ids = list(self._tokenizer(text)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self._eos else ids
+
     def _segments(self, segments: Iterable[tuple[str, bool]]) -> Encoded:
         """Tokenise texts apart and end each one that counts with the end-of-sequence token.
 

@@ -1,14 +1,15 @@
 """Tokenised rows -> the batches of each step, a function of (seed, epoch)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from superoffload.config import DataSettings, TrainingSettings
-from superoffload.data import packing, statistics
+from superoffload.data import formats, packing, sources, statistics
 from superoffload.data.cache import Request, tokenised
 from superoffload.data.collate import Batch, Layout, collate
+from superoffload.data.encode import Encoder
 from superoffload.data.rows import TokenisedRows
 from superoffload.errors import UserError
 
@@ -27,6 +28,16 @@ def load(tokenizer: Any, settings: DataSettings, seed: int) -> tuple[TokenisedRo
     if settings.eval_percentage:
         return split_off(rows, settings.eval_percentage, seed)
     return rows, None
+
+
+def prompts(requests: Sequence[str], tokenizer: Any, settings: DataSettings) -> list[list[int]]:
+    """Tokenise requests as the prompts of the rows trained on are. Raises `UserError`."""
+    if not requests:
+        return []
+    rows = sources.open_rows(settings.dataset_name, settings.dataset_split, "dataset_name")
+    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
+    encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
+    return [encoder.prompt_ids(request, in_turns=shape.name == "messages") for request in requests]
 
 
 def split_off(rows: TokenisedRows, percentage: float, seed: int) -> tuple[TokenisedRows, TokenisedRows]:
