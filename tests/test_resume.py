@@ -25,7 +25,7 @@ def flags(model: Path, rows: Path, out: Path, *more: str) -> list[str]:
     return [
         "--model_name", str(model), "--dataset_name", str(rows), "--output_dir", str(out), "--max_length", "128",
         "--batch_size", "1", "--gradient_accumulation_steps", "2", "--lr", "3e-3", "--warmup", "0.2",
-        "--max_grad_norm", "1.9", "--num_train_epochs", "2", "--deterministic", "--resume", "auto",
+        "--max_grad_norm", "1.75", "--num_train_epochs", "2", "--deterministic", "--resume", "auto",
         "--eval_percentage", "10", "--eval_steps", "4", *more,
     ]  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
 
     norms = [line["grad_norm"] for line in logged(whole) if "grad_norm" in line]
     assert [line["step"] for line in logged(whole) if "eval_loss" in line] == [4, 8, 12]
-    assert min(norms) < 1.9 < max(norms)  # some steps are clipped, some are not
+    assert min(norms) < 1.75 < max(norms)  # some steps are clipped, some are not
     assert logged(parts) == logged(whole)
     expected, found = states(whole), states(parts)
     assert expected.keys() == found.keys()
@@ -82,6 +82,15 @@ def start(model: Path, rows: Path, out: Path, *more: str, ranks: int = 2) -> "su
     command += [str(REPOSITORY / "finetune_zero3.py"), *flags(model, rows, out, *more)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(),
                             start_new_session=True)  # fmt: skip
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Leave nothing of a run behind."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.communicate()
 
 
 def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -111,7 +120,7 @@ def test_a_signal_to_one_rank_saves_and_ends_in_order(model_folder: Path, rows_f
         ranks_of(process)[-1].send_signal(signal.SIGUSR1)
         _, err = process.communicate(timeout=60)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        end(process)
     assert process.returncode == 0, err[-3000:]
     step = int((tmp_path / "latest").read_text().removeprefix("global_step"))
     assert f"Asked to stop by another rank's signal: saving after step {step}" in err
@@ -126,8 +135,7 @@ def test_a_second_run_into_the_same_folder_is_refused(model_folder: Path, rows_f
         assert second.returncode == 2
         assert f"Error: --output_dir {tmp_path}: another run is writing there" in second.stderr
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        end(process)
     handle = resume.lock(str(tmp_path))  # a killed run leaves no lock behind
     resume.unlock(handle)
 
@@ -145,10 +153,7 @@ def kill_and_resume(model: Path, rows: Path, out: Path, rng: random.Random) -> N
             victim.kill()
         process.communicate(timeout=60)
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        end(process)
 
 
 def test_a_run_killed_while_saving_always_goes_on(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
