@@ -198,17 +198,3 @@ def _without_auto(value: Any) -> Any:
 def dtype_name(document: Document) -> str:
     """Name the dtype in which the weights are held: `bfloat16`, `float16` or `float32`."""
     return "bfloat16" if _enabled(document, "bf16") else "float16" if _enabled(document, "fp16") else "float32"
-
-
-def wants_super_offload(document: Document) -> bool:
-    """Tell whether the JSON asks for SuperOffload rather than ZeRO-Offload."""
-    return bool(document["zero_optimization"]["offload_optimizer"].get("super_offload", False))
-
-
-def as_zero_offload(document: Document) -> Document:
-    """Return the same setup without SuperOffload."""
-    changed = copy.deepcopy(document)
-    offload = changed["zero_optimization"]["offload_optimizer"]
-    for key in ("super_offload", "cpuadam_cores_perc"):
-        offload.pop(key, None)
-    return changed

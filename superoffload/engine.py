@@ -4,23 +4,15 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from superoffload import ds_config, schedule
+from superoffload import schedule
 from superoffload.config import TrainingSettings
 from superoffload.ds_config import BETAS, Document
 from superoffload.log import logger
 from superoffload.model import parameter_groups
-
-
-def for_this_device(document: Document) -> Document:
-    """Return the document, as ZeRO-Offload where SuperOffload cannot run on the device at hand."""
-    name = get_accelerator().device_name()
-    if not ds_config.wants_super_offload(document) or name == "cuda":
-        return document
-    logger.warning("DeepSpeed's SuperOffload needs a CUDA device, this one is %s: training with ZeRO-Offload", name)
-    return ds_config.as_zero_offload(document)
+from superoffload.offload.install import installed
+from superoffload.offload.optimizer import SharedMemorySuperOffload
 
 
 def create(model: Any, document: Document, training: TrainingSettings, total_steps: int) -> Any:
@@ -35,10 +27,19 @@ def create(model: Any, document: Document, training: TrainingSettings, total_ste
             base, lambda step: schedule.factor(training.lr_scheduler, step, warmup, total_steps)
         )
 
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=document)
+    with installed():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=document)
+    logger.info("Optimizer: %s", _name(engine.optimizer))
     _follow_schedule_on_device(engine.optimizer, optimizer)
     engine.train()
     return engine
+
+
+def _name(zero_optimizer: Any) -> str:
+    """Say which optimizer trains: what was asked for is not always what can run."""
+    if isinstance(zero_optimizer, SharedMemorySuperOffload):
+        return "SuperOffload, its state in memory shared with a process of its own"
+    return "DeepSpeed's SuperOffload" if hasattr(zero_optimizer, "superoffload_cpu_optimizer") else "ZeRO-Offload"
 
 
 def catch_up(engine: Any) -> None:
@@ -49,8 +50,8 @@ def catch_up(engine: Any) -> None:
     microseconds each, multiply it up again.
     """
     optimizer = getattr(engine.optimizer, "optimizer", None)
-    if not isinstance(optimizer, DeepSpeedCPUAdam):
-        return
+    if not isinstance(optimizer, DeepSpeedCPUAdam) or isinstance(engine.optimizer, SharedMemorySuperOffload):
+        return  # the latter does so itself
     last = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
     nothing = torch.empty(0)
     group = optimizer.param_groups[0]
@@ -61,12 +62,13 @@ def catch_up(engine: Any) -> None:
 
 
 def _follow_schedule_on_device(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Let the device's share of the optimizer (offload ratio below 1) take the learning rate of each step.
+    """Let the device's share of ZeRO-Offload's optimizer (ratio below 1) take the learning rate of each step.
 
-    DeepSpeed makes that second optimizer from the first group's values at the start and never updates them.
+    DeepSpeed makes that second optimizer from the first group's values at the start and never updates them; the
+    optimizer of `superoffload.offload` keeps its own up to date.
     """
     device_share = getattr(zero_optimizer, "backup_optimizer", None)
-    if device_share is None:
+    if device_share is None or isinstance(zero_optimizer, SharedMemorySuperOffload):
         return
 
     def copy_lr(*_: Any) -> None:

@@ -23,9 +23,8 @@ def shares(folder: Path, tag: str) -> list[str]:
 def make_engine(folder: str, output_dir: str) -> tuple[Any, Any, config.Config]:
     values = {"model_name": folder, "output_dir": output_dir}
     merged = ds_config.merge(ds_config.read(config.build(values)), config.build(values), distributed.world_size())
-    document = ds_config.as_zero_offload(merged.document)
-    sharded = model.load_model(merged.config.model, model.load_config(folder), document, None)
-    return engine.create(sharded, document, merged.config.training, 10), load_tokenizer(folder), merged.config
+    sharded = model.load_model(merged.config.model, model.load_config(folder), merged.document, None)
+    return engine.create(sharded, merged.document, merged.config.training, 10), load_tokenizer(folder), merged.config
 
 
 def save_in_turn(folder: str, output_dir: str, steps: list[int], sabotages: list[str] | None = None) -> list[Saved]:

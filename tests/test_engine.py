@@ -13,7 +13,6 @@ from superoffload import (
     engine,
     evaluation,
     isolation,
-    log,
     metrics,
     model,
     schedule,
@@ -22,6 +21,7 @@ from superoffload import (
 from superoffload.data import collate, loader
 from superoffload.run import Run
 from superoffload.tokenizer import load_tokenizer
+from tests.models import write_rows
 from tests.ranks import REPOSITORY, run_ranks
 
 sys.path.insert(0, str(REPOSITORY))
@@ -155,12 +155,13 @@ def test_the_share_on_the_device_follows_the_schedule(model_folder: Path, rows_f
             assert groups == pytest.approx([lr, lr])
 
 
-def test_super_offload_gives_way_on_a_device_without_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(log.logger, "propagate", True)
+def names_of_optimizers(folder: str, document: dict[str, Any]) -> tuple[str, bool]:
+    wrapped, _ = train({"model_name": folder, "dataset_name": folder + "/rows.json", "max_steps": 2}, document)
+    return type(wrapped.optimizer).__name__, bool(wrapped.optimizer.statistics.steps)
+
+
+def test_super_offload_is_this_projects_own_on_the_cpu_too(model_folder: Path) -> None:
+    write_rows(model_folder / "rows.json")
     document = copy.deepcopy(FP32)
     document["zero_optimization"]["offload_optimizer"]["super_offload"] = True
-    assert not ds_config.wants_super_offload(engine.for_this_device(document))
-    assert ["needs a CUDA device" in record.message for record in caplog.records] == [True]
-    assert engine.for_this_device(FP32) is FP32
+    assert run_ranks(1, names_of_optimizers, str(model_folder), document) == [("SharedMemorySuperOffload", True)]

@@ -1,0 +1,50 @@
+"""What the coordinator notes about the work it has handed out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .messages import AdamHyper
+
+
+class Stage(Enum):
+    """Say how far the work on one sub-group has come in this epoch."""
+
+    SPECULATING = "speculating"
+    SPECULATED = "speculated"
+    STEPPING = "stepping"
+    STEPPED = "stepped"
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """Hold what was asked for one sub-group in this epoch; `version` 0 marks a step without speculation."""
+
+    version: int
+    hyper: AdamHyper
+    anchor_step: int
+    factor: float
+    stage: Stage
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Count what happened since the start; times in seconds.
+
+    wait_s: the trainer's exposed wait for new weights in step(). commit_wait_s: its wait, during backward or
+    before a read, for the last step's commits. busy_s: work in the optimizer process, by kind of reply.
+    """
+
+    speculated: int = 0
+    accepted: int = 0
+    refused: int = 0
+    stepped_in_turn: int = 0
+    stepped_on_request: int = 0
+    cancelled: int = 0
+    steps: int = 0
+    clipped_steps: int = 0
+    discarded_epochs: int = 0
+    wait_s: float = 0.0
+    commit_wait_s: float = 0.0
+    busy_s: dict[str, float] = field(default_factory=dict)

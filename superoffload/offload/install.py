@@ -1,0 +1,153 @@
+"""Put the optimizer where DeepSpeed's engine looks for it: the only patch of this package.
+
+    with installed():
+        engine, *_ = deepspeed.initialize(...)
+
+DeepSpeed's engine imports its SuperOffload class inside the function that builds the optimizer, so exchanging
+one module attribute while that function runs is enough. Nothing stays patched afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import getLogger
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from . import contract
+from .settings import OffloadSettings
+
+_log = getLogger(__name__)
+
+LOSS = "its checkpoints lack the Adam moments, clipping switches its overlap off, a dead worker is noticed after 60 s"
+"""What one loses with DeepSpeed's own SuperOffload."""
+
+
+def reason_unsupported(ds_config: Mapping[str, Any], optimizer: Any = None) -> str | None:
+    """Return one line saying why this package cannot be used and what is lost, or None if it can.
+
+    ds_config: DeepSpeed's configuration as a dict. optimizer: what is passed to deepspeed.initialize; None if
+    the configuration's `optimizer` section is to build it.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    checks: tuple[tuple[bool, str], ...] = (
+        (zero.get("stage") != 3, f"ZeRO stage {zero.get('stage')} instead of 3"),
+        (not offload.get("super_offload", False), "super_offload is not set"),
+        (offload.get("device", "none") != "cpu", f"optimizer offload to {offload.get('device', 'none')}"),
+        ((zero.get("offload_param") or {}).get("device") == "nvme", "parameter offload to NVMe"),
+        (zero.get("zenflow") is not None, "ZenFlow"),
+        (bool(zero.get("elastic_checkpoint")), "elastic checkpoints"),
+        (bool(ds_config.get("compile", {}).get("deepcompile")), "DeepCompile"),
+        (_autocasts_to_fp16(ds_config), "torch_autocast in float16, whose GradScaler steps the optimizer"),
+    )
+    problem = next((why for holds, why in checks if holds), None)
+    return _line(problem or _optimizer_problem(ds_config, optimizer))
+
+
+@contextmanager
+def installed(settings: OffloadSettings | None = None) -> Iterator[None]:
+    """Let `super_offload: true` mean this package's optimizer for every engine built inside the block.
+
+    Where the optimizer cannot be used, one warning says why, and DeepSpeed's own class is built instead; on
+    an accelerator for which that does not exist, plain ZeRO-Offload, which is slower and complete.
+    """
+    seam = importlib.import_module(contract.SEAM_MODULE)
+    stock = getattr(seam, contract.SEAM_NAME)
+    setattr(seam, contract.SEAM_NAME, _builder(stock, settings))
+    try:
+        yield
+    finally:
+        setattr(seam, contract.SEAM_NAME, stock)
+
+
+def _builder(stock: Callable[..., Any], settings: OffloadSettings | None) -> Callable[..., Any]:
+    def build(module: torch.nn.Module, init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        why = _line(_problem_of_arguments(init_optimizer, kwargs) or _environment_problem())
+        if why is None:
+            from .optimizer import SharedMemorySuperOffload  # once the environment is known to fit
+
+            return SharedMemorySuperOffload(module, init_optimizer, *args, offload_settings=settings, **kwargs)
+        if get_accelerator().device_name() == "cuda":
+            _log.warning("%s", why)
+            return stock(module, init_optimizer, *args, **kwargs)
+        _log.warning("%s That needs CUDA, so plain ZeRO-Offload is used: slower, nothing else lost.", why)
+        return DeepSpeedZeroOptimizer_Stage3(module, init_optimizer, *args, **kwargs)
+
+    return build
+
+
+def _line(problem: str | None) -> str | None:
+    if problem is None:
+        return None
+    return f"SuperOffload falls back to DeepSpeed's own class because of: {problem}; {LOSS}."
+
+
+def _problem_of_arguments(optimizer: Any, kwargs: Mapping[str, Any]) -> str | None:
+    """Check what the engine hands over, which is final where the configuration is only a wish."""
+    offload, param_offload = kwargs.get("offload_optimizer_config"), kwargs.get("offload_param_config")
+    if type(optimizer) is not DeepSpeedCPUAdam:
+        return f"optimizer {type(optimizer).__name__} instead of DeepSpeedCPUAdam"
+    if _device(offload) != "cpu":
+        return f"optimizer offload to {_device(offload)}"
+    if _device(param_offload) == "nvme":
+        return "parameter offload to NVMe"
+    if kwargs.get("zenflow_config") is not None:
+        return "ZenFlow"
+    if kwargs.get("elastic_checkpoint"):
+        return "elastic checkpoints"
+    return None
+
+
+def _device(config: Any) -> str:
+    device = getattr(config, "device", None)
+    return str(getattr(device, "value", device))
+
+
+def _optimizer_problem(ds_config: Mapping[str, Any], optimizer: Any) -> str | None:
+    if optimizer is not None:
+        if type(optimizer) is not DeepSpeedCPUAdam:
+            return f"optimizer {type(optimizer).__name__} instead of DeepSpeedCPUAdam"
+        return _environment_problem()
+    section = ds_config.get("optimizer") or {}
+    name = str(section.get("type", "none")).lower()
+    if name not in ("adam", "adamw"):
+        return f"optimizer {section.get('type')} instead of Adam or AdamW"
+    if section.get("params", {}).get("torch_adam"):
+        return "torch_adam"
+    return _environment_problem()
+
+
+def _autocasts_to_fp16(ds_config: Mapping[str, Any]) -> bool:
+    autocast = ds_config.get("torch_autocast") or {}
+    dtype = str(autocast.get("dtype", "")).removeprefix("torch.")
+    return bool(autocast.get("enabled")) and dtype in ("float16", "half", "fp16")
+
+
+def _environment_problem() -> str | None:
+    """Check the operating system and the installed DeepSpeed."""
+    if not hasattr(os, "memfd_create") or not hasattr(os, "sched_setaffinity"):
+        return "an operating system without memfd_create (Linux is needed)"
+    if _version(deepspeed.__version__) < contract.FIRST_SUPPORTED:
+        supported = ".".join(map(str, contract.FIRST_SUPPORTED))
+        return f"DeepSpeed {deepspeed.__version__}, which is older than {supported}"
+    found = contract.problems()
+    if found:
+        return f"DeepSpeed {deepspeed.__version__} is not what was tested: {'; '.join(found)}"
+    if deepspeed.__version__.split("+")[0] not in contract.TESTED_VERSIONS:
+        tested = ", ".join(contract.TESTED_VERSIONS)
+        _log.info("DeepSpeed %s passes the contract, tested is %s", deepspeed.__version__, tested)
+    return None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    parts = text.split("+")[0].split(".")[:3]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)

@@ -1,0 +1,34 @@
+"""What can be chosen about the offload engine beyond DeepSpeed's own JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadSettings:
+    """Hold the choices that change speed, never numbers.
+
+    speculate: compute new weights during backward. Off, every sub-group is stepped once the norm is known.
+    bind_trainer: restrict the trainer to its share of the cores. None decides by accelerator: on a GPU the
+        trainer only feeds the device and is bound; on the CPU accelerator its cores *are* the device, so it
+        keeps all of them and only the optimizer process is bound.
+    direct_gradients: where a step has one micro-batch, write gradients straight into the shared memory
+        instead of through DeepSpeed's accumulation buffer.
+    chunk_numel_per_thread: elements that one thread of the optimizer process handles before it looks for
+        news from the trainer; four fp32 arrays of this length should fit a core's L2 cache.
+    notice_interval_s: how often to say that the trainer still waits for a living optimizer process.
+    """
+
+    speculate: bool = True
+    bind_trainer: bool | None = None
+    direct_gradients: bool = True
+    chunk_numel_per_thread: int = 1 << 17
+    notice_interval_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse a chunk that would change where DeepSpeed's vector loop hands over to its scalar tail."""
+        if self.chunk_numel_per_thread <= 0 or self.chunk_numel_per_thread % 1024:
+            raise ValueError(
+                f"chunk_numel_per_thread={self.chunk_numel_per_thread} must be a positive multiple of 1024"
+            )

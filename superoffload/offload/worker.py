@@ -1,0 +1,185 @@
+"""The optimizer process: receive, compute, reply.
+
+It is started as a program of its own (`python -m`), not as a fork and not through multiprocessing: the
+training script is never run a second time, no CUDA context exists here, and the trainer's threads are not
+copied. It ends when the trainer says so, when the trainer's end of the socket closes, or within two seconds
+after the trainer has died in a way that left the socket open in some other child of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .messages import MAX_RECORD_BYTES, Reply, ReplyKind, Task, TaskKind
+
+if TYPE_CHECKING:
+    from .adam import SubGroupAdam
+    from .state import SubGroupState
+
+_LOOK_FOR_TRAINER_S = 2.0
+
+
+class TrainerGone(Exception):
+    """The trainer has closed its end or died."""
+
+
+class Inbox:
+    """Take in tasks; apply at once those that say what is void or decided, queue the others in order."""
+
+    def __init__(self, sock: socket.socket, trainer_pid: int) -> None:
+        self._sock = sock
+        self._trainer_pid = trainer_pid
+        self._queue: deque[Task] = deque()
+        self._decided_factor: dict[int, float] = {}
+        self._dropped_epoch = -1
+        self._void_version: dict[int, int] = {}
+
+    def next(self) -> Task:
+        """Return the next task to work on; waits for one. Raises TrainerGone."""
+        self.take_in()
+        while not self._queue:
+            ready, _, _ = select.select([self._sock], [], [], _LOOK_FOR_TRAINER_S)
+            if not ready and os.getppid() != self._trainer_pid:
+                raise TrainerGone
+            self.take_in()
+        return self._queue.popleft()
+
+    def take_in(self) -> None:
+        """Read everything that has arrived, without waiting. Raises TrainerGone."""
+        while True:
+            try:
+                record = self._sock.recv(MAX_RECORD_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except ConnectionError as error:
+                raise TrainerGone from error
+            if not record:
+                raise TrainerGone
+            self._sort(Task.unpack(record))
+
+    def is_void(self, task: Task) -> bool:
+        """Return whether this speculation has been cancelled or dropped."""
+        return task.epoch <= self._dropped_epoch or task.version <= self._void_version.get(task.sub_group, -1)
+
+    def decided_factor(self, epoch: int) -> float | None:
+        """Return the final factor of this epoch once the trainer has sent it."""
+        return self._decided_factor.get(epoch)
+
+    def _sort(self, task: Task) -> None:
+        if task.kind is TaskKind.EXIT:
+            raise TrainerGone
+        if task.kind is TaskKind.DECIDE:
+            self._decided_factor = {task.epoch: task.factor}
+        elif task.kind is TaskKind.CANCEL:
+            self._void_version[task.sub_group] = task.version
+        elif task.kind is TaskKind.DROP:
+            self._dropped_epoch = task.epoch
+        else:
+            self._queue.append(task)
+
+
+class Worker:
+    """Work tasks off, one after another."""
+
+    def __init__(self, inbox: Inbox, adam: SubGroupAdam, sub_groups: dict[int, SubGroupState]) -> None:
+        self._inbox = inbox
+        self._adam = adam
+        self._sub_groups = sub_groups
+
+    def handle(self, task: Task) -> ReplyKind:
+        """Do one SPECULATE, STEP or COMMIT; return what became of it. Raises TrainerGone."""
+        state = self._sub_groups[task.sub_group]
+        if task.kind is TaskKind.SPECULATE:
+            return self._speculate(task, state)
+        stage = task.kind is TaskKind.STEP
+        self._adam.step(task, state, stage=stage)
+        return ReplyKind.STEPPED if stage else ReplyKind.COMMITTED
+
+    def _speculate(self, task: Task, state: SubGroupState) -> ReplyKind:
+        """Speculate, unless the norm is known by now: then the step can be done for good at once."""
+        inbox = self._inbox
+        finished = False
+        if inbox.decided_factor(task.epoch) is None and not inbox.is_void(task):
+            finished = self._adam.speculate(task, state, lambda: self._is_futile(task))
+        if inbox.is_void(task):
+            return ReplyKind.VOID
+        if finished:
+            return ReplyKind.SPECULATED
+        factor = inbox.decided_factor(task.epoch)
+        if factor is None:
+            raise AssertionError("a speculation was abandoned without a reason")
+        self._adam.step(replace(task, factor=factor), state, stage=True)
+        return ReplyKind.STEPPED
+
+    def _is_futile(self, task: Task) -> bool:
+        self._inbox.take_in()
+        factor = self._inbox.decided_factor(task.epoch)
+        return self._inbox.is_void(task) or (factor is not None and factor != task.factor)
+
+
+def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
+    """Map the arena, load the op, then work until the trainer is gone; returns then."""
+    import torch
+
+    from .adam import SubGroupAdam, load_op
+    from .state import Arena, ArenaLayout
+
+    torch.set_num_threads(len(setup["cores"]))
+    try:
+        op = load_op(setup["op_name"], setup["op_path"])
+        arena = Arena(ArenaLayout.from_json(setup["layout"]), arena_fd)
+        adam = SubGroupAdam(op, adamw_mode=setup["adamw_mode"], chunk_numel=setup["chunk_numel"])
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sock.send(Reply(kind=ReplyKind.ERROR, text=f"could not start: {error!r}").pack())
+        raise
+    os.close(arena_fd)
+    inbox = Inbox(sock, setup["trainer_pid"])
+    worker = Worker(inbox, adam, arena.sub_groups)
+    sock.send(Reply(kind=ReplyKind.READY).pack())
+    while True:
+        task = inbox.next()
+        started = time.perf_counter()
+        try:
+            kind = worker.handle(task)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            text = f"{task.kind.name} of sub-group {task.sub_group} failed: {error!r}"
+            sock.send(Reply(kind=ReplyKind.ERROR, sub_group=task.sub_group, text=text).pack())
+            raise
+        reply = Reply(
+            kind=kind,
+            sub_group=task.sub_group,
+            epoch=task.epoch,
+            version=task.version,
+            busy_s=time.perf_counter() - started,
+        )
+        sock.send(reply.pack())
+
+
+def main(arguments: list[str]) -> int:
+    """Run as the optimizer process; the arguments are three inherited file descriptors."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer to answer; it may want to save
+    socket_fd, setup_fd, arena_fd = (int(a) for a in arguments)
+    with os.fdopen(setup_fd, "rb") as file:
+        setup = json.load(file)
+    os.sched_setaffinity(0, setup["cores"])  # before torch starts its threads, which inherit it
+    with socket.socket(fileno=socket_fd) as sock:
+        try:
+            run(sock, setup, arena_fd)
+        except (TrainerGone, BrokenPipeError, ConnectionResetError):
+            return 0
+    return 0
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # nothing to tear down; torch's exit handlers would only take time

@@ -1,0 +1,210 @@
+"""A trainer that plays one scenario; test_life.py watches. Run as a program, without a `__main__` guard."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from offload_training import Case, Trainer, make_engine, snapshot
+
+from superoffload.offload.messages import TaskKind
+from superoffload.offload.process import OptimizerProcessError
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def build(case: Case | None = None) -> tuple[Any, Trainer]:
+    engine = make_engine(case or Case(), True)
+    engine.optimizer._coordinator.wait_until_ready()
+    say(f"OPTIMIZER PID {engine.optimizer._process.pid}")
+    return engine, Trainer(engine, case or Case())
+
+
+def before_sending(engine: Any, kind: TaskKind, action: Any) -> None:
+    """Call `action` once, right after the next task of this kind has been handed over."""
+    send, done = engine.optimizer._process.send, []
+
+    def watched(task: Any, relieve: Any = None) -> None:
+        send(task, relieve)
+        if task.kind is kind and not done:
+            done.append(task)
+            action()
+
+    engine.optimizer._process.send = watched
+    engine.optimizer._coordinator.send_speculation = watched
+
+
+def killed(moment: str) -> None:
+    engine, trainer = build()
+    trainer.run(0, 3)
+    pid = engine.optimizer._process.pid
+    died_at = []
+
+    def kill() -> None:
+        os.kill(pid, signal.SIGKILL)
+        died_at.append(time.monotonic())
+
+    if moment == "idle":
+        engine.optimizer.flush()
+        kill()
+    else:
+        before_sending(engine, TaskKind.SPECULATE if moment == "speculation" else TaskKind.COMMIT, kill)
+    try:
+        trainer.run(3, 5)
+    except OptimizerProcessError:
+        say(f"NOTICED AFTER {time.monotonic() - died_at[0]:.3f}")
+        raise
+
+
+def stopped(seconds: float, notice_interval_s: float) -> None:
+    engine, trainer = build()
+    trainer.run(0, 3)
+    engine.optimizer._coordinator._notice_interval_s = notice_interval_s
+    pid = engine.optimizer._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(seconds, os.kill, [pid, signal.SIGCONT]).start()
+    trainer.run(3, 5)
+    result = snapshot(engine)
+    engine.destroy()
+    reference, other = build()
+    other.run(0, 5)
+    expected = snapshot(reference)
+    say(f"FINISHED equal={same(result, expected)}")
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(torch.equal(t, b["tensors"][n]) for n, t in a["tensors"].items())
+
+
+def trainer_dies(busy: bool) -> None:
+    _engine, trainer = build()  # alive until the end
+    trainer.run(0, 2)
+    if not busy:
+        say("READY TO DIE")
+        time.sleep(60)
+    threading.Timer(0.2, say, ["READY TO DIE"]).start()
+    for step in range(100000):
+        trainer.run(step, step + 1)
+
+
+def cores() -> None:
+    engine = make_engine(Case(), True, bind_trainer=True)
+    engine.optimizer._coordinator.wait_until_ready()
+    pid = engine.optimizer._process.pid
+    environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    threads = {tuple(sorted(os.sched_getaffinity(int(t.name)))) for t in Path(f"/proc/{pid}/task").iterdir()}
+    ours = {tuple(sorted(os.sched_getaffinity(int(t.name)))) for t in Path("/proc/self/task").iterdir()}
+    say(f"OPTIMIZER CORES {sorted(threads)} TRAINER CORES {sorted(ours)}")
+    say(next(e for e in environment if e.startswith("OMP_NUM_THREADS")))
+    engine.destroy()
+    say(f"AFTERWARDS {sorted(os.sched_getaffinity(0))}")
+
+
+def exception() -> None:
+    _, trainer = build()
+    trainer.run(0, 2)
+    raise ValueError("the data loader failed")
+
+
+def normal() -> None:
+    _, trainer = build()
+    trainer.run(0, 2)
+
+
+def two_engines() -> None:
+    (first, a), (second, b) = build(), build()
+    for step in range(4):
+        a.run(step, step + 1)
+        b.run(step, step + 1)
+    say(f"TWO equal={same(snapshot(first), snapshot(second))}")
+
+
+def destroy() -> None:
+    cores = os.sched_getaffinity(0)
+    engine, trainer = build()
+    trainer.run(0, 2)
+    engine.destroy()
+    engine.destroy()
+    del engine, trainer
+    gc.collect()
+    say(f"CHILDREN {len(children())}")
+    say(f"CORES RESTORED {os.sched_getaffinity(0) == cores}")
+    maps = Path("/proc/self/maps").read_text().count("memfd:superoffload")
+    say(f"MAPPINGS {maps}")
+
+
+def children() -> list[str]:
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        found += (task / "children").read_text().split()
+    return found
+
+
+def interrupt() -> None:
+    _, trainer = build()
+    trainer.run(0, 2)
+    try:
+        os.killpg(0, signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        trainer.run(2, 4)
+        say("STEPPED AFTER INTERRUPT")
+
+
+def fork() -> None:
+    engine, trainer = build()
+    trainer.run(0, 2)
+    child = os.fork()
+    if child == 0:
+        engine.optimizer._finalizer()
+        engine.optimizer._process.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    trainer.run(2, 4)
+    say("STEPPED AFTER FORK")
+
+
+def no_start() -> None:
+    from superoffload.offload import optimizer
+
+    setup = optimizer.WorkerSetup
+
+    def broken(**values: Any) -> Any:
+        return setup(**values | {"op_path": "/nonexistent.so"})
+
+    optimizer.WorkerSetup = broken  # type: ignore[assignment,misc]
+    _, trainer = build()
+    trainer.run(0, 2)
+
+
+SCENARIOS = {
+    "killed-idle": lambda: killed("idle"),
+    "killed-speculation": lambda: killed("speculation"),
+    "killed-commit": lambda: killed("commit"),
+    "stopped": lambda: stopped(3.0, 1.0),
+    "stopped-long": lambda: stopped(70.0, 60.0),
+    "trainer-idle": lambda: trainer_dies(busy=False),
+    "trainer-busy": lambda: trainer_dies(busy=True),
+    "cores": cores,
+    "exception": exception,
+    "normal": normal,
+    "two-engines": two_engines,
+    "destroy": destroy,
+    "interrupt": interrupt,
+    "fork": fork,
+    "no-start": no_start,
+}
+
+say("SCRIPT STARTS")
+torch.set_num_threads(1)
+SCENARIOS[sys.argv[1]]()

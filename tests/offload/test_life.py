@@ -1,0 +1,180 @@
+"""Life and death of the optimizer process: one clear message, no orphan, no zombie, cores restored."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from offload_ranks import ROOT, free_port, rank_environment
+
+from superoffload.offload.affinity import split_cores
+
+HERE = Path(__file__).resolve().parent
+DONE_WITHIN_S = 10.0
+
+
+def start(scenario: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a trainer that plays a scenario of offload_life.py."""
+    return subprocess.Popen(
+        [sys.executable, "-u", str(HERE / "offload_life.py"), scenario],
+        env=rank_environment(0, 1, free_port()) | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+    )
+
+
+def play(scenario: str, timeout_s: float = 90.0) -> tuple[int, str]:
+    """Run a scenario to its end; return its exit status and output. Leaves nothing behind."""
+    trainer = start(scenario)
+    try:
+        output, _ = trainer.communicate(timeout=timeout_s)
+    finally:
+        if trainer.poll() is None:
+            os.killpg(trainer.pid, signal.SIGKILL)
+            trainer.wait()
+    return trainer.returncode, output
+
+
+def optimizer_pids(output: str) -> list[int]:
+    return [int(p) for p in re.findall(r"OPTIMIZER PID (\d+)", output)]
+
+
+def gone(pid: int) -> bool:
+    """Return whether no process, not even a zombie, has this id."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + DONE_WITHIN_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("moment", ["idle", "speculation", "commit"])
+def test_a_killed_optimizer_process_is_named_within_a_second(moment: str) -> None:
+    status, output = play(f"killed-{moment}")
+    assert status == 1, output[-3000:]
+    (seconds,) = re.findall(r"NOTICED AFTER ([\d.]+)", output)
+    assert float(seconds) < 1.0
+    message = [line for line in output.splitlines() if "OptimizerProcessError:" in line]
+    assert len(message) == 1, output[-3000:]
+    assert "was killed by SIGKILL" in message[0] and "out of memory" in message[0]
+    assert "Resume from the last checkpoint" in message[0]
+    assert all(gone(p) for p in optimizer_pids(output))
+
+
+def test_a_stopped_optimizer_process_is_waited_for_and_reported() -> None:
+    status, output = play("stopped")
+    assert status == 0, output[-3000:]
+    assert "is alive, stopped or slow" in output
+    assert "FINISHED equal=True" in output
+
+
+@pytest.mark.slow
+def test_an_optimizer_process_stopped_for_70_s_is_waited_for() -> None:
+    status, output = play("stopped-long", timeout_s=150.0)
+    assert status == 0, output[-3000:]
+    assert "FINISHED equal=True" in output
+
+
+@pytest.mark.parametrize("moment", ["idle", "busy"])
+def test_no_orphan_remains_when_the_trainer_is_killed(moment: str) -> None:
+    trainer = start(f"trainer-{moment}")
+    seen = ""
+    try:
+        assert trainer.stdout is not None
+        for line in trainer.stdout:
+            seen += line
+            if "READY TO DIE" in line:
+                break
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.wait()
+    finally:
+        if trainer.poll() is None:
+            os.killpg(trainer.pid, signal.SIGKILL)
+            trainer.wait()
+    (pid,) = optimizer_pids(seen)
+    assert soon(lambda: gone(pid))
+
+
+def test_an_exception_in_the_trainer_ends_both() -> None:
+    status, output = play("exception")
+    assert status == 1 and "ValueError: the data loader failed" in output
+    assert all(gone(p) for p in optimizer_pids(output))
+
+
+@pytest.fixture(scope="module")
+def normal() -> tuple[int, str]:
+    return play("normal")
+
+
+def test_a_normal_exit_needs_no_call(normal: tuple[int, str]) -> None:
+    status, output = normal
+    assert status == 0, output[-3000:]
+    assert "Traceback" not in output
+    assert all(gone(p) for p in optimizer_pids(output))
+
+
+def test_two_engines_in_one_process() -> None:
+    status, output = play("two-engines")
+    assert status == 0, output[-3000:]
+    assert "TWO equal=True" in output
+    first, second = optimizer_pids(output)
+    assert first != second and gone(first) and gone(second)
+
+
+def test_destroying_leaves_no_process_no_memory_and_the_former_cores() -> None:
+    status, output = play("destroy")
+    assert status == 0, output[-3000:]
+    assert "CHILDREN 0" in output and "CORES RESTORED True" in output and "MAPPINGS 0" in output
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_cores_are_split_and_given_back() -> None:
+    before = sorted(os.sched_getaffinity(0))
+    status, output = play("cores")
+    assert status == 0, output[-3000:]
+    split = split_cores(tuple(before), 0.8)
+    assert f"OPTIMIZER CORES {[split.optimizer]} TRAINER CORES {[split.trainer]}" in output
+    assert f"OMP_NUM_THREADS={len(split.optimizer)}" in output
+    assert f"AFTERWARDS {before}" in output
+
+
+def test_the_training_script_is_not_run_again(normal: tuple[int, str]) -> None:
+    _, output = normal
+    assert output.count("SCRIPT STARTS") == 1
+
+
+def test_ctrl_c_is_left_to_the_trainer() -> None:
+    trainer = start("interrupt")
+    try:
+        output, _ = trainer.communicate(timeout=90)
+    finally:
+        if trainer.poll() is None:
+            os.killpg(trainer.pid, signal.SIGKILL)
+            trainer.wait()
+    assert trainer.returncode == 0, output[-3000:]
+    assert "STEPPED AFTER INTERRUPT" in output
+
+
+def test_a_forked_child_does_not_end_the_optimizer_process() -> None:
+    status, output = play("fork")
+    assert status == 0, output[-3000:]
+    assert "STEPPED AFTER FORK" in output
+
+
+def test_an_optimizer_process_that_cannot_start_says_why() -> None:
+    status, output = play("no-start")
+    assert status == 1
+    assert "could not start" in output and "OptimizerProcessError" in output
