@@ -46,9 +46,10 @@ def main(config: "Config") -> int:
     distributed.init()
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     source = resume.find(config)
+    document = resume.prepared(merged.document, source)
 
     model_config = model.load_config(config.model.model_name)
-    attention = model.choose_attention(config.model, model_config, merged.document)
+    attention = model.choose_attention(config.model, model_config, document)
     model.check_leaf_module(config.model.leaf_module, model_config)
     tokenizer = load_tokenizer(config.model.model_name)
     with distributed.each_for_itself("tokenising"):
@@ -59,9 +60,9 @@ def main(config: "Config") -> int:
     held_out_batches = loader.Batches(held_out, layout, config.training, distributed.place()) if held_out else None
     log.logger.info("%s", batches.statistics().short())
 
-    sharded = model.load_model(config.model, model_config, merged.document, attention)
+    sharded = model.load_model(config.model, model_config, document, attention)
     shape = model.shape_of(sharded)
-    model_engine = engine.create(sharded, merged.document, config.training, batches.total_steps)
+    model_engine = engine.create(sharded, document, config.training, batches.total_steps)
     isolation.check(model_engine, layout)
 
     progress, state = resume.restore(model_engine, source) if source else (metrics.Progress(), {})

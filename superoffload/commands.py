@@ -63,6 +63,21 @@ def _preview_options() -> list[click.Parameter]:
 group.add_command(click.Command("preview", params=_preview_options(), callback=preview, help=preview.__doc__))
 
 
+@group.command("convert")
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes at a time.")
+def convert_checkpoint(checkpoint: Path, target: Path, workers: int) -> None:
+    """Make a checkpoint that another number of ranks goes on from, with --resume TARGET.
+
+    CHECKPOINT is a folder global_stepN of a run, TARGET a new folder.
+    """
+    from superoffload.convert import convert
+
+    convert(checkpoint, target, workers)
+    click.echo(f"{target}: go on from it with --resume {target} on any number of ranks")
+
+
 @group.group("tiny")
 def tiny_group() -> None:
     """Make and score the example that two CPU cores train in minutes: scripts/finetune_tiny_cpu.sh."""

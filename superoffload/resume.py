@@ -14,6 +14,7 @@ from superoffload import config as settings
 from superoffload import distributed
 from superoffload.checkpoint import LATEST, complete_checkpoints, describe, read_manifest
 from superoffload.config import Config
+from superoffload.ds_config import Document
 from superoffload.errors import UserError
 from superoffload.log import logger
 from superoffload.metrics import Progress
@@ -25,6 +26,11 @@ class Source:
 
     path: Path
     manifest: dict[str, Any]
+
+    @property
+    def universal(self) -> bool:
+        """Tell whether any number of ranks can go on from it: `superoffload convert` made it."""
+        return bool(self.manifest.get("universal"))
 
 
 def lock(folder: str) -> int | None:
@@ -101,8 +107,9 @@ def _read(path: Path) -> str:
 def _damage(path: Path, manifest: dict[str, Any]) -> str:
     """Say which file of this rank's is not as it was written; empty where all are."""
     mark = f"pp_rank_{distributed.rank()}_"
+    everything = bool(manifest.get("universal")) and distributed.speaks()
     for name, entry in manifest["files"].items():
-        if mark in name:
+        if everything or mark in name:
             try:
                 found = describe(path / name)
             except OSError as error:
@@ -116,14 +123,24 @@ def _damage(path: Path, manifest: dict[str, Any]) -> str:
 
 def _check_world_size(path: Path, manifest: dict[str, Any]) -> None:
     there = manifest["world_size"]
-    if there != distributed.world_size():
+    if there != distributed.world_size() and not manifest.get("universal"):
         raise UserError(
-            f"{path} was saved by {there} ranks, this run has {distributed.world_size()}: start it with {there}"
+            f"{path} was saved by {there} ranks, this run has {distributed.world_size()}: start it with {there}, or "
+            f"make a checkpoint for any number of ranks: superoffload convert {path} NEW_FOLDER"
         )
 
 
 def _check_same_run(config: Config, path: Path, manifest: dict[str, Any]) -> None:
     found = settings.differences(config, manifest["config"])
+    if manifest.get("universal"):
+        # The same packs belong to a step however its rows are shared out among ranks and micro-batches.
+        shared_out = ("--batch_size:", "--gradient_accumulation_steps:")
+        found = [text for text in found if not text.startswith(shared_out)]
+        there, here = (
+            _packs_per_step(manifest["config"], manifest["world_size"]),
+            _packs_per_step(settings.flat(config), distributed.world_size()),
+        )
+        found += [f"rows or packs per step: there {there}, here {here}"] if there != here else []
     if not found:
         return
     if not config.checkpoint.resume_anyway:
@@ -131,9 +148,25 @@ def _check_same_run(config: Config, path: Path, manifest: dict[str, Any]) -> Non
     logger.warning("Going on with other settings than the checkpoint's: %s", "; ".join(found))
 
 
+def _packs_per_step(values: dict[str, Any], ranks: int) -> int:
+    return int(values["batch_size"] * values["gradient_accumulation_steps"] * ranks)
+
+
+def prepared(document: Document, source: Source | None) -> Document:
+    """Return DeepSpeed's dict, told where the checkpoint is of the universal format."""
+    if source is None or not source.universal:
+        return document
+    return {**document, "checkpoint": {**document.get("checkpoint", {}), "load_universal": True}}
+
+
 def restore(engine: Any, source: Source) -> tuple[Progress, dict[str, Any]]:
     """Load model, optimizer and schedule into the engine (collective); return progress and what `save` was given."""
+    groups = engine.optimizer.param_groups
+    decays = [group["weight_decay"] for group in groups]
     path, state = engine.load_checkpoint(str(source.path.parent), tag=source.path.name)
+    if source.universal:  # DeepSpeed gives every group the values of the first one
+        for group, decay in zip(groups, decays, strict=True):
+            group["weight_decay"] = decay
     if path is None:
         raise UserError(f"{source.path}: DeepSpeed could not load it")
     progress = Progress(**state["progress"])

@@ -22,12 +22,12 @@ LAYERS = [
     {"data.loader"},
     {"model", "tracking", "metrics", "evaluation"},
     {"engine", "checkpoint", "requests"},
-    {"resume", "run"},
+    {"resume", "run", "convert"},
     {"tiny"},
     {"commands"},
 ]
 HEAVY = {
-    "deepspeed": {"distributed", "model", "engine", "checkpoint"},
+    "deepspeed": {"distributed", "model", "engine", "checkpoint", "convert"},
     "transformers": {"model", "tokenizer", "tiny", "distributed", "checkpoint"},
     "datasets": {"data.sources", "data.cache"},
     "wandb": {"tracking"},
