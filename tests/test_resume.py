@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -138,33 +137,6 @@ def test_a_second_run_into_the_same_folder_is_refused(model_folder: Path, rows_f
         end(process)
     handle = resume.lock(str(tmp_path))  # a killed run leaves no lock behind
     resume.unlock(handle)
-
-
-def kill_and_resume(model: Path, rows: Path, out: Path, rng: random.Random) -> None:
-    """Kill one rank or all at some moment of a run that saves all the time."""
-    before = lines_of(out)
-    process = start(model, rows, out, "--num_train_epochs", "500", "--save_steps", "1", "--keep_checkpoints", "2")
-    try:
-        wait_for(lambda: lines_of(out) >= before + 2 or process.poll() is not None)
-        assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
-        time.sleep(rng.random())
-        victims = ranks_of(process)
-        for victim in victims if rng.random() < 0.5 else victims[:1]:
-            victim.kill()
-        process.communicate(timeout=60)
-    finally:
-        end(process)
-
-
-def test_a_run_killed_while_saving_always_goes_on(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    """A few trials; tests/faults.py makes as many as one likes."""
-    for trial in range(2):
-        kill_and_resume(model_folder, rows_file, tmp_path, random.Random(trial))
-        newest = checkpoint.complete_checkpoints(tmp_path)[0]
-        manifest = checkpoint.read_manifest(newest)
-        assert manifest is not None
-        for name, entry in manifest["files"].items():
-            assert checkpoint.describe(newest / name) == entry
 
 
 def find(out: Path, **values: Any) -> resume.Source | None:
