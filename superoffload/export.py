@@ -191,7 +191,8 @@ def _make(model: Any, checkpoint: RankFiles, group: Group) -> dict[str, torch.Te
     gathered = {
         name: rank_files.gather(checkpoint.tensors[name], planned.dtype) for name, planned in group.sources.items()
     }
-    return dict(revert_weight_conversion(model, gathered))
+    with torch.no_grad():
+        return dict(revert_weight_conversion(model, gathered))
 
 
 def verify(folder: Path, groups: list[Group], split: StateDictSplit) -> None:

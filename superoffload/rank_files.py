@@ -19,6 +19,7 @@ from superoffload.errors import UserError
 LATEST = "latest"
 MODEL_STATES = "*zero_pp_rank_{rank}_mp_rank_*_model_states.pt"
 OPTIM_STATES = "*zero_pp_rank_{rank}_mp_rank_*_optim_states.pt"
+PIECE = 4 * 2**20  # elements
 MADV_PAGEOUT = 21  # Linux 5.4 and later; drops pages and never their content
 
 
@@ -26,9 +27,9 @@ MADV_PAGEOUT = 21  # Linux 5.4 and later; drops pages and never their content
 class RankFiles:
     """A checkpoint whose files are all there: its folder, the run's output folder, and what it holds.
 
-    `tensors` maps the names in the model to lazy float32 weights (`.shape`, `.contiguous()`), mapped from the
-    files, and to buffers in the dtype in which they were saved; a tied name is there beside the one it is tied
-    to. `config` (flat settings) and `progress` are those of the run, empty where it left none.
+    `tensors` maps the names in the model to lazy float32 weights for `gather`, mapped from the files, and to
+    buffers in the dtype in which they were saved; a tied name is there beside the one it is tied to. `config`
+    (flat settings) and `progress` are those of the run, empty where it left none.
     """
 
     folder: Path
@@ -126,25 +127,34 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+@torch.no_grad()
 def gather(lazy: Any, dtype: torch.dtype) -> torch.Tensor:
     """Put one tensor together from the shares of all ranks, in `dtype`.
 
-    Needs 1.5 times its float32 size for `bfloat16`; of the pages read from the files none stays in memory.
+    Needs memory for the tensor itself and one piece: what was read from the files is let go of piece by piece,
+    where DeepSpeed's own `contiguous()` holds the whole in float32.
     """
-    whole = lazy.contiguous()
-    for mapped in _mapped(lazy):
-        _drop_pages(mapped)
-    return torch.as_tensor(whole.to(dtype))
+    if isinstance(lazy, torch.Tensor):
+        return lazy.to(dtype)
+    whole = torch.empty(lazy.shape.numel(), dtype=dtype)
+    done = 0
+    for piece in _pieces(lazy):
+        piece = piece[: whole.numel() - done]  # the shares are padded to one size
+        whole[done : done + piece.numel()] = piece
+        done += piece.numel()
+        _drop_pages(piece)
+    return whole.view(lazy.shape)
 
 
-def _mapped(lazy: Any) -> Iterator[torch.Tensor]:
-    """List the pieces of the mapped files that a tensor was read from."""
-    for flat_groups in getattr(lazy, "flat_groups", ()):
+def _pieces(lazy: Any) -> Iterator[torch.Tensor]:
+    """List the pieces of the mapped files that make up a tensor, in order."""
+    for flat_groups in lazy.flat_groups:
         start = 0
         for group in flat_groups:
             low, high = max(lazy.offset, start), min(lazy.offset + lazy.partitioned_numel, start + group.numel())
             if low < high:
-                yield group[low - start : high - start]
+                yield from group[low - start : high - start].split(PIECE)
+                _drop_pages(group)  # once more, for what the system had read ahead and would not part with
             start += group.numel()
 
 

@@ -306,7 +306,7 @@ def empty_checkpoint(folder: Path) -> str:
 def not_a_number(folder: Path) -> str:
     path = rank_1(folder, "optim")
     state = torch.load(path, weights_only=False)
-    state["optimizer_state_dict"]["fp32_flat_groups"][0][7] = math.nan
+    state["optimizer_state_dict"]["fp32_flat_groups"][0].data[7] = math.nan
     torch.save(state, path)
     return "holds NaN or Inf; the training diverged: export an older checkpoint"
 
@@ -352,7 +352,7 @@ def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(
 def test_numbers_too_large_for_float16(damaged: Path, tmp_path: Path) -> None:
     path = rank_1(damaged, "optim")
     state = torch.load(path, weights_only=False)
-    state["optimizer_state_dict"]["fp32_flat_groups"][0][7] = 1e6
+    state["optimizer_state_dict"]["fp32_flat_groups"][0].data[7] = 1e6
     torch.save(state, path)
     with pytest.raises(UserError, match="too large for float16: use bfloat16"):
         export.export(damaged, tmp_path / "target", "float16")
