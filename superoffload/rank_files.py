@@ -16,7 +16,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from superoffload.errors import UserError
 
-LATEST = "latest"
+LATEST, INCOMPLETE = "latest", "incomplete"  # as `checkpoint` writes them
 MODEL_STATES = "*zero_pp_rank_{rank}_mp_rank_*_model_states.pt"
 OPTIM_STATES = "*zero_pp_rank_{rank}_mp_rank_*_optim_states.pt"
 PIECE = 4 * 2**20  # elements
@@ -62,6 +62,8 @@ def read(source: Path) -> RankFiles:
     where there is no checkpoint, or a file of it is missing or damaged.
     """
     folder, output_dir = locate(source)
+    if (folder / INCOMPLETE).exists():
+        raise UserError(f"{folder}: saving it was cut off; use another checkpoint")
     known = sorted(folder.glob("*_model_states.pt"))
     if not known:
         raise UserError(f"{folder}: holds no checkpoint (no file *_model_states.pt)")
