@@ -72,12 +72,12 @@ def greedy(forward: Callable[[Any], Any]) -> list[int]:
 
 def train_and_save(folder: str, output_dir: str, exported_by_the_run: bool) -> tuple[Any, list[int]]:
     """Train a few steps, save, and answer with what the engine says; the first rank may export meanwhile."""
-    values = {"model_name": folder, "output_dir": output_dir, "lr": 5e-3, "sub_group_size": 5000, "warmup": 0.0,
-              "lr_scheduler": "constant"}  # fmt: skip
+    mode = "superoffload" if "moe" in Path(folder).parent.name else "zerooffload"
+    values = {"model_name": folder, "output_dir": output_dir, "deepspeed_config": f"configs/{mode}.json", "lr": 5e-3,
+              "sub_group_size": 5000, "warmup": 0.0, "lr_scheduler": "constant"}  # fmt: skip
     merged = ds_config.merge(ds_config.read(config.build(values)), config.build(values), distributed.world_size())
-    document = ds_config.as_zero_offload(merged.document)
-    sharded = model.load_model(merged.config.model, model.load_config(folder), document, None)
-    wrapped = engine.create(sharded, document, merged.config.training, 10)
+    sharded = model.load_model(merged.config.model, model.load_config(folder), merged.document, None)
+    wrapped = engine.create(sharded, merged.document, merged.config.training, 10)
     torch.manual_seed(distributed.rank())
     for _ in range(STEPS):
         rows = torch.randint(1, 264, (1, 24))
