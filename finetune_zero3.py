@@ -85,6 +85,8 @@ def main(config: "Config") -> int:
             run.save()
     finally:
         run.trackers.finish()
+    if config.checkpoint.export:
+        run.export()
     metrics.report(run.meter.summary(config.measurement.warmup_steps), run.saved, config.output.output_dir)
     distributed.close()
     resume.unlock(lock)

@@ -113,6 +113,7 @@ if ! on PACKING; then arguments+=(--no_packing); fi
 if on ACTIVATION_CHECKPOINTING; then arguments+=(--activation_checkpointing); fi
 if on DETERMINISTIC; then arguments+=(--deterministic); fi
 if on SAVE_CHECKPOINT; then arguments+=(--save_checkpoint --fail_on_checkpoint_error); fi
+if on EXPORT; then arguments+=(--export); fi
 if on USE_WANDB; then
     arguments+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_run_name "$WANDB_RUN_NAME-$mode")
 fi

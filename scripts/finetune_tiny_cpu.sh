@@ -10,6 +10,7 @@ BIND_CORES=false
 # The answers at the end come from the checkpoint, so this example saves one whatever stands here.
 SAVE_CHECKPOINT=false
 SAVE_STEPS=0
+EXPORT=false
 KEEP_CHECKPOINTS=1
 RESUME=none
 USE_WANDB=false

@@ -5,6 +5,7 @@ a file `incomplete`; once every rank has said that its share is on the disk, `ma
 its size and checksum, `incomplete` goes, and `latest` is replaced by rename. What has a manifest is complete.
 """
 
+import copy
 import json
 import os
 import platform
@@ -113,6 +114,7 @@ def save(engine: Any, tokenizer: Any, config: Config, progress: Progress, extra:
     entries, errors = _write_shares(engine, folder, tag, state)
     if distributed.speaks() and not errors:
         errors += _attempt(lambda: save_tokenizer(tokenizer, folder))
+        errors += _attempt(lambda: save_model_config(engine.module, folder))
     _report(errors)
     everything = distributed.gather({"ok": not errors, "files": entries})
     complete = all(share["ok"] for share in everything)
@@ -193,6 +195,18 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     path = folder / "special_tokens_map.json"
     if not path.exists():
         path.write_text(json.dumps(tokenizer.special_tokens_map, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_model_config(model: Any, folder: Path) -> None:
+    """Write `config.json` and `generation_config.json`, so that an export needs the original model no more."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.use_cache = True  # off for training alone
+    config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        # Not `save_pretrained`: it refuses contradictions that published models do have.
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def _sync(path: Path) -> None:

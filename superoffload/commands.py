@@ -78,6 +78,22 @@ def convert_checkpoint(checkpoint: Path, target: Path, workers: int) -> None:
     click.echo(f"{target}: go on from it with --resume {target} on any number of ranks")
 
 
+@group.command("export")
+@click.argument("checkpoint_or_output_dir", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16, float32 or float16.")
+@click.option("--max_shard_size", default="5GB", show_default=True, help="Size of a file of weights at most.")
+def export_command(checkpoint_or_output_dir: Path, target: Path, dtype: str, max_shard_size: str) -> None:
+    """Write a checkpoint as a model that transformers, vLLM and others load to the folder TARGET.
+
+    Takes the folder of one checkpoint (OUTPUT_DIR/global_stepN), or a run's output folder and its latest.
+    """
+    from superoffload import export, log
+
+    log.setup("INFO")
+    export.export(checkpoint_or_output_dir, target, dtype, max_shard_size)
+
+
 @group.group("tiny")
 def tiny_group() -> None:
     """Make and score the example that two CPU cores train in minutes: scripts/finetune_tiny_cpu.sh."""

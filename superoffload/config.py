@@ -231,12 +231,19 @@ class CheckpointSettings(Settings):
     save_minutes: float = setting("Save a checkpoint every M minutes; 0: not.", 0.0, minimum=0)
     keep_checkpoints: int = setting("Complete checkpoints to keep, the newest ones.", 2, minimum=1)
     fail_on_checkpoint_error: bool = setting("Exit with status 3 when a checkpoint could not be saved.", False)
+    export: bool = setting("Export the last checkpoint as a model folder, OUTPUT_DIR/model_stepN.", False)
     resume: str = setting(
         "auto: go on from the newest complete checkpoint in the output folder, or start; none: start; or the "
         "folder of a checkpoint.",
         "none",
     )
     resume_anyway: bool = setting("Go on although settings differ from those of the checkpoint.", False)
+
+    def __post_init__(self) -> None:
+        """Check each value, and that there will be a checkpoint to export."""
+        Settings.__post_init__(self)
+        if self.export and not self.save_checkpoint:
+            raise UserError("--export: makes a model of the last checkpoint; give --save_checkpoint too")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

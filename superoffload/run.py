@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from superoffload import checkpoint, distributed
+from superoffload import checkpoint, distributed, export
 from superoffload.config import Config
 from superoffload.data.loader import Batches
+from superoffload.errors import UserError
 from superoffload.evaluation import Evaluation
 from superoffload.log import logger
 from superoffload.metrics import Meter, Progress, Saved
@@ -48,6 +49,18 @@ class Run:
         if numbers:
             self.trackers.log(self.progress.step, {"step": self.progress.step, **numbers})
         self.meter.start()  # the time of the evaluation is no step's
+
+    def export(self) -> None:
+        """Write the checkpoint of the last step as a model folder; the others wait, without a collective."""
+        if self.saved.path is None:
+            return
+        with distributed.each_for_itself("export"):
+            if distributed.speaks():
+                target = Path(self.config.output.output_dir) / f"model_step{self.progress.step}"
+                try:
+                    export.export(self.saved.path, target)
+                except UserError as error:
+                    logger.error("NO MODEL WAS EXPORTED: %s", error)
 
     def save(self) -> None:
         """Save a checkpoint of this step unless there is one (collective); `saved` says how it ended."""

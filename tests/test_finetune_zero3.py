@@ -41,7 +41,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
         ranks, "--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(out),
         "--max_length", "128", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--lr", "5e-3",
         "--num_train_epochs", "2", "--warmup", "0.1", "--save_checkpoint", "--activation_checkpointing",
-        "--warmup_steps", "2", "--use_wandb", "--wandb_project", "test",
+        "--warmup_steps", "2", "--export", "--use_wandb", "--wandb_project", "test",
         WANDB_MODE="offline", WANDB_DIR=str(tmp_path),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -49,11 +49,14 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
 
     tag = f"global_step{steps}"
     assert set(os.listdir(out)) == {
-        tag, "latest", "metrics.jsonl", "special_tokens_map.json", "summary.json", "tokenizer.json",
-        "tokenizer_config.json", "zero_to_fp32.py", "zero_to_torch.py",
+        tag, "config.json", "generation_config.json", "latest", "metrics.jsonl", "special_tokens_map.json",
+        "summary.json", "tokenizer.json", "tokenizer_config.json", "zero_to_fp32.py", "zero_to_torch.py",
     }  # fmt: skip
     assert set(os.listdir(out / tag)) == shares(ranks)
     assert (out / "latest").read_text() == tag
+
+    exported = set(os.listdir(out / f"model_step{steps}"))
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= exported
 
     logged = metrics(out)
     assert [list(line) for line in logged] == [KEYS] * steps

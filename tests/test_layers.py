@@ -21,17 +21,20 @@ LAYERS = [
     {"data.statistics", "data.preview", "isolation"},
     {"data.loader"},
     {"model", "tracking", "metrics", "evaluation"},
-    {"engine", "checkpoint", "requests"},
-    {"resume", "run", "convert"},
+    {"engine", "checkpoint", "requests", "rank_files"},
+    {"resume", "convert", "export_files"},
+    {"export"},
+    {"run"},
     {"tiny"},
     {"commands"},
 ]
 HEAVY = {
-    "deepspeed": {"distributed", "model", "engine", "checkpoint", "convert"},
-    "transformers": {"model", "tokenizer", "tiny", "distributed", "checkpoint"},
+    "deepspeed": {"distributed", "model", "engine", "checkpoint", "convert", "rank_files"},
+    "transformers": {"model", "tokenizer", "tiny", "distributed", "checkpoint", "export", "export_files"},
     "datasets": {"data.sources", "data.cache"},
     "wandb": {"tracking"},
-    "huggingface_hub": {"hub", "model", "tokenizer"},
+    "huggingface_hub": {"hub", "model", "tokenizer", "export"},
+    "safetensors": {"export"},
     "torch": {
         "ops",
         "distributed",
@@ -44,6 +47,9 @@ HEAVY = {
         "engine",
         "tiny",
         "checkpoint",
+        "rank_files",
+        "export",
+        "export_files",
     },
 }
 
