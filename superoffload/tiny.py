@@ -26,7 +26,7 @@ RESPONSE = "\n\n### Response:\n"
 EOS, PAD = "<eos>", "<pad>"
 
 SEED = 42
-N_TRAIN = 8000
+N_TRAIN = 6400
 N_HELD_OUT = 200
 MAX_HELD_OUT = 1200
 MAX_POSITIONS = 512
