@@ -85,12 +85,12 @@ def main(config: "Config") -> int:
             run.save()
     finally:
         run.trackers.finish()
+    metrics.report(run.meter.summary(config.measurement.warmup_steps), run.saved, config.output.output_dir)
     if config.checkpoint.export:
         run.export()
-    metrics.report(run.meter.summary(config.measurement.warmup_steps), run.saved, config.output.output_dir)
     distributed.close()
     resume.unlock(lock)
-    return CHECKPOINT_ERROR if run.saved.failed and config.checkpoint.fail_on_checkpoint_error else 0
+    return CHECKPOINT_ERROR if run.failed and config.checkpoint.fail_on_checkpoint_error else 0
 
 
 def train(run: "Run") -> None:

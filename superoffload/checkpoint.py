@@ -88,7 +88,7 @@ class _RecordingEngine:
             return
         try:
             self._inner.save(state_dict, path)
-            _sync(Path(path))
+            sync(Path(path))
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
             self.errors.append(error)
@@ -209,7 +209,7 @@ def save_model_config(model: Any, folder: Path) -> None:
         generation.to_json_file(folder / "generation_config.json")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -222,9 +222,9 @@ def _write_through(path: Path, text: str) -> None:
     """Replace a file's content in one step that a crash cannot split."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    _sync(partial)
+    sync(partial)
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _publish(folder: Path, tag: str, manifest: dict[str, Any]) -> None:
     """Declare a tag complete and point `latest` to it."""
     _write_through(folder / tag / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     (folder / tag / INCOMPLETE).unlink()
-    _sync(folder / tag)
+    sync(folder / tag)
     _write_through(folder / LATEST, tag)
 
 

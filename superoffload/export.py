@@ -1,7 +1,6 @@
 """Turns a checkpoint into a Hugging Face model folder: streamed from the rank files, complete or absent."""
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from superoffload import export_files, rank_files
+from superoffload.checkpoint import sync
 from superoffload.errors import UserError
 from superoffload.log import logger
 from superoffload.rank_files import RankFiles
@@ -230,14 +230,6 @@ def _verify_tensor(name: str, tensor: torch.Tensor, planned: torch.Tensor) -> No
 def _publish(folder: Path, target: Path) -> None:
     """Bring everything to the disk, then give the folder its name, in one step that a crash cannot split."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
     folder.replace(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)

@@ -29,6 +29,7 @@ class Run:
     saved: Saved = checkpoint.NOT_ASKED
     saved_step: int = -1
     stopped: bool = False
+    failed: bool = False
 
     @property
     def last_step(self) -> int:
@@ -52,7 +53,7 @@ class Run:
 
     def export(self) -> None:
         """Write the checkpoint of the last step as a model folder; the others wait, without a collective."""
-        if self.saved.path is None:
+        if self.saved.path is None or self.stopped:
             return
         with distributed.each_for_itself("export"):
             if distributed.speaks():
@@ -61,6 +62,7 @@ class Run:
                     export.export(self.saved.path, target)
                 except UserError as error:
                     logger.error("NO MODEL WAS EXPORTED: %s", error)
+                    self.failed = True
 
     def save(self) -> None:
         """Save a checkpoint of this step unless there is one (collective); `saved` says how it ended."""
@@ -73,4 +75,5 @@ class Run:
         }
         self.saved = checkpoint.save(self.engine, self.tokenizer, self.config, self.progress, extra)
         self.saved_step = self.progress.step
+        self.failed = self.saved.failed
         self.meter.start()  # the time of the save is no step's

@@ -53,6 +53,12 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+def _heading(key: str) -> str:
+    if key.startswith("eval_"):
+        return f"eval/{key.removeprefix('eval_')}"
+    return f"{'train' if key in ('loss', 'lr', 'grad_norm', 'epoch') else 'perf'}/{key}"
+
+
 class Wandb:
     """A run of Weights & Biases; with WANDB_MODE=offline it stays on this machine."""
 
@@ -74,10 +80,7 @@ class Wandb:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers of a step, under the headings that upstream uses."""
-        training = ("loss", "lr", "grad_norm", "epoch", "eval_loss", "eval_perplexity", "eval_target_tokens")
-        self._wandb.log(
-            {f"{'train' if key in training else 'perf'}/{key}": value for key, value in values.items()}, step=step
-        )
+        self._wandb.log({_heading(key): value for key, value in values.items()}, step=step)
 
     def finish(self) -> None:
         """End the run and wait until its data is out."""

@@ -202,6 +202,12 @@ def test_a_full_disk(model_folder: Path, small_disk: Path) -> None:
     assert not (small_disk / "global_step9").exists()
 
 
+def test_a_read_only_disk(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match="cannot be written \\(Read-only file system\\)"):
+        checkpoint.prepare_folder(str(small_disk))
+
+
 def test_special_tokens_map_is_always_there(model_folder: Path, tmp_path: Path) -> None:
     checkpoint.save_tokenizer(load_tokenizer(str(model_folder)), tmp_path)
     assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} <= set(os.listdir(tmp_path))

@@ -49,8 +49,10 @@ def test_numbers_reach_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     trackers, fake = start(tmp_path, monkeypatch)
     trackers.log(1, {"step": 1, "loss": 2.5, "tokens_per_s": 10.0})
     assert lines(tmp_path) == [{"step": 1, "loss": 2.5, "tokens_per_s": 10.0}]
+    trackers.log(1, {"step": 1, "eval_loss": 2.0})
     trackers.finish()
-    assert [name for name, _ in fake.calls] == ["init", "log", "finish"]
+    assert [name for name, _ in fake.calls] == ["init", "log", "log", "finish"]
+    assert fake.calls[2][1] == (1, {"perf/step": 1, "eval/loss": 2.0})
     options = fake.calls[0][1]
     assert options["config"]["lr"] == 2e-5
     assert options["config"]["model_name"] == "org/m"
