@@ -78,7 +78,7 @@ def main(config: "Config") -> int:
         evaluation=evaluation.Evaluation(held_out_batches, prompts, config.evaluation.eval_steps),
     )
     if source:
-        run.goes_on_from(source.path, state["random"])
+        run.goes_on_from(source.path, state)
     try:
         train(run)
         if config.checkpoint.save_checkpoint or run.stopped:

@@ -145,7 +145,8 @@ def _check_same_run(config: Config, path: Path, manifest: dict[str, Any]) -> Non
         return
     if not config.checkpoint.resume_anyway:
         raise UserError(
-            f"{path} is of another run ({'; '.join(found)}); --resume_anyway goes on with the new values, --resume none starts anew"
+            f"{path} is of another run ({'; '.join(found)}); --resume_anyway goes on with the new values, "
+            "--resume none starts anew"
         )
     logger.warning("Going on with other settings than the checkpoint's: %s", "; ".join(found))
 

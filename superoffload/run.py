@@ -37,12 +37,21 @@ class Run:
         total = self.batches.total_steps
         return min(total, self.config.measurement.bench_steps or total)
 
-    def goes_on_from(self, path: Path, random_state: dict[str, Any]) -> None:
-        """Take up the random numbers where the checkpoint left them; nothing may draw between this and a step."""
+    def goes_on_from(self, path: Path, state: dict[str, Any]) -> None:
+        """Take up the random numbers where the checkpoint left them; nothing may draw between this and a step.
+
+        Raises `UserError` where the data set of the same name holds other rows than then.
+        """
+        here = self.batches.extent()
+        if state["data"] != here and not self.config.checkpoint.resume_anyway:
+            raise UserError(
+                f"--dataset_name {self.config.data.dataset_name}: its rows have changed since {path} was saved (then "
+                f"{state['data']}, now {here}); --resume none starts anew, --resume_anyway goes on with them"
+            )
         self.saved, self.saved_step = Saved(path, f"Checkpoint of this step is in {path}"), self.progress.step
         if self.progress.step >= self.last_step:
             logger.info("Nothing is left to train: %s is of the last step", path)
-        distributed.set_random_state(random_state)
+        distributed.set_random_state(state["random"])
 
     def evaluate(self) -> None:
         """Evaluate and track the numbers (collective)."""
@@ -69,6 +78,7 @@ class Run:
         if self.saved_step == self.progress.step and not self.saved.failed:
             return
         extra = {
+            "data": self.batches.extent(),
             "random": distributed.random_state(),
             "meter": self.meter.state(),
             "trackers": self.trackers.state(),

@@ -76,6 +76,10 @@ class Batches:
         """Count the optimizer steps of one pass over the rows."""
         return steps_per_epoch(len(self.packs), self._training, self._ranks)
 
+    def extent(self) -> dict[str, int]:
+        """Count rows, tokens and packs: by them a resumed run notices that its data set has changed."""
+        return {"rows": len(self._rows), "tokens": int(self._rows.lengths.sum()), "packs": len(self.packs)}
+
     @property
     def total_steps(self) -> int:
         """Count the optimizer steps of the whole run, which the schedule spans."""
