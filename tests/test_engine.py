@@ -129,7 +129,10 @@ def learning_rates(values: dict[str, Any], document: dict[str, Any]) -> tuple[li
     return [line["lr"] for line in logged], used + on_device
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("linear", "constant")]
+
+
+@pytest.mark.parametrize("kind", ["cosine", *SLOW_KINDS])
 def test_the_optimizer_steps_with_the_schedule(kind: str, model_folder: Path, rows_file: Path) -> None:
     values = {"model_name": str(model_folder), "dataset_name": str(rows_file), "batch_size": 4, "lr_scheduler": kind,
               "warmup": 0.3, "lr": 2e-3}  # fmt: skip

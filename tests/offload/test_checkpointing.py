@@ -128,6 +128,7 @@ def test_resume_is_the_same_run_bit_for_bit(results: Results, name: str) -> None
     assert_same(result["ours then ours"], result["whole"])
 
 
+@pytest.mark.slow  # tests/test_resume.py has one whole run on two ranks
 @pytest.mark.parametrize("name", ["plain", "device-share"])
 def test_resume_is_the_same_run_on_two_ranks(two_ranks: Results, name: str) -> None:
     for result in two_ranks[0]:

@@ -126,6 +126,7 @@ def test_a_normal_exit_needs_no_call(normal: tuple[int, str]) -> None:
     assert all(gone(p) for p in optimizer_pids(output))
 
 
+@pytest.mark.slow
 def test_two_engines_in_one_process() -> None:
     status, output = play("two-engines")
     assert status == 0, output[-3000:]
@@ -134,6 +135,7 @@ def test_two_engines_in_one_process() -> None:
     assert first != second and gone(first) and gone(second)
 
 
+@pytest.mark.slow
 def test_destroying_leaves_no_process_no_memory_and_the_former_cores() -> None:
     status, output = play("destroy")
     assert status == 0, output[-3000:]
@@ -156,6 +158,7 @@ def test_the_training_script_is_not_run_again(normal: tuple[int, str]) -> None:
     assert output.count("SCRIPT STARTS") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_left_to_the_trainer() -> None:
     trainer = start("interrupt")
     try:
@@ -168,6 +171,7 @@ def test_ctrl_c_is_left_to_the_trainer() -> None:
     assert "STEPPED AFTER INTERRUPT" in output
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_end_the_optimizer_process() -> None:
     status, output = play("fork")
     assert status == 0, output[-3000:]
