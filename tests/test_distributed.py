@@ -1,5 +1,6 @@
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,3 +63,20 @@ def deterministic_mode() -> bool:
 
 def test_deterministic_mode_is_full_determinism() -> None:
     assert run_ranks(1, deterministic_mode) == [True]
+
+
+def buffers() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")}
+
+
+def add_up_often() -> float:
+    values = torch.ones(4096)
+    for _ in range(5):
+        distributed.total(values)
+    return float(values.sum())
+
+
+def test_nothing_stays_in_shared_memory() -> None:
+    before = buffers()
+    assert run_ranks(2, add_up_often) == [4096.0 * 2**5] * 2
+    assert buffers() <= before
