@@ -49,7 +49,8 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
 
     tag = f"global_step{steps}"
     assert set(os.listdir(out)) == {
-        tag, "config.json", "generation_config.json", "latest", "metrics.jsonl", "special_tokens_map.json",
+        tag, f"model_step{steps}", "config.json", "generation_config.json", "latest", "metrics.jsonl",
+        "special_tokens_map.json",
         "summary.json", "tokenizer.json", "tokenizer_config.json", "zero_to_fp32.py", "zero_to_torch.py",
     }  # fmt: skip
     assert set(os.listdir(out / tag)) == shares(ranks)
