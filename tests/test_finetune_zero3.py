@@ -70,7 +70,8 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
     assert (summary["steps"], summary["measured_steps"]) == (steps, steps - 2)
     assert summary["checkpoint"] == str(out / tag)
     assert summary["final_loss"] == logged[-1]["loss"]
-    assert result.stderr.rstrip().splitlines()[-1].endswith(f"Checkpoint saved in {out / tag}")
+    assert f"Checkpoint saved in {out / tag}" in result.stderr
+    assert f"Exported {out / tag} to {out / f'model_step{steps}'}" in result.stderr.rstrip().splitlines()[-1]
     assert list(tmp_path.glob("wandb/offline-run-*")) != []
 
 
