@@ -126,10 +126,7 @@ def test_rates_are_those_of_the_whole_job() -> None:
         assert values["tflops_per_gpu"] == pytest.approx((6e9 * 30 + 12 * 64 * 450) / 2.0 / 1e12)
 
 
-def test_the_report_says_what_happened(
-    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(metrics.logger, "propagate", True)
+def test_the_report_says_what_happened(one_rank: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "superoffload")
     clock = Clock()
     made = meter(clock)

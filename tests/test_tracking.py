@@ -68,7 +68,6 @@ def test_numbers_reach_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_failing_wandb_never_stops_a_run(
     failing: str, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking.logger, "propagate", True)
     trackers, fake = start(tmp_path, monkeypatch, failing)
     trackers.log(1, {"loss": 2.5})
     trackers.log(2, {"loss": 2.4})
