@@ -21,6 +21,7 @@ def main(config: "Config") -> int:
     """Train as the settings say and return the exit status."""
     document = ds_config.read(config)
     from superoffload import (
+        attention,
         checkpoint,
         distributed,
         engine,
@@ -49,18 +50,18 @@ def main(config: "Config") -> int:
     document = resume.prepared(merged.document, source)
 
     model_config = model.load_config(config.model.model_name)
-    attention = model.choose_attention(config.model, model_config, document)
+    kernel = attention.choose(config.model, model_config, document, config.data.packs)
     model.check_leaf_module(config.model.leaf_module, model_config)
     tokenizer = load_tokenizer(config.model.model_name)
     with distributed.each_for_itself("tokenising"):
         rows, held_out = loader.load(tokenizer, config.data, config.training.seed)
         prompts = loader.prompts(evaluation.read_prompts(config.evaluation.sample_prompts), tokenizer, config.data)
-    layout = collate.layout(config.data, tokenizer.pad_token_id, attention)
+    layout = collate.layout(config.data, tokenizer.pad_token_id, attention.takes_documents(kernel))
     batches = loader.Batches(rows, layout, config.training, distributed.place())
     held_out_batches = loader.Batches(held_out, layout, config.training, distributed.place()) if held_out else None
     log.logger.info("%s", batches.statistics().short())
 
-    sharded = model.load_model(config.model, model_config, document, attention)
+    sharded = model.load_model(config.model, model_config, document, kernel)
     shape = model.shape_of(sharded)
     model_engine = engine.create(sharded, document, config.training, batches.total_steps)
     isolation.check(model_engine, layout)

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -267,6 +267,28 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and "files" in manifest else None
+
+
+def damage(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> str:
+    """Say which of the files is not as it was written; empty where all are."""
+    for name in names:
+        entry = manifest["files"][name]
+        try:
+            found = describe(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found["bytes"] != entry["bytes"]:
+            return f"{name} has {found['bytes']} bytes instead of {entry['bytes']}"
+        if found != entry:
+            return f"{name} has another checksum than when it was written"
+    return ""
+
+
+def require_intact(folder: Path) -> None:
+    """Raise `UserError` where a file of a checkpoint is not as it was written; without a manifest nobody knows."""
+    manifest = read_manifest(folder)
+    if manifest is not None and (found := damage(folder, manifest, manifest["files"])):
+        raise UserError(f"{folder}: damaged: {found}; use another checkpoint")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

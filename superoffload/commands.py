@@ -39,7 +39,7 @@ def preview(rows: int, **values: Any) -> None:
         click.echo(line)
     parts = {"": train} if held_out is None else {"Training rows": train, "Held-out rows": held_out}
     for title, part in parts.items():
-        layout = collate.layout(settings.data, words.pad_token_id, None)
+        layout = collate.layout(settings.data, words.pad_token_id, False)
         batches = loader.Batches(part, layout, settings.training, (0, 1))
         click.echo("\n".join(["", *([title] if title else []), *batches.statistics().lines()]))
 

@@ -81,7 +81,7 @@ class ModelSettings(Settings):
 
     model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
     attn_implementation: str = setting(
-        "Attention kernel; auto takes flash_attention_2 where it can run, else sdpa.",
+        "Attention kernel; auto takes flash_attention_2 where it can run, else sdpa (in packs, document by document).",
         "auto",
         choices=("auto", "eager", "sdpa", "flash_attention_2"),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from deepspeed.checkpoint import ds_to_universal
 
-from superoffload.checkpoint import MANIFEST, describe, read_manifest
+from superoffload.checkpoint import MANIFEST, describe, read_manifest, require_intact
 from superoffload.errors import UserError
 
 
@@ -16,13 +16,14 @@ def convert(checkpoint: Path, target: Path, workers: int) -> None:
     """Write the universal form of a complete checkpoint to the new folder `target`: complete or absent.
 
     `workers` processes run at a time, each holding some tensors. Raises `UserError` where the checkpoint is not
-    complete or the target exists.
+    complete or not intact, or the target exists.
     """
     manifest = read_manifest(checkpoint)
     if manifest is None or manifest.get("universal"):
         raise UserError(f"{checkpoint}: not a complete checkpoint of a run (a folder global_stepN with a {MANIFEST})")
     if target.exists():
         raise UserError(f"{target}: exists already; name a new folder")
+    require_intact(checkpoint)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from superoffload import distributed
+from superoffload import attention, distributed
 from superoffload.data.loader import Batches
 from superoffload.errors import UserError
 from superoffload.log import logger
@@ -89,13 +89,14 @@ def held_out_loss(model_engine: Any, held_out: Batches) -> dict[str, float]:
 def generate(model_engine: Any, tokenizer: Any, prompt: Sequence[int]) -> str:
     """Continue a prompt greedily (collective: every rank generates the same tokens, so none waits for another)."""
     ids = torch.tensor([list(prompt)], device=distributed.device())
-    tokens = model_engine.module.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=SAMPLE_TOKENS,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
+    with attention.without_packs(model_engine.module):
+        tokens = model_engine.module.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=SAMPLE_TOKENS,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+        )
     return str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from superoffload import export_files, rank_files
-from superoffload.checkpoint import sync
+from superoffload.checkpoint import require_intact, sync
 from superoffload.errors import UserError
 from superoffload.log import logger
 from superoffload.rank_files import RankFiles
@@ -53,6 +53,7 @@ def export(
     target = target.expanduser().resolve()
     _check_target(target)
     checkpoint = rank_files.read(source.expanduser())
+    require_intact(checkpoint.folder)
     model = export_files.empty_model(checkpoint)
     groups = plan(model, _wanted(model, checkpoint, DTYPES[dtype]))
     split = _split(groups, max_shard_size)

@@ -37,11 +37,11 @@ def check(model_engine: Any, how: Layout) -> None:
     if distributed.agree(isolated):
         return
     what = f"{type(model_engine.module).__name__} with {config._attn_implementation} attention"
+    way_out = "use --no_packing, or another --attn_implementation"
     if changes is None:
-        raise UserError(f"--packing: {what} takes no packed rows; use --no_packing")
+        raise UserError(f"--packing: {what} takes no packed rows; {way_out}")
     raise UserError(
-        f"--packing: {what} lets a packed row see the one before it (its logits change by {leak:.1%}); "
-        "use --no_packing, or another --attn_implementation"
+        f"--packing: {what} lets a packed row see the one before it (its logits change by {leak:.1%}); {way_out}"
     )
 
 
@@ -63,7 +63,7 @@ def _changes(model_engine: Any, how: Layout) -> tuple[float, float] | None:
             del inputs["labels"]
             with torch.no_grad():
                 results.append(model_engine(**inputs).logits[0, : 3 * LENGTH].float())
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
         logger.debug("The model refused a packed row: %s", error)
         return None
     finally:

@@ -1,4 +1,4 @@
-"""Tokenizer and model: errors that say the way out, weights born sharded, attention, leaf modules."""
+"""Tokenizer and model: errors that say the way out, weights born sharded, leaf modules."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from huggingface_hub import try_to_load_from_cache
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.utils import is_flash_attn_2_available
 
 from superoffload import hub
 from superoffload.config import ModelSettings
@@ -47,30 +45,6 @@ def _user_error(name: str, error: BaseException) -> UserError:
     return UserError(f"--model_name {name}: {first_line}")
 
 
-def choose_attention(settings: ModelSettings, config: Any, document: Document) -> str | None:
-    """Choose the attention implementation to ask transformers for; None leaves it to the model (sdpa or eager).
-
-    Raises `UserError` for an explicit flash_attention_2 that cannot be had.
-    """
-    installed = is_flash_attn_2_available()
-    suitable = get_accelerator().device_name() == "cuda" and dtype_name(document) != "float32"
-    if settings.attn_implementation == "flash_attention_2":
-        if not installed:
-            raise UserError(
-                "--attn_implementation flash_attention_2: the package flash-attn is not installed for this device; "
-                "`pip install flash-attn`, or use auto"
-            )
-        if not suitable:
-            raise UserError(
-                "--attn_implementation flash_attention_2: needs a CUDA device and bf16 or fp16 weights; use auto"
-            )
-    if settings.attn_implementation != "auto":
-        return settings.attn_implementation
-    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    supported = getattr(model_class, "_supports_flash_attn", False)
-    return "flash_attention_2" if installed and suitable and supported else None
-
-
 def load_whole(folder: Path) -> tuple[Any, Any]:
     """Load a model, all of it in this process and in float32, and its tokenizer."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -96,7 +70,7 @@ def load_model(settings: ModelSettings, config: Any, document: Document, attn: s
     """Load the model with each rank holding its shard only (collective), ready for ZeRO-3.
 
     DeepSpeed's dict must be final: `from_pretrained` partitions every parameter as it is made. `attn` is what
-    `attention` chose. Raises `UserError` where weights are missing or the architecture is unknown.
+    `attention.choose` chose. Raises `UserError` where weights are missing or the architecture is unknown.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype_name(document))}
     if attn:

@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from superoffload.log import logger
 
-NAMES = ("cpu_adam", "deepspeed_shm_comm", "async_io")
+NAMES = ("cpu_adam", "deepspeed_shm_comm", "async_io", "superoffload_fused")
 # A build takes about a minute. A builder on another node that shares the home folder cannot be seen, so a lock is
 # given time before it counts as left behind.
 PATIENCE_S = 180.0

@@ -12,7 +12,7 @@ from typing import Any
 
 from superoffload import config as settings
 from superoffload import distributed
-from superoffload.checkpoint import LATEST, complete_checkpoints, describe, read_manifest
+from superoffload.checkpoint import LATEST, complete_checkpoints, damage, read_manifest
 from superoffload.config import Config
 from superoffload.ds_config import Document
 from superoffload.errors import UserError
@@ -76,12 +76,12 @@ def find(config: Config) -> Source | None:
         raise UserError(f"--resume {wanted}: no complete checkpoint there; a complete one has a manifest.json")
     for path, manifest in candidates:
         _check_world_size(path, manifest)
-        damage = [text for text in distributed.gather(_damage(path, manifest)) if text]
-        if not damage:
+        found = [text for text in distributed.gather(_damage(path, manifest)) if text]
+        if not found:
             _check_same_run(config, path, manifest)
             return Source(path, manifest)
-        logger.warning("%s cannot be used: %s", path, "; ".join(damage))
-    raise UserError(f"--resume {wanted}: every checkpoint is damaged ({'; '.join(damage)}); --resume none starts anew")
+        logger.warning("%s cannot be used: %s", path, "; ".join(found))
+    raise UserError(f"--resume {wanted}: every checkpoint is damaged ({'; '.join(found)}); --resume none starts anew")
 
 
 def _candidates(config: Config) -> list[tuple[Path, Any]]:
@@ -108,17 +108,7 @@ def _damage(path: Path, manifest: dict[str, Any]) -> str:
     """Say which file of this rank's is not as it was written; empty where all are."""
     mark = f"pp_rank_{distributed.rank()}_"
     everything = bool(manifest.get("universal")) and distributed.speaks()
-    for name, entry in manifest["files"].items():
-        if everything or mark in name:
-            try:
-                found = describe(path / name)
-            except OSError as error:
-                return f"{name}: {error.strerror}"
-            if found["bytes"] != entry["bytes"]:
-                return f"{name} has {found['bytes']} bytes instead of {entry['bytes']}"
-            if found != entry:
-                return f"{name} has another checksum than when it was written"
-    return ""
+    return damage(path, manifest, [name for name in manifest["files"] if everything or mark in name])
 
 
 def _check_world_size(path: Path, manifest: dict[str, Any]) -> None:

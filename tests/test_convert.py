@@ -6,7 +6,7 @@ import pytest
 from superoffload.convert import convert
 from superoffload.errors import UserError
 from tests.ranks import launch, run
-from tests.test_resume import flags, logged, make_checkpoint
+from tests.test_resume import damage, flags, logged, make_checkpoint
 
 
 def command(*words: str) -> str:
@@ -52,3 +52,6 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
         convert(made, tmp_path / "there", 1)
+    damage(made, "flipped")
+    with pytest.raises(UserError, match="damaged: zero_pp_rank_0.* another checksum"):
+        convert(made, tmp_path / "new", 1)

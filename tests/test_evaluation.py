@@ -22,7 +22,7 @@ def evaluate(values: dict[str, Any]) -> tuple[dict[str, float], str, bool]:
     tokenizer = load_tokenizer(chosen.model.model_name)
     _, held_out = loader.load(tokenizer, chosen.data, chosen.training.seed)
     assert held_out is not None
-    layout = collate.layout(chosen.data, tokenizer.pad_token_id, None)
+    layout = collate.layout(chosen.data, tokenizer.pad_token_id, False)
     batches = loader.Batches(held_out, layout, chosen.training, distributed.place())
     sharded = model.load_model(chosen.model, model.load_config(chosen.model.model_name), merged.document, None)
     wrapped = engine.create(sharded, merged.document, chosen.training, 10)

@@ -332,11 +332,27 @@ def saving_was_cut_off(folder: Path) -> str:
     return "saving it was cut off; use another checkpoint"
 
 
-def not_a_number(folder: Path) -> str:
+def weight_flipped(folder: Path) -> str:
+    path = rank_1(folder, "optim")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return "optim_states.pt has another checksum than when it was written; use another checkpoint"
+
+
+def train_to(folder: Path, value: float) -> None:
+    """Make a weight this large, as if training had."""
     path = rank_1(folder, "optim")
     state = torch.load(path, weights_only=False)
-    state["optimizer_state_dict"]["fp32_flat_groups"][0].data[7] = math.nan
+    state["optimizer_state_dict"]["fp32_flat_groups"][0].data[7] = value
     torch.save(state, path)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["files"][path.name] = checkpoint.describe(path)
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+def not_a_number(folder: Path) -> str:
+    train_to(folder, math.nan)
     return "holds NaN or Inf; the training diverged: export an older checkpoint"
 
 
@@ -359,7 +375,7 @@ def fewer_layers(folder: Path) -> str:
 
 
 DAMAGES = [
-    cut_short, description_flipped, optimizer_file_missing, model_file_missing, latest_points_nowhere,
+    cut_short, description_flipped, weight_flipped, optimizer_file_missing, model_file_missing, latest_points_nowhere,
     latest_is_empty, no_checkpoint, saving_was_cut_off, empty_checkpoint, not_a_number, another_shape,
     more_layers, fewer_layers,
 ]  # fmt: skip
@@ -380,10 +396,7 @@ def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(
 
 
 def test_numbers_too_large_for_float16(damaged: Path, tmp_path: Path) -> None:
-    path = rank_1(damaged, "optim")
-    state = torch.load(path, weights_only=False)
-    state["optimizer_state_dict"]["fp32_flat_groups"][0].data[7] = 1e6
-    torch.save(state, path)
+    train_to(damaged, 1e6)
     with pytest.raises(UserError, match="too large for float16: use bfloat16"):
         export.export(damaged, tmp_path / "target", "float16")
     assert not (tmp_path / "target").exists()

@@ -17,7 +17,7 @@ LAYERS = [
     {"data.formats", "data.packing", "data.rows", "tokenizer"},
     {"data.chat", "data.sources"},
     {"data.encode"},
-    {"data.cache", "data.collate", "loss"},
+    {"attention", "data.cache", "data.collate", "loss"},
     {"data.statistics", "data.preview", "isolation"},
     {"data.loader"},
     {"model", "tracking", "metrics", "evaluation"},
@@ -29,13 +29,14 @@ LAYERS = [
     {"commands"},
 ]
 HEAVY = {
-    "deepspeed": {"distributed", "model", "engine", "checkpoint", "convert", "rank_files"},
-    "transformers": {"model", "tokenizer", "tiny", "distributed", "checkpoint", "export", "export_files"},
+    "deepspeed": {"attention", "distributed", "model", "engine", "checkpoint", "convert", "rank_files"},
+    "transformers": {"attention", "model", "tokenizer", "tiny", "distributed", "checkpoint", "export", "export_files"},
     "datasets": {"data.sources", "data.cache"},
     "wandb": {"tracking"},
     "huggingface_hub": {"hub", "model", "tokenizer", "export"},
     "safetensors": {"export"},
     "torch": {
+        "attention",
         "ops",
         "distributed",
         "data.collate",

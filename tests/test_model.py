@@ -83,14 +83,6 @@ def test_biases_of_experts_take_no_decay() -> None:
     assert any(names[id(p)].endswith("gate_up_proj_bias") for p in plain["params"])
 
 
-def test_attention_is_chosen_for_the_device() -> None:
-    llama = make_model().config
-    assert model.choose_attention(settings(), llama, DOCUMENT) is None
-    assert model.choose_attention(settings(attn_implementation="eager"), llama, DOCUMENT) == "eager"
-    with pytest.raises(UserError, match="flash-attn is not installed"):
-        model.choose_attention(settings(attn_implementation="flash_attention_2"), llama, DOCUMENT)
-
-
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_folder_that_does_not_exist(name: str) -> None:
     with pytest.raises(UserError, match=f"--model_name {name}: no such folder"):

@@ -20,8 +20,8 @@ class Layout:
     """How rows become batches.
 
     `packs`: several documents a row, at most `max_length` tokens together; else one document a row, padded
-    to the longest of the batch or, with `full_length`, to `max_length`. `varlen`: the attention in use takes the
-    documents' bounds, so that packs are laid out as one row.
+    to the longest of the batch or, with `full_length`, to `max_length`. `varlen`: the attention in use is told the
+    documents, so that packs are laid out as one row.
     """
 
     packs: bool
@@ -31,14 +31,14 @@ class Layout:
     varlen: bool = False
 
 
-def layout(settings: DataSettings, pad_token_id: int, attention: str | None) -> Layout:
-    """Choose the layout for the settings and for the attention that the model will use."""
+def layout(settings: DataSettings, pad_token_id: int, takes_documents: bool) -> Layout:
+    """Choose the layout for the settings and for whether the model's attention is told the documents of a pack."""
     return Layout(
         packs=settings.packs,
         full_length=settings.padding == "max_length",
         max_length=settings.max_length,
         pad_token_id=pad_token_id,
-        varlen=settings.packs and (attention or "").startswith("flash_attention"),
+        varlen=settings.packs and takes_documents,
     )
 
 
@@ -47,10 +47,10 @@ class Batch:
     """The rows of one micro-batch on one rank.
 
     `inputs` holds what the model takes and `labels`, int64 `[batch, length]`: padded rows come with
-    `attention_mask`, packed ones with `position_ids` and no mask, and for attention with a variable-length
-    kernel with `cu_seq_lens_q`, `cu_seq_lens_k` (int32 `[documents + 1]`) and `max_length_q`, `max_length_k`
-    (int). `lengths` are the documents' lengths without padding, `target_tokens` counts the labels that are
-    predicted.
+    `attention_mask`, packed ones with `position_ids` and no mask, and for attention that is told the documents
+    with `document_lengths` (ints) and, for variable-length kernels, the same as `cu_seq_lens_q`, `cu_seq_lens_k`
+    (int32 `[documents + 1]`) and `max_length_q`, `max_length_k` (int). `lengths` are the documents' lengths
+    without padding, `target_tokens` counts the labels that are predicted.
     """
 
     inputs: dict[str, Any]
@@ -75,7 +75,7 @@ def collate(packs: Sequence[Sequence[Row]], size: int, how: Layout) -> Batch:
     """
     if how.varlen:
         documents = [document for pack in packs for document in pack]
-        inputs = _packed([documents], 1, how) | _bounds(documents)
+        inputs = _packed([documents], 1, how) | _documents(documents)
     elif how.packs:
         inputs = _packed(packs, size, how)
     else:
@@ -131,11 +131,14 @@ def _packed(packs: Sequence[Sequence[Row]], size: int, how: Layout) -> dict[str,
     return {**inputs, "position_ids": positions}
 
 
-def _bounds(documents: Sequence[Row]) -> dict[str, Any]:
-    """Give the documents' bounds in the one row as variable-length kernels take them, padding as a document."""
+def _documents(documents: Sequence[Row]) -> dict[str, Any]:
+    """Tell the documents of the one row, its padding being one more."""
     lengths = [len(ids) for ids, _ in documents]
     rest = _rounded(sum(lengths)) - sum(lengths)
     lengths += [rest] if rest else []
     bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     longest = max(lengths)
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "document_lengths": tuple(lengths),
+        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
+    }

@@ -13,6 +13,7 @@
     dispatch       hands work over once a device has delivered the gradients (CUDA)
     worker         the optimizer process: receive, compute, reply
     adam           Adam on one sub-group, from the same compiled op that ZeRO-Offload uses
+    fused          a speculation in one pass over memory (fused.cpp)
     bias           which power of beta ZeRO-Offload would divide by
     messages       what crosses the process boundary
     state          the memory that both processes map

@@ -13,10 +13,18 @@ from typing import Any
 import torch
 
 from .bias import as_float32
-from .messages import Task
+from .fused import FusedSpeculation
+from .messages import AdamHyper, Task, TaskKind
 from .state import SubGroupState
 
 _OPTIMIZER_ID = 0
+_SAMPLE_NUMEL = 4096 + 5
+_SAMPLE_TASK = Task(
+    kind=TaskKind.SPECULATE,
+    step=7,
+    hyper=AdamHyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1),
+    factor=0.7,
+)
 _NO_BETAS = -1.0  # a value no user has: makes the object start its products anew at the next call
 
 
@@ -69,6 +77,27 @@ class SubGroupAdam:
         self._products = BetaProducts(op)
         self._chunk_numel = chunk_numel
         self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._fused: FusedSpeculation | None = None
+
+    def adopt(self, fused: FusedSpeculation) -> bool:
+        """Speculate with the kernel from now on, if it computes on a sample what the op does; tell whether."""
+        generator = torch.Generator().manual_seed(0)
+        parameters, gradients, exp_avg, exp_avg_sq = torch.randn(4, _SAMPLE_NUMEL, generator=generator)
+        sample = SubGroupState(
+            parameters=parameters,
+            gradients=gradients,
+            exp_avg=exp_avg,
+            exp_avg_sq=exp_avg_sq.square(),
+            staging=torch.zeros(_SAMPLE_NUMEL, dtype=torch.bfloat16),
+        )
+        self.speculate(_SAMPLE_TASK, sample, lambda: False)
+        expected = sample.staging.clone()
+        self._fused = fused
+        sample.staging.zero_()
+        self.speculate(_SAMPLE_TASK, sample, lambda: False)
+        if not torch.equal(sample.staging, expected):
+            self._fused = None
+        return self._fused is not None
 
     def speculate(self, task: Task, state: SubGroupState, abandoned: Callable[[], bool]) -> bool:
         """Write the weights after this update to the staging region; parameters and moments stay as they are.
@@ -79,6 +108,10 @@ class SubGroupAdam:
         for chunk in self._chunks(state.parameters.numel()):
             if abandoned():
                 return False
+            if self._fused is not None and self._fused.serves(state):
+                chunk = slice(chunk.start + self._fused.speculate(task, state, chunk), chunk.stop)
+                if chunk.start == chunk.stop:
+                    continue
             parameters = self._copy("parameters", state.parameters[chunk])
             exp_avg = self._copy("exp_avg", state.exp_avg[chunk])
             exp_avg_sq = self._copy("exp_avg_sq", state.exp_avg_sq[chunk])

@@ -292,6 +292,8 @@ class Coordinator:
         busy[reply.kind.name.lower()] = busy.get(reply.kind.name.lower(), 0.0) + reply.busy_s
         if reply.kind is ReplyKind.READY:
             self._ready = True
+            if reply.text:
+                _log.warning("The optimizer process: %s", reply.text)
         elif reply.kind is ReplyKind.COMMITTED:
             self._uncommitted.discard(reply.sub_group)
         elif reply.kind in (ReplyKind.SPECULATED, ReplyKind.STEPPED):

@@ -22,6 +22,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from . import fused
 from .affinity import Cores, Seat, share_of_rank, split_cores
 from .bias import ProductHistory
 from .binding import TRAINER_BINDING
@@ -98,6 +99,7 @@ class SharedMemorySuperOffload(  # DeepSpeed is untyped
             cores=cores.optimizer,
             op_name=self.optimizer.ds_opt_adam.__name__,
             op_path=self.optimizer.ds_opt_adam.__file__,
+            fused_path=fused.build() if self._settings.fused and self.dtype == torch.bfloat16 else None,
             adamw_mode=bool(self.optimizer.adam_w_mode),
             chunk_numel=self._settings.chunk_numel_per_thread * len(cores.optimizer),
         )

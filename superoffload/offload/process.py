@@ -35,6 +35,7 @@ class WorkerSetup:
     """Hold what the optimizer process needs to know once.
 
     op_name, op_path: the compiled cpu_adam module that the trainer has loaded.
+    fused_path: the compiled kernel of fused.py, None to do without.
     chunk_numel: elements computed between two looks at the socket; a multiple of 1024.
     """
 
@@ -42,6 +43,7 @@ class WorkerSetup:
     cores: Cores
     op_name: str
     op_path: str
+    fused_path: str | None
     adamw_mode: bool
     chunk_numel: int
 
@@ -52,6 +54,7 @@ class WorkerSetup:
             "cores": list(self.cores),
             "op_name": self.op_name,
             "op_path": self.op_path,
+            "fused_path": self.fused_path,
             "adamw_mode": self.adamw_mode,
             "chunk_numel": self.chunk_numel,
             "trainer_pid": os.getpid(),

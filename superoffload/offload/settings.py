@@ -13,6 +13,7 @@ class OffloadSettings:
     bind_trainer: restrict the trainer to its share of the cores. None decides by accelerator: on a GPU the
         trainer only feeds the device and is bound; on the CPU accelerator its cores *are* the device, so it
         keeps all of them and only the optimizer process is bound.
+    fused: speculate with the kernel of fused.py where it can be had (bf16 weights, fp32 masters).
     direct_gradients: where a step has one micro-batch, write gradients straight into the shared memory
         instead of through DeepSpeed's accumulation buffer.
     chunk_numel_per_thread: elements that one thread of the optimizer process handles before it looks for
@@ -22,6 +23,7 @@ class OffloadSettings:
 
     speculate: bool = True
     bind_trainer: bool | None = None
+    fused: bool = True
     direct_gradients: bool = True
     chunk_numel_per_thread: int = 1 << 17
     notice_interval_s: float = 60.0

@@ -131,6 +131,7 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
     import torch
 
     from .adam import SubGroupAdam, load_op
+    from .fused import FusedSpeculation
     from .state import Arena, ArenaLayout
 
     torch.set_num_threads(len(setup["cores"]))
@@ -138,13 +139,17 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
         op = load_op(setup["op_name"], setup["op_path"])
         arena = Arena(ArenaLayout.from_json(setup["layout"]), arena_fd)
         adam = SubGroupAdam(op, adamw_mode=setup["adamw_mode"], chunk_numel=setup["chunk_numel"])
+        fused = FusedSpeculation(setup["fused_path"], adamw_mode=setup["adamw_mode"]) if setup["fused_path"] else None
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sock.send(Reply(kind=ReplyKind.ERROR, text=f"could not start: {error!r}").pack())
         raise
     os.close(arena_fd)
     inbox = Inbox(sock, setup["trainer_pid"])
     worker = Worker(inbox, adam, arena.sub_groups)
-    sock.send(Reply(kind=ReplyKind.READY).pack())
+    doubt = ""
+    if fused is not None and not adam.adopt(fused):
+        doubt = "the fused kernel computes other numbers than DeepSpeed's cpu_adam here and is not used"
+    sock.send(Reply(kind=ReplyKind.READY, text=doubt).pack())
     while True:
         task = inbox.next()
         started = time.perf_counter()

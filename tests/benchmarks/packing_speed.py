@@ -158,7 +158,7 @@ def measure_memory(model: str, data: str) -> dict[str, Any]:
     start = time.perf_counter()
     settings = DataSettings(dataset_name=data, max_length=MAX_LENGTH)
     rows, _ = loader.load(words, settings, 0)
-    ready = loader.Batches(rows, collate.layout(settings, 0, None), TrainingSettings(batch_size=4), (0, 1))
+    ready = loader.Batches(rows, collate.layout(settings, 0, False), TrainingSettings(batch_size=4), (0, 1))
     next(ready.epoch(0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     statistics = ready.statistics()

@@ -42,9 +42,9 @@ DOCUMENTS = [document(length, seed, prompt) for seed, (length, prompt) in enumer
 PACKS = [DOCUMENTS[:2], DOCUMENTS[2:]]
 
 
-def tiny(kind, attention="sdpa"):
+def tiny(kind, attention="sdpa", **more):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SIZES, **KINDS.get(kind, {}))
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **KINDS.get(kind, {}), **more})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.config.use_cache = False
     return model.float()
@@ -73,6 +73,7 @@ def test_one_row_with_bounds_for_variable_length_kernels():
     assert inputs["cu_seq_lens_q"].dtype == torch.int32
     assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 9, 10, 27, 35, 40]
     assert inputs["max_length_q"] == inputs["max_length_k"] == 17
+    assert inputs["document_lengths"] == (9, 1, 17, 8, 5)
     starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert starts == [0, 9, 10, 27, 35]
     assert "attention_mask" not in inputs
@@ -93,7 +94,9 @@ def test_padded_batch():
 def test_filler_alone_computes_and_counts_nothing(how):
     batch = collate([], 2, how)
     assert batch.target_tokens == 0 and batch.lengths == ()
-    inputs = {name: value for name, value in batch.on("cpu").items() if not name.startswith(("cu_", "max_"))}
+    inputs = {
+        name: value for name, value in batch.on("cpu").items() if not name.startswith(("cu_", "max_", "document_"))
+    }
     labels = inputs.pop("labels")
     logits = tiny("llama")(**inputs).logits
     assert torch.isfinite(logits).all()
@@ -101,16 +104,16 @@ def test_filler_alone_computes_and_counts_nothing(how):
 
 
 @pytest.mark.parametrize(
-    ("settings", "attention", "packs", "varlen"),
+    ("settings", "takes_documents", "packs", "varlen"),
     [
-        ({}, None, True, False),
-        ({}, "flash_attention_2", True, True),
-        ({"packing": False}, "flash_attention_2", False, False),
-        ({"padding": "max_length"}, None, False, False),
+        ({}, False, True, False),
+        ({}, True, True, True),
+        ({"packing": False}, True, False, False),
+        ({"padding": "max_length"}, False, False, False),
     ],
 )
-def test_layout_follows_settings_and_attention(settings, attention, packs, varlen):
-    how = layout(DataSettings(**settings), 0, attention)
+def test_layout_follows_settings_and_attention(settings, takes_documents, packs, varlen):
+    how = layout(DataSettings(**settings), 0, takes_documents)
     assert (how.packs, how.varlen) == (packs, varlen)
     assert how.full_length is (settings.get("padding") == "max_length")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
+from superoffload.offload import fused
 from superoffload.offload.adam import SubGroupAdam
 from superoffload.offload.messages import AdamHyper, Task, TaskKind
 from superoffload.offload.state import SubGroupState
@@ -62,3 +63,54 @@ def test_an_abandoned_speculation_says_so() -> None:
     looks: list[int] = []
     assert not adam.speculate(task(TaskKind.SPECULATE, 1.0), where, lambda: looks.append(1) is None and len(looks) == 3)
     assert len(looks) == 3
+
+
+@pytest.fixture(scope="module")
+def kernel() -> str:
+    path = fused.build()
+    assert path is not None
+    return path
+
+
+@pytest.mark.parametrize("numel", [1, 16, 1000, 5000])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("adamw_mode", [True, False])
+def test_the_fused_kernel_promises_the_same_bits(
+    numel: int, factor: float, weight_decay: float, adamw_mode: bool, kernel: str
+) -> None:
+    op = CPUAdamBuilder().load()
+    plain, adam = (SubGroupAdam(op, adamw_mode=adamw_mode, chunk_numel=1024) for _ in range(2))
+    assert adam.adopt(fused.FusedSpeculation(kernel, adamw_mode=adamw_mode))
+    where = state(numel, torch.float32, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 60):
+        hyper = replace(HYPER, lr=1e-3 * step, weight_decay=weight_decay, bias_correction=step % 7 != 0)
+        asked = Task(kind=TaskKind.SPECULATE, step=step, anchor_step=0 if step < 40 else 40, hyper=hyper, factor=factor)
+        where.gradients.copy_(torch.randn(numel, generator=generator))
+        staging = []
+        for one in (plain, adam):
+            where.staging.zero_()
+            assert one.speculate(asked, where, lambda: False)
+            staging.append(where.staging.clone())
+        assert torch.equal(*staging)
+        adam.step(replace(asked, kind=TaskKind.COMMIT), where, stage=False)
+        assert torch.equal(staging[0], where.parameters.to(torch.bfloat16))
+
+
+def test_a_kernel_that_computes_otherwise_is_not_adopted(kernel: str) -> None:
+    adam = SubGroupAdam(CPUAdamBuilder().load(), adamw_mode=True, chunk_numel=1024)
+    assert not adam.adopt(fused.FusedSpeculation(kernel, adamw_mode=False))
+    where, plain = state(64, torch.float32, torch.bfloat16), state(64, torch.float32, torch.bfloat16)
+    adam.speculate(task(TaskKind.SPECULATE, 1.0), where, lambda: False)
+    adam.step(task(TaskKind.STEP, 1.0), plain, stage=True)
+    assert torch.equal(where.staging, plain.staging)
+
+
+def test_a_kernel_that_does_not_compile_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fused, "NAME", "superoffload_fused_broken")
+    monkeypatch.setattr(fused, "_FLAGS", ["-no-such-flag"])
+    assert fused.build() is None
+    assert "The fused kernel cannot be compiled" in caplog.text
