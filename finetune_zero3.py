@@ -149,6 +149,7 @@ def train(run: "Run") -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(cli.parse(sys.argv[1:])))
+        status = main(cli.parse(sys.argv[1:]))
     except UserError as error:
         cli.exit_with(error)
+    cli.leave(status)
