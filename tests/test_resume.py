@@ -51,7 +51,7 @@ def logged(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_is_the_same_run_bit_for_bit(
     ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

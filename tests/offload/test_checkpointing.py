@@ -33,7 +33,7 @@ CASES = {
     "device-share": Case(clip=2.1, ratio=0.5, device_share=True),
     "bf16-state": Case(low_precision_state=True),
 }
-QUICK, SLOW = ("plain", "one-cycle", "device-share"), ("group-betas", "bf16-state")
+QUICK, SLOW = ("plain", "device-share"), ("one-cycle", "group-betas", "bf16-state")
 HALF, WHOLE = 3, 6
 
 

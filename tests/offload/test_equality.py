@@ -76,6 +76,10 @@ SLOW_ON_ONE_RANK = (
     "no-direct-gradients",
     "ratio-half",
     "ratio-zero",
+    "group-betas",
+    "bf16-state",
+    "unmanaged",
+    "checkpointing",
 )
 QUICK_ON_ONE_RANK = tuple(n for n in CASES if n not in SLOW_ON_ONE_RANK)
 QUICK_ON_TWO_RANKS = (

@@ -21,7 +21,7 @@ def test_bytes_per_parameter(tmp_path: Path) -> None:
     assert ours["arena"] == pytest.approx(18.0, rel=0.01)
     # What stays private on the trainer's side is DeepSpeed's own: weights, gradient accumulation, buckets.
     # ZeRO-Offload has the sixteen bytes of parameters, gradients and moments in there as well.
-    assert ours["trainer_private"] <= zero["trainer_private"] - 16.0 + 0.5
+    assert ours["trainer_private"] <= zero["trainer_private"] - 16.0 + 1.0
     # Scratch and libraries; a copy of the fp32 state would be 100 MiB and more.
     assert ours["worker_private_bytes"] < 200 * MIB
 
