@@ -116,6 +116,7 @@ ATTRIBUTES: tuple[str, ...] = (
     "clip_grad",
     "micro_step_id",
     "gradient_accumulation_dtype",
+    "norm_for_param_grads",
     "_offload_boundary_param_ids",
     "subgroup_to_device",
 )
@@ -124,6 +125,7 @@ ATTRIBUTES: tuple[str, ...] = (
 INHERITED: tuple[str, ...] = (
     "is_gradient_accumulation_boundary",
     "_get_param_partition_rank",
+    "_constant_buffered_norm2",
     "loss_scale",
 )
 """Names that may come from anywhere in the base class's ancestry."""

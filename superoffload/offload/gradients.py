@@ -62,13 +62,26 @@ class GradientFlow(_Base):  # type: ignore[misc]
         for param, partition in zip(params, partitions, strict=True):
             size = param.partition_numel()
             if size * self._get_param_partition_rank(param) < param.ds_numel:  # not only padding
-                gradient = partition.to(self.gradient_accumulation_dtype).view(-1)
-                self._offload_grad_partition_at_boundary(param, gradient, {}, {})
+                unrounded = self.gradient_accumulation_dtype in (torch.float32, partition.dtype)
+                if unrounded and partition.device.type == "cpu":
+                    self._write_on_host(param, partition.view(-1))
+                else:
+                    gradient = partition.to(self.gradient_accumulation_dtype).view(-1)
+                    self._offload_grad_partition_at_boundary(param, gradient, {}, {})
                 self._offload_boundary_param_ids.add(param.ds_id)
                 self._bypassed.add(param.ds_id)
             if param.grad is not None and param.grad.device.type != "cpu":
                 param.grad.record_stream(torch.accelerator.current_stream())
             param.grad = None
+
+    def _write_on_host(self, param: DsParameter, partition: torch.Tensor) -> None:
+        """Convert a gradient while it is written, and take its norm there: DeepSpeed would make copies for either."""
+        sub_group, offset, _ = self.grad_position[self.get_param_id(param)]
+        if sub_group in self._arena.sub_groups:
+            self._running().gradient_changes(sub_group)
+        gradient = self._flats[sub_group].grad.narrow(0, offset, partition.numel())
+        gradient.copy_(partition)
+        self.norm_for_param_grads[self.get_param_id(param)] = self._constant_buffered_norm2(gradient)
 
     def _fill_accumulation_buffer(self, param: DsParameter) -> None:
         """Make up for a bypass in this epoch: another backward before the step adds to that buffer."""

@@ -40,6 +40,9 @@ from .settings import OffloadSettings
 
 _log = getLogger(__name__)
 
+# A parallel loop of the trainer is as slow as its slowest thread, which must not be one that waits for its core.
+_NICENESS_ON_SHARED_CORES = 10
+
 
 class SharedMemorySuperOffload(  # DeepSpeed is untyped
     GradientFlow,
@@ -102,6 +105,7 @@ class SharedMemorySuperOffload(  # DeepSpeed is untyped
             fused_path=fused.build() if self._settings.fused and self.dtype == torch.bfloat16 else None,
             adamw_mode=bool(self.optimizer.adam_w_mode),
             chunk_numel=self._settings.chunk_numel_per_thread * len(cores.optimizer),
+            niceness=0 if bind else _NICENESS_ON_SHARED_CORES,
         )
         pinned = page_lock(self._arena.transferred()) if self.offload_optimizer_pin_memory else []
         self._process = OptimizerProcess(setup, self._arena_fd)

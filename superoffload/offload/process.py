@@ -37,6 +37,7 @@ class WorkerSetup:
     op_name, op_path: the compiled cpu_adam module that the trainer has loaded.
     fused_path: the compiled kernel of fused.py, None to do without.
     chunk_numel: elements computed between two looks at the socket; a multiple of 1024.
+    niceness: how far to stand back for others, the trainer among them, that want the same cores.
     """
 
     layout: ArenaLayout
@@ -46,6 +47,7 @@ class WorkerSetup:
     fused_path: str | None
     adamw_mode: bool
     chunk_numel: int
+    niceness: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values, with this process named as the trainer."""
@@ -57,6 +59,7 @@ class WorkerSetup:
             "fused_path": self.fused_path,
             "adamw_mode": self.adamw_mode,
             "chunk_numel": self.chunk_numel,
+            "niceness": self.niceness,
             "trainer_pid": os.getpid(),
         }
 

@@ -175,6 +175,8 @@ def main(arguments: list[str]) -> int:
     socket_fd, setup_fd, arena_fd = (int(a) for a in arguments)
     with os.fdopen(setup_fd, "rb") as file:
         setup = json.load(file)
+    os.nice(int(os.environ.get("SO_NICE", "0")))
+    os.nice(setup["niceness"])
     os.sched_setaffinity(0, setup["cores"])  # before torch starts its threads, which inherit it
     with socket.socket(fileno=socket_fd) as sock:
         try:
