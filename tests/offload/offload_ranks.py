@@ -1,6 +1,7 @@
 """Run a function on N gloo ranks, each a process of its own, and return what it returned.
 
-As a program it is one rank: `python offload_ranks.py MODULE:FUNCTION RESULT_FILE KEYWORDS_AS_JSON`.
+As a program it is one rank: `python offload_ranks.py MODULE:FUNCTION RESULT_FILE KEYWORDS_AS_JSON`. With
+OFFLOAD_ACCELERATOR=cuda a rank trains on a CUDA device, one rank a device.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": os.environ.get("OFFLOAD_ACCELERATOR", "cpu"),
         "PYTHONPATH": os.pathsep.join(path),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONWARNINGS": "ignore",
@@ -91,6 +92,7 @@ def run_ranks(
 
 def main(target: str, result: str, keywords: str) -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(os.environ["DS_ACCELERATOR"] == "cuda")
     module, name = target.split(":")
     value = getattr(importlib.import_module(module), name)(**json.loads(keywords))
     torch.save(value, result)

@@ -100,7 +100,12 @@ def ds_config(case: Case, super_offload: bool) -> dict[str, Any]:
             "reduce_bucket_size": 4000,
             "overlap_comm": False,
             "stage3_param_persistence_threshold": case.persistence_threshold,
-            "offload_optimizer": {"device": "cpu", "ratio": case.ratio, "super_offload": super_offload},
+            "offload_optimizer": {
+                "device": "cpu",
+                "pin_memory": not on_cpu(),
+                "ratio": case.ratio,
+                "super_offload": super_offload,
+            },
         },
     }
     if case.dtype == "fp16":
@@ -155,15 +160,21 @@ def device_share(wanted: bool) -> Iterator[None]:
     """Let the CPU accelerator call its device "cpu:0", so that `ratio` below 1 has a device to leave to."""
     accelerator = get_accelerator()
     before = accelerator._name
-    accelerator._name = "cpu:0" if wanted else before
+    accelerator._name = "cpu:0" if wanted and on_cpu() else before
     try:
         yield
     finally:
         accelerator._name = before
 
 
+def on_cpu() -> bool:
+    return bool(get_accelerator().device_name() == "cpu")
+
+
 def allow_fp16_on_cpu() -> None:
     """Lift DeepSpeed's refusal: torch computes in fp16 on the CPU, slowly, which is fast enough here."""
+    if not on_cpu():
+        return
     get_accelerator().is_fp16_supported = lambda: True
 
 
@@ -183,7 +194,8 @@ class Trainer:
 
     def _batch(self, step: int, micro: int) -> torch.Tensor:
         seed = 1000 * step + 10 * micro + torch.distributed.get_rank()
-        return torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+        tokens = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+        return tokens.to(self.engine.device)
 
     def _backward(self, step: int, micro: int) -> None:
         use_side = step not in self.case.unused_steps
@@ -236,7 +248,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
         }
         result["steps"][i] = int(state["step"])
         for name, tensor in parts.items():
-            result["tensors"][f"{name} {i}"] = real_elements(optimizer, i, tensor.detach()).double().clone()
+            result["tensors"][f"{name} {i}"] = real_elements(optimizer, i, tensor.detach()).cpu().double().clone()
     return result
 
 
