@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 FIRST_SUPPORTED = (0, 19, 8)
-"""Older releases lack `_loss_scale_update_and_overflow_cleanup` (up to 0.19.5) or more (up to 0.19.2)."""
+"""Before it, `step` does not call `_loss_scale_update_and_overflow_cleanup`; before 0.19.3 more is missing."""
 
 TESTED_VERSIONS = ("0.19.8",)
 

@@ -156,7 +156,8 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
         try:
             kind = worker.handle(task)
         except (RuntimeError, MemoryError, ValueError) as error:
-            text = f"{task.kind.name} of sub-group {task.sub_group} failed: {error!r}"
+            what = f"{task.kind.name} of sub-group {task.sub_group}"
+            text = f"failed in {what} ({error!r}). Resume from the last checkpoint."
             sock.send(Reply(kind=ReplyKind.ERROR, sub_group=task.sub_group, text=text).pack())
             raise
         reply = Reply(

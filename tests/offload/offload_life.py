@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import sys
 import threading
@@ -64,6 +65,14 @@ def killed(moment: str) -> None:
     except OptimizerProcessError:
         say(f"NOTICED AFTER {time.monotonic() - died_at[0]:.3f}")
         raise
+
+
+def out_of_memory() -> None:
+    """Let the optimizer process allocate nothing more, before it has taken its scratch memory."""
+    engine, trainer = build(Case(fused=False))
+    limits = (1 << 20, 1 << 20)
+    resource.prlimit(engine.optimizer._process.pid, resource.RLIMIT_AS, limits)
+    trainer.run(0, 3)
 
 
 def stopped(seconds: float, notice_interval_s: float) -> None:
@@ -191,6 +200,7 @@ SCENARIOS = {
     "killed-idle": lambda: killed("idle"),
     "killed-speculation": lambda: killed("speculation"),
     "killed-commit": lambda: killed("commit"),
+    "out-of-memory": out_of_memory,
     "stopped": lambda: stopped(3.0, 1.0),
     "stopped-long": lambda: stopped(70.0, 60.0),
     "trainer-idle": lambda: trainer_dies(busy=False),

@@ -53,6 +53,7 @@ class Case:
     checkpointing: bool = False
     speculate: bool = True
     direct_gradients: bool = True
+    fused: bool = True
     persistence_threshold: int = 40
 
 
@@ -148,7 +149,10 @@ def make_engine(case: Case, super_offload: bool, *, bind_trainer: bool | None = 
         fp32_optimizer_states=not case.low_precision_state,
     )
     settings = OffloadSettings(
-        speculate=case.speculate, direct_gradients=case.direct_gradients, bind_trainer=bind_trainer
+        speculate=case.speculate,
+        direct_gradients=case.direct_gradients,
+        fused=case.fused,
+        bind_trainer=bind_trainer,
     )
     with device_share(case.device_share), installed(settings):
         engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config(case, super_offload))

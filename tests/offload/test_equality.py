@@ -61,6 +61,7 @@ CASES = {
     "gradient-set-twice": Case(clip=100.0, gradient_set_steps=(2, 3), twice_steps=(3,)),
     "no-direct-gradients": Case(direct_gradients=False, clip=2.1),
     "no-speculation": Case(speculate=False, clip=2.1),
+    "no-fused-kernel": Case(fused=False, clip=2.1),
 }
 
 SLOW_ON_ONE_RANK = (
@@ -80,6 +81,7 @@ SLOW_ON_ONE_RANK = (
     "bf16-state",
     "unmanaged",
     "checkpointing",
+    "no-fused-kernel",
 )
 QUICK_ON_ONE_RANK = tuple(n for n in CASES if n not in SLOW_ON_ONE_RANK)
 QUICK_ON_TWO_RANKS = (

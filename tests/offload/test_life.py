@@ -74,6 +74,16 @@ def test_a_killed_optimizer_process_is_named_within_a_second(moment: str) -> Non
     assert all(gone(p) for p in optimizer_pids(output))
 
 
+def test_an_optimizer_process_out_of_memory_says_so() -> None:
+    """Where the system refuses memory; where it kills instead, that is the case above."""
+    status, output = play("out-of-memory")
+    assert status == 1, output[-3000:]
+    (message,) = [line for line in output.splitlines() if "OptimizerProcessError:" in line]
+    assert "failed in SPECULATE of sub-group" in message and "Cannot allocate memory" in message
+    assert "Resume from the last checkpoint" in message
+    assert all(gone(p) for p in optimizer_pids(output))
+
+
 def test_a_stopped_optimizer_process_is_waited_for_and_reported() -> None:
     status, output = play("stopped")
     assert status == 0, output[-3000:]
