@@ -41,8 +41,10 @@ def choose(settings: ModelSettings, config: Any, document: Document, packs: bool
         return None
     if installed and suitable:
         return "flash_attention_2"
-    # A model for flash attention hands on what `attend` needs too: the documents and the sliding window.
-    return SDPA_VARLEN if packs and getattr(model_class, "_supports_sdpa", False) else None
+    # A model for flash attention that takes any attention function hands on what `attend` needs: the documents and
+    # the sliding window.
+    suits = model_class._supports_sdpa and model_class._supports_attention_backend
+    return SDPA_VARLEN if packs and suits else None
 
 
 def takes_documents(attention: str | None) -> bool:

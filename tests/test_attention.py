@@ -27,7 +27,8 @@ def choose(kind, packs=True, **values):
 def test_attention_is_chosen_for_the_device_the_rows_and_the_model():
     assert choose("llama") == "sdpa_varlen"
     assert choose("llama", packs=False) is None
-    assert choose("gpt_oss") is choose("bloom") is None  # no sdpa; no flash attention either
+    # No sdpa; no flash attention either; no attention functions but its own.
+    assert choose("gpt_oss") is choose("bloom") is choose("falcon") is None
     assert choose("llama", attn_implementation="eager") == "eager"
     with pytest.raises(UserError, match="flash-attn is not installed"):
         choose("llama", attn_implementation="flash_attention_2")

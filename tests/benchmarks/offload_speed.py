@@ -57,6 +57,9 @@ SMALL = {"hidden": 512, "intermediate": 1408, "layers": 8, "heads": 8, "kv_heads
 PRESETS = {
     "backward": Shape(**SMALL, length=512, sub_group=4_000_000),
     "optimizer": Shape(**SMALL, length=16, sub_group=4_000_000),
+    "wide": Shape(
+        hidden=1536, intermediate=4096, layers=3, heads=8, kv_heads=8, vocabulary=4096, length=8, sub_group=8_000_000
+    ),
     "small-groups": Shape(**SMALL, length=128, sub_group=400_000),
     "llama-1b": Shape(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256, length=4096),
     "llama-3b": Shape(hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8, vocabulary=128256, length=4096),
@@ -311,7 +314,7 @@ def machine() -> str:
 def main() -> None:
     """Run the cases named on the command line and write JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=list(PRESETS)[:3])
+    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=list(PRESETS)[:4])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--clipping", nargs="+", choices=list(CLIPPING), default=list(CLIPPING))
     parser.add_argument("--length", type=int, help="tokens per sequence instead of the preset's")
