@@ -1,6 +1,6 @@
 """Compare step times of this package's optimizer, DeepSpeed's own SuperOffload and ZeRO-Offload.
 
-    python tests/benchmarks/offload_speed.py                      # on a CPU: a small model, three cases
+    python tests/benchmarks/offload_speed.py                      # on a CPU: small models, four cases
     python tests/benchmarks/offload_speed.py --preset llama-1b --length 4096     # on a GPU
 
 Every mode lives in a process of its own; the processes take turns, a few steps each, round after round, so
@@ -34,6 +34,9 @@ ROOT = HERE.parents[1]
 MODES = ("ours", "stock", "zero")
 MODE_NAMES = {"ours": "this package", "stock": "DeepSpeed SuperOffload", "zero": "ZeRO-Offload"}
 CLIPPING = {"off": 0.0, "rare": 2.0, "always": 0.5}
+# Else glibc decides in each process anew which large buffers to return to the system, and a backward takes half as long
+# again where it returns them.
+STEADY_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 PARTS = ("forward_s", "backward_s", "optimizer_s", "step_s")
 
 
@@ -212,6 +215,7 @@ def start(mode: str, shape: Shape, options: dict[str, Any]) -> tuple[Any, Connec
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        **STEADY_ALLOCATOR,
     }
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
