@@ -82,8 +82,9 @@ def _forget_shared_buffer() -> None:
 
 
 def close() -> None:
-    """Leave the group of ranks (collective where the backend waits)."""
+    """Leave the group of ranks once all are ready to (collective): rank 0's end is the end of the store they share."""
     if comm.is_initialized():
+        barrier()
         comm.destroy_process_group()
 
 

@@ -75,11 +75,15 @@ def test_a_killed_optimizer_process_is_named_within_a_second(moment: str) -> Non
 
 
 def test_an_optimizer_process_out_of_memory_says_so() -> None:
-    """Where the system refuses memory; where it kills instead, that is the case above."""
+    """Where the system refuses memory; where it kills instead, that is the case above.
+
+    What is refused differs: a tensor, which is reported with the task, or the interpreter, which then ends.
+    """
     status, output = play("out-of-memory")
     assert status == 1, output[-3000:]
     (message,) = [line for line in output.splitlines() if "OptimizerProcessError:" in line]
-    assert "failed in SPECULATE of sub-group" in message and "Cannot allocate memory" in message
+    assert "failed in SPECULATE of sub-group" in message or "ended with status 1" in message
+    assert "Cannot allocate memory" in output or "MemoryError" in output
     assert "Resume from the last checkpoint" in message
     assert all(gone(p) for p in optimizer_pids(output))
 
