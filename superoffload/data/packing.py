@@ -40,23 +40,21 @@ def pack(lengths: Indices, capacity: int) -> Packs:
     """Put lengths into packs of at most `capacity` tokens by best-fit decreasing.
 
     The longest first, each into the pack with the least room that still takes it (Johnson 1973, at most
-    11/9 of the least number of packs, plus a constant). Packs are kept by their room, and an integer has a bit
-    set for each room that some pack has: the lowest set bit from the length on is the best fit, found in a few
-    machine words. Raises ValueError for a length below 1 or above `capacity`.
+    11/9 of the least number of packs, plus a constant). Packs are kept by their room, and the best fit is the
+    least room from the length on that some pack has. Raises ValueError for a length below 1 or above `capacity`.
     """
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
         raise ValueError(f"lengths must be from 1 to {capacity}")
     by_room: dict[int, list[int]] = {}
-    rooms = 0
+    rooms = _Rooms(capacity)
     packs: list[list[int]] = []
     for slot, length in enumerate((-np.sort(-lengths)).tolist()):
-        fitting = rooms >> length
-        if fitting:
-            room = (fitting & -fitting).bit_length() - 1 + length
+        room = rooms.least(length)
+        if room:
             stack = by_room[room]
             number = stack.pop()
             if not stack:
-                rooms ^= 1 << room
+                rooms.remove(room)
             packs[number].append(slot)
         else:
             room, number = capacity, len(packs)
@@ -64,10 +62,47 @@ def pack(lengths: Indices, capacity: int) -> Packs:
         left = room - length
         if left:
             by_room.setdefault(left, []).append(number)
-            rooms |= 1 << left
+            rooms.add(left)
     sizes = np.fromiter((len(members) for members in packs), dtype=np.int64, count=len(packs))
     slots = np.fromiter((slot for members in packs for slot in members), dtype=np.int64, count=len(lengths))
     return Packs(slots, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)]))
+
+
+class _Rooms:
+    """A set of rooms from 1 to the capacity: a bit for each, in blocks, and a bit for each block that has one."""
+
+    BITS = 512  # a block; two short integers are searched instead of one as long as the capacity
+
+    def __init__(self, capacity: int) -> None:
+        self._blocks = [0] * (capacity // self.BITS + 1)
+        self._filled = 0
+
+    def add(self, room: int) -> None:
+        block, bit = divmod(room, self.BITS)
+        self._blocks[block] |= 1 << bit
+        self._filled |= 1 << block
+
+    def remove(self, room: int) -> None:
+        block, bit = divmod(room, self.BITS)
+        self._blocks[block] ^= 1 << bit
+        if not self._blocks[block]:
+            self._filled ^= 1 << block
+
+    def least(self, length: int) -> int:
+        """Return the least room from `length` on, 0 where there is none."""
+        block, bit = divmod(length, self.BITS)
+        fitting = self._blocks[block] >> bit
+        if fitting:
+            return length + _lowest_bit(fitting)
+        later = self._filled >> (block + 1)
+        if not later:
+            return 0
+        block += 1 + _lowest_bit(later)
+        return block * self.BITS + _lowest_bit(self._blocks[block])
+
+
+def _lowest_bit(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
 
 
 def alone(rows: int) -> Packs:
