@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operators: which ninja builds them, and locks that a killed build left behind.
+"""DeepSpeed's compiled operators, and our own: which ninja builds them, and locks that a killed build left behind.
 
 An operator built by one version of ninja is built again by another, so the one of this environment must be found
 first, also where nobody activated the environment. And torch guards a build with a file named `lock`, which nothing

@@ -1,8 +1,8 @@
 // A speculation in one pass over memory: the gradient's factor, Adam, and the bf16 weights that would come of it.
 //
 // The arithmetic is that of the vector loop of DeepSpeed's cpu_adam (csrc/includes/cpu_adam.h), operation by operation
-// and rounding by rounding, so the bits are the same. Its multiply-adds are fused where they are written as such here
-// and nowhere else: compile with -ffp-contract=off. It works in place, which is why it needs copies to speculate.
+// and rounding by rounding, so the bits are the same: multiply-adds are fused where they are written as such here and
+// nowhere else, hence -ffp-contract=off.
 
 #include <cmath>
 #include <cstdint>

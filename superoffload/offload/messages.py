@@ -40,7 +40,10 @@ class TaskKind(IntEnum):
 
 
 class ReplyKind(IntEnum):
-    """Name what the optimizer process reports; one reply for every SPECULATE, STEP and COMMIT."""
+    """Name what the optimizer process reports; one reply for every SPECULATE, STEP and COMMIT.
+
+    The text of READY, if any, is a warning; that of ERROR is what failed.
+    """
 
     READY = 1
     SPECULATED = 2
