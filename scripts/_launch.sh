@@ -138,18 +138,23 @@ fi
 # SIGUSR1 on to the ranks, which save and end. Ctrl-C reaches the launcher itself, which then stops the ranks.
 pass_on() {
     local ranks
+    signals=$((signals + 1))
     ranks=$(for launch in $(pgrep -P "$launcher"); do pgrep -P "$launch"; done || true)
     kill "-$1" ${ranks:-"$launcher"} 2>/dev/null || true
 }
+signals=0
 "${command[@]}" &
 launcher=$!
-trap 'interrupted=true; pass_on TERM' TERM
-trap 'interrupted=true; pass_on USR1' USR1
-trap 'interrupted=true' INT
-interrupted=true
-while $interrupted; do # a trap ends the wait early
-    interrupted=false
+trap 'pass_on TERM' TERM
+trap 'pass_on USR1' USR1
+trap 'signals=$((signals + 1))' INT
+waited=-1
+while ((waited != signals)); do # a trap ends the wait early
+    waited=$signals
     status=0
     wait "$launcher" || status=$?
 done
+trap - TERM USR1 INT
+# A recipe may say what follows a run that went to its end.
+if ((status == 0 && signals == 0)) && declare -F afterwards >/dev/null; then afterwards; fi
 exit "$status"

@@ -57,6 +57,7 @@ fi
 MODEL_NAME="$OUTPUT_DIR/start/model"
 DATASET_NAME="$OUTPUT_DIR/start/train.json"
 
-# In a shell of its own: it ends by becoming the launcher.
-(source "$scripts/_launch.sh" "$@")
-[[ ${DRY_RUN:-0} == 1 ]] || superoffload tiny score "$OUTPUT_DIR/start" "$OUTPUT_DIR"
+afterwards() {
+    superoffload tiny score "$OUTPUT_DIR/start" "$OUTPUT_DIR"
+}
+source "$scripts/_launch.sh" "$@"

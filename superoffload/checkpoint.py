@@ -20,7 +20,6 @@ import deepspeed
 import torch
 import transformers
 import xxhash
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from superoffload import config as settings
 from superoffload import distributed
@@ -309,15 +308,3 @@ def _tidy(folder: Path, tag: str, keep: int) -> None:
             (path / INCOMPLETE).touch()  # a removal that is cut off must not leave what looks complete
             (path / MANIFEST).unlink()
             shutil.rmtree(path)
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Give a whole (unsharded) model the float32 weights of the checkpoint that `latest` names.
-
-    Raises `UserError` where they are those of another model.
-    """
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if unexpected or set(missing) - tied:
-        raise UserError(f"{folder}: the checkpoint is of another model: {[*missing, *unexpected][0]} does not fit")

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -111,14 +112,16 @@ def tiny_write(folder: Path) -> None:
 @click.argument("output_dir", type=click.Path(exists=True, path_type=Path))
 def tiny_score(folder: Path, output_dir: Path) -> None:
     """Let the model of FOLDER and the checkpoint in OUTPUT_DIR answer the held-out rows."""
-    from superoffload import checkpoint
+    from superoffload import export, log
     from superoffload.model import load_whole
 
+    log.setup("WARNING")
     rows = json.loads((folder / "held_out.json").read_text(encoding="utf-8"))
-    model, tokenizer = load_whole(folder / "model")
-    before = tiny.score(model, tokenizer, rows)
-    checkpoint.load_weights(model, output_dir)
-    after = tiny.score(model, tokenizer, rows)
+    before = tiny.score(*load_whole(folder / "model"), rows)
+    with TemporaryDirectory() as exports:
+        trained = Path(exports) / "model"
+        export.export(output_dir, trained, "float32")
+        after = tiny.score(*load_whole(trained), rows)
     click.echo(f"{'Held-out prompt':34} {'right answer':14} {'before':14} after")
     for row, first, second in list(zip(rows, before, after, strict=True))[: len(tiny.TASKS)]:
         prompt = f"{row['instruction']} {row['input']}"

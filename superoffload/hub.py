@@ -1,22 +1,26 @@
 """Asks the hub once whether a name can be had, before a library retries for half a minute."""
 
+from collections.abc import Callable
+
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import validate_repo_id
 
 from superoffload.errors import UserError
 
 
-def check(flag: str, name: str, kind: str, cached: bool) -> None:
+def check(flag: str, name: str, kind: str, cached: Callable[[], bool]) -> None:
     """Raise `UserError` where the hub does not hand out `name`, with the way out.
 
-    `kind` is `model` or `dataset`. What is `cached` on this machine can be used without the hub.
+    `kind` is `model` or `dataset`. What `cached` finds on this machine can be used without the hub.
     """
     try:
+        validate_repo_id(name)
         huggingface_hub.HfApi().auth_check(name, repo_type=kind)
     except errors.HFValidationError as error:
         raise UserError(f"--{flag} {name}: neither a local path nor a name of the form owner/name") from error
     except (errors.HTTPError, OSError) as error:
-        if not cached:
+        if not cached():
             raise UserError(f"--{flag} {name}: {explain(error, kind)}") from error
 
 

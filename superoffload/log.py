@@ -43,6 +43,14 @@ def shows_bars() -> bool:
     return os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
 
 
+def hide_bars_of_transformers() -> None:
+    """Keep the progress bars of loading and saving a model off what is no terminal."""
+    from transformers.utils import logging as of_transformers
+
+    if not shows_bars():
+        of_transformers.disable_progress_bar()
+
+
 def progress_bar(total_steps: int, done: int) -> "tqdm[None]":
     """Show steps, percent and time left where bars belong, and nothing elsewhere."""
     return tqdm(total=total_steps, initial=done, unit="step", disable=not shows_bars())

@@ -15,7 +15,7 @@ from superoffload.config import ModelSettings
 from superoffload.ds_config import Document, dtype_name
 from superoffload.errors import UserError
 from superoffload.flops import ModelShape
-from superoffload.log import logger, shows_bars
+from superoffload.log import hide_bars_of_transformers, logger
 from superoffload.tokenizer import load_tokenizer
 
 # Sparse blocks as transformers names them. Each rank may route to other experts, so ZeRO-3 must fetch such a
@@ -31,8 +31,7 @@ def load_config(name: str) -> Any:
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(f"--model_name {name}: no such folder")
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        hub.check("model_name", name, "model", cached)
+        hub.check("model_name", name, "model", lambda: isinstance(try_to_load_from_cache(name, "config.json"), str))
     try:
         return transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -47,6 +46,7 @@ def _user_error(name: str, error: BaseException) -> UserError:
 
 def load_whole(folder: Path) -> tuple[Any, Any]:
     """Load a model, all of it in this process and in float32, and its tokenizer."""
+    hide_bars_of_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), load_tokenizer(str(folder))
 
@@ -80,8 +80,7 @@ def load_model(settings: ModelSettings, config: Any, document: Document, attn: s
     if method == "mxfp4":  # 4-bit experts cannot be trained
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
         logger.info("MXFP4 weights are dequantized to %s", dtype_name(document))
-    if not shows_bars():
-        transformers.utils.logging.disable_progress_bar()
+    hide_bars_of_transformers()
     # transformers keeps only a weak reference: the model carries it for as long as it lives.
     keep_alive = HfDeepSpeedConfig(document)
     try:

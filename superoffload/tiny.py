@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from superoffload.log import hide_bars_of_transformers
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -198,6 +200,7 @@ def make_model(vocab_size: int, seed: int = SEED) -> LlamaForCausalLM:
 
 def write(folder: Path, seed: int = SEED) -> None:
     """Write folder/model (with its tokenizer), folder/train.json and folder/held_out.json."""
+    hide_bars_of_transformers()
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / "model")
     make_model(len(tokenizer), seed).bfloat16().save_pretrained(folder / "model")

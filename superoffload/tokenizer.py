@@ -19,7 +19,9 @@ def load_tokenizer(name: str) -> Any:
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(f"--model_name {name}: no such folder")
-        hub.check("model_name", name, "model", isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str))
+        hub.check(
+            "model_name", name, "model", lambda: isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str)
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -24,6 +24,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# Ranks are forked from a process that has imported what takes longer than most of what they do.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.imported"])
+
+
 def _one_rank(function: Callable[..., Any], arguments: tuple[Any, ...], env: dict[str, str], results: Any) -> None:
     os.environ.update(env)
     from superoffload import distributed, log
@@ -43,9 +48,9 @@ def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: 
 
     The function must be importable. Raises where a rank raised, died or did not end in time.
     """
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    results = FORKS.Queue()
     shared = {
+        **os.environ,
         "WORLD_SIZE": str(n),
         "LOCAL_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1",
@@ -54,7 +59,7 @@ def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: 
         "OMP_NUM_THREADS": "1",
     }
     processes = [
-        context.Process(
+        FORKS.Process(
             target=_one_rank, args=(function, arguments, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, results)
         )
         for r in range(n)

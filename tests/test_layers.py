@@ -30,7 +30,17 @@ LAYERS = [
 ]
 HEAVY = {
     "deepspeed": {"attention", "distributed", "model", "engine", "checkpoint", "convert", "rank_files"},
-    "transformers": {"attention", "model", "tokenizer", "tiny", "distributed", "checkpoint", "export", "export_files"},
+    "transformers": {
+        "attention",
+        "log",
+        "model",
+        "tokenizer",
+        "tiny",
+        "distributed",
+        "checkpoint",
+        "export",
+        "export_files",
+    },
     "datasets": {"data.sources", "data.cache"},
     "wandb": {"tracking"},
     "huggingface_hub": {"hub", "model", "tokenizer", "export"},

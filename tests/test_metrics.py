@@ -1,5 +1,8 @@
 import json
 import logging
+import mmap
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +155,28 @@ def test_an_open_interval_goes_on_after_a_resume(one_rank: None) -> None:
     read = second.read(Progress(step=2), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
     assert read.loss == pytest.approx(3.0)
     assert read.rates.step_time_s == 2.0
+
+
+def test_a_child_counts_by_what_it_does_not_share(one_rank: None, tmp_path: Path) -> None:
+    """As the optimizer's process, whose memory is in part its own and in part also this process's."""
+    size = 64 * 2**20
+    file = tmp_path / "shared"
+    file.write_bytes(bytes(size))
+    code = (
+        "import mmap, sys\n"
+        f"own = b'x' * {size}\n"
+        "with open(sys.argv[1], 'r+b') as file, mmap.mmap(file.fileno(), 0) as shared:\n"
+        "    sum(shared[::4096])\n"
+        "    print(flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as shared:
+        assert not any(shared[::4096])  # every page of it is resident here
+        before = metrics.peak_memory()["peak_host_bytes"]
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child:
+            assert child.stdout and child.stdout.readline()
+            grown = metrics.peak_memory()["peak_host_bytes"] - before
+            child.communicate()
+    assert size < grown < 1.5 * size

@@ -11,6 +11,7 @@ from superoffload import cli, config
 from tests.ranks import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
+TINY = SCRIPTS / "finetune_tiny_cpu.sh"
 # The table of ARCHITECTURE: model, GPUs, max_length, sub-group, ratio, leaf module, attention.
 RECIPES = {
     "llama-8b": ("meta-llama/Llama-3.1-8B", 1, 4096, 4e8, 0.8, None, "auto"),
@@ -27,14 +28,18 @@ def script_of(recipe: str) -> Path:
     return SCRIPTS / f"finetune_{recipe}_{RECIPES[recipe][1]}gpu.sh"
 
 
+def program(path: Path, commands: str) -> None:
+    path.write_text(f"#!/bin/bash\n{commands}\n")
+    path.chmod(0o755)
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
     """Put a `deepspeed` on PATH that writes its arguments down, one a line, and exits with 7."""
-    program = tmp_path / "bin" / "deepspeed"
-    program.parent.mkdir()
-    program.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done > "$SEEN"\nexit 7\n')
-    program.chmod(0o755)
-    return program.parent
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program(folder / "deepspeed", 'for word in "$@"; do printf "%s\\n" "$word"; done > "$SEEN"; exit 7')
+    return folder
 
 
 def call(script: Path, stand_in: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -76,8 +81,7 @@ def test_a_recipe_starts_the_launcher_with_its_values(recipe: str, mode: str, st
 
 
 def test_every_recipe_is_in_the_table() -> None:
-    tiny = SCRIPTS / "finetune_tiny_cpu.sh"
-    assert sorted(SCRIPTS.glob("finetune_*.sh")) == sorted([tiny, *(script_of(recipe) for recipe in RECIPES)])
+    assert sorted(SCRIPTS.glob("finetune_*.sh")) == sorted([TINY, *(script_of(recipe) for recipe in RECIPES)])
 
 
 def flipped(recipe: str, switch: str, folder: Path) -> Path:
@@ -231,20 +235,40 @@ def test_setup_is_done_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_reach_the_ranks_and_their_status_comes_back(number: signal.Signals, stand_in: Path) -> None:
+@pytest.mark.parametrize("script", [script_of("llama-8b"), TINY], ids=lambda script: script.stem)
+def test_signals_reach_the_ranks_and_their_status_comes_back(
+    script: Path, number: signal.Signals, stand_in: Path
+) -> None:
     """The stand-in is a launcher with a rank below it, as DeepSpeed's is: neither passes signals on."""
-    (stand_in / "rank").write_text('#!/bin/bash\ntrap "exit 5" TERM USR1\ntouch "$SEEN"\nwhile :; do sleep 0.1; done\n')
-    (stand_in / "launch").write_text(f"#!/bin/bash\n{stand_in}/rank & wait $!\n")
-    (stand_in / "deepspeed").write_text(f"#!/bin/bash\n{stand_in}/launch & wait $!\n")
-    for name in ("rank", "launch"):
-        (stand_in / name).chmod(0o755)
+    program(stand_in / "rank", 'trap "exit 5" TERM USR1; touch "$SEEN"; while :; do sleep 0.1; done')
+    program(stand_in / "launch", f"{stand_in}/rank & wait $!")
+    program(stand_in / "deepspeed", f"{stand_in}/launch & wait $!")
+    program(stand_in / "superoffload", ":")
     seen_file = stand_in.parent / "seen"
     environment = {**os.environ, "PATH": f"{stand_in}:{os.environ['PATH']}", "SEEN": str(seen_file)}
     process = subprocess.Popen(
-        ["bash", str(script_of("llama-8b")), "superoffload"], env=environment, stdout=subprocess.DEVNULL
+        ["bash", str(script), "superoffload"], env=environment, stdout=subprocess.DEVNULL, cwd=stand_in
     )
     while not seen_file.exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(timeout=20) == 5
+
+
+@pytest.mark.parametrize(
+    ("launcher", "status", "tools"),
+    [
+        ("exit 0", 0, ["tiny write out/start", "tiny score out/start out"]),
+        ("exit 7", 7, ["tiny write out/start"]),
+        ("kill -USR1 $PPID", 0, ["tiny write out/start"]),  # stopped on the way
+    ],
+)
+def test_the_example_is_scored_after_a_run_that_went_to_its_end(
+    launcher: str, status: int, tools: list[str], stand_in: Path
+) -> None:
+    program(stand_in / "deepspeed", launcher)
+    program(stand_in / "superoffload", 'echo "$@" >> "$SEEN"')
+    result = call(TINY, stand_in, "superoffload", OUTPUT_DIR="out")
+    assert result.returncode == status, result.stderr
+    assert (stand_in.parent / "seen").read_text().splitlines() == tools

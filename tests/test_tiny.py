@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from superoffload import tiny
+from tests.ranks import REPOSITORY, free_port, run
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -186,3 +188,17 @@ def test_share_right_counts_exact_answers() -> None:
         tiny.share_right(rows, ["2"])
     with pytest.raises(ValueError, match="no rows"):
         tiny.share_right([], [])
+
+
+def test_the_example_runs_to_its_last_line(tmp_path: Path) -> None:
+    """Write, train, save, export, load and answer, as its script does, cut short after two steps."""
+    script = REPOSITORY / "scripts" / "finetune_tiny_cpu.sh"
+    result = run(["bash", str(script), "superoffload", "--max_steps", "2"], cwd=tmp_path,
+                 OUTPUT_DIR="out", MASTER_PORT=str(free_port()))  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Checkpoint saved in out/global_step2" in result.stderr
+    assert "Loading" not in result.stderr  # the libraries' progress bars
+    shown = result.stdout.splitlines()[-2 - len(tiny.TASKS) :]
+    assert shown[0].split() == ["Held-out", "prompt", "right", "answer", "before", "after"]
+    assert all(line.startswith(task.instruction) for line, task in zip(shown[1:-1], tiny.TASKS, strict=True))
+    assert re.fullmatch(r"Answered right: 0% of 200 held-out prompts before, \d+% after", shown[-1])

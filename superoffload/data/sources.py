@@ -58,8 +58,9 @@ def _open(path: Path, name: str, split: str, flag: str) -> datasets.Dataset:
         return _open_folder(path, name, split, flag)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in READERS:
         raise UserError(f"--{flag} {name}: no such file or folder")
-    cached = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
-    hub.check(flag, name, "dataset", cached)
+    hub.check(
+        flag, name, "dataset", lambda: (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
+    )
     return datasets.load_dataset(name, split=split)
 
 
