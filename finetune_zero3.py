@@ -78,9 +78,9 @@ def main(config: "Config") -> int:
         trackers=tracking.start(config, distributed.speaks(), progress.step, state.get("trackers")),
         evaluation=evaluation.Evaluation(held_out_batches, prompts, config.evaluation.eval_steps),
     )
-    if source:
-        run.goes_on_from(source.path, state)
     try:
+        if source:
+            run.goes_on_from(source.path, state)
         train(run)
         if config.checkpoint.save_checkpoint or run.stopped:
             run.save()

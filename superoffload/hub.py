@@ -32,4 +32,6 @@ def explain(error: BaseException, kind: str) -> str:
         return "unknown on the hub, or private; check the spelling, or run `hf auth login`"
     if isinstance(error, errors.HfHubHTTPError):
         return f"the hub answered: {str(error).splitlines()[0]}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "neither a local path nor in the cache, and HF_HUB_OFFLINE keeps the hub from being asked; unset it"
     return "not a local path, and the hub cannot be reached; check the network, or give a local path"

@@ -147,7 +147,8 @@ def test_a_mistake_is_one_line_from_rank_0(
     flags: list[str], words: str, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     good = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path)]
-    result = launch(2, *good, *flags)
+    nobody = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+    result = launch(2, *good, *flags, **nobody)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
     assert line.startswith(f"Error: {words}")
