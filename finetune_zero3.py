@@ -34,6 +34,7 @@ def main(config: "Config") -> int:
         tracking,
     )
     from superoffload.data import collate, loader
+    from superoffload.requests import Requests
     from superoffload.run import Run
     from superoffload.tokenizer import load_tokenizer
 
@@ -77,13 +78,15 @@ def main(config: "Config") -> int:
         meter=metrics.Meter(config, shape, state.get("meter")),
         trackers=tracking.start(config, distributed.speaks(), progress.step, state.get("trackers")),
         evaluation=evaluation.Evaluation(held_out_batches, prompts, config.evaluation.eval_steps),
+        requests=Requests(config, distributed.speaks()),
     )
     try:
-        if source:
-            run.goes_on_from(source.path, state)
-        train(run)
-        if config.checkpoint.save_checkpoint or run.stopped:
-            run.save()
+        with run.requests:
+            if source:
+                run.goes_on_from(source.path, state)
+            train(run)
+            if config.checkpoint.save_checkpoint or run.stopped:
+                run.save()
     finally:
         run.trackers.finish()
     metrics.report(run.meter.summary(config.measurement.warmup_steps), run.saved, config.output.output_dir)
@@ -102,13 +105,11 @@ def train(run: "Run") -> None:
     """
     from superoffload import distributed, log
     from superoffload.loss import summed_loss
-    from superoffload.requests import Requests
 
-    config, model_engine, progress = run.config, run.engine, run.progress
+    config, model_engine, progress, requests = run.config, run.engine, run.progress, run.requests
     # DeepSpeed divides the loss by the micro-batches and averages gradients over the ranks.
     undone = config.training.gradient_accumulation_steps * distributed.world_size()
-    bar = log.progress_bar(run.last_step, progress.step)
-    with Requests(config, distributed.speaks()) as requests, bar:
+    with log.progress_bar(run.last_step, progress.step) as bar:
         run.meter.start()
         while progress.step < run.last_step and not run.stopped:
             for micro_batches in run.batches.epoch(progress.epoch, progress.step_in_epoch):

@@ -134,27 +134,38 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     exit 0
 fi
 
-# DeepSpeed's launcher dies of a signal alone and leaves its ranks running, so this shell stays and passes SIGTERM and
-# SIGUSR1 on to the ranks, which save and end. Ctrl-C reaches the launcher itself, which then stops the ranks.
-pass_on() {
-    local ranks
-    signals=$((signals + 1))
-    ranks=$(for launch in $(pgrep -P "$launcher"); do pgrep -P "$launch"; done || true)
-    kill "-$1" ${ranks:-"$launcher"} 2>/dev/null || true
-}
+# DeepSpeed's launcher dies of SIGTERM and leaves its ranks behind; at Ctrl-C it kills them after half a minute. So it gets
+# a process group of its own, and this shell passes what it is asked on to the ranks, which save and end, and stays until
+# they have ended. The group reads no terminal: a process in the background that asked something there would be stopped.
 signals=0
-"${command[@]}" &
+ranks() { # the processes of the group that were given a rank; a zombie has no words
+    local process line group
+    for process in /proc/[0-9]*; do
+        { read -r line <"$process/stat"; } 2>/dev/null || continue
+        read -r _ _ group _ <<<"${line##*) }"
+        [[ $group != "$launcher" ]] || ! grep -qsz -- '^--local_rank' "$process/cmdline" || echo "${process#/proc/}"
+    done
+}
+pass_on() {
+    local found
+    signals=$((signals + 1))
+    found=$(ranks)
+    # shellcheck disable=SC2086  # a list; and before there are ranks, the whole group
+    kill -s "$1" -- ${found:-"-$launcher"} 2>/dev/null || true
+}
+set -m
+"${command[@]}" </dev/null &
 launcher=$!
-trap 'pass_on TERM' TERM
+set +m
 trap 'pass_on USR1' USR1
-trap 'signals=$((signals + 1))' INT
-waited=-1
-while ((waited != signals)); do # a trap ends the wait early
-    waited=$signals
+trap 'pass_on TERM' TERM INT HUP
+status=-1
+while ((status == -1)) || kill -0 "$launcher" 2>/dev/null; do # a trap ends the wait early
     status=0
     wait "$launcher" || status=$?
 done
-trap - TERM USR1 INT
+while [[ -n $(ranks) ]]; do sleep 0.2; done # a scheduler signals the launcher too, which then ends before them
+trap - USR1 TERM INT HUP
 # A recipe may say what follows a run that went to its end.
 if ((status == 0 && signals == 0)) && declare -F afterwards >/dev/null; then afterwards; fi
 exit "$status"

@@ -1,8 +1,8 @@
 """What is asked of a run from outside while it goes on: stop, or save.
 
-SIGTERM and SIGUSR1, which schedulers send before they kill, ask for a checkpoint and a stop; a second one ends the
-process at once. A file `OUTPUT_DIR/save_now` and `--save_minutes` ask for a checkpoint. A rank only notes what it was
-asked; the ranks bring it together at the end of each step.
+SIGTERM and SIGUSR1, which schedulers send before they kill, and Ctrl-C ask for a checkpoint and a stop; another one
+some seconds later ends the process at once. A file `OUTPUT_DIR/save_now` and `--save_minutes` ask for a checkpoint. A
+rank only notes what it was asked; the ranks bring it together at the end of each step.
 """
 
 import os
@@ -15,11 +15,17 @@ from typing import Any
 from superoffload.config import Config
 from superoffload.log import logger
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# One request may arrive several times: a terminal or a scheduler signals every process of a job, and the launcher and
+# the recipe pass on what they got.
+SAME_REQUEST_S = 3.0
 
 
 class Requests:
-    """Notes requests from `with` on until its end; only the rank that speaks looks at the file and the clock."""
+    """Notes requests from `with` on until its end; only the rank that speaks looks at the file and the period.
+
+    The last checkpoint is saved within, so that a scheduler's warning does not cut it off.
+    """
 
     def __init__(self, config: Config, speaks: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = Path(config.output.output_dir) / "save_now"
@@ -29,6 +35,7 @@ class Requests:
         self._clock = clock
         self._saved_at = clock()
         self._signal: int | None = None
+        self._signalled_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Requests":
@@ -41,9 +48,10 @@ class Requests:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
-        if self._signal is not None:
+        if self._signal is None:
+            self._signal, self._signalled_at = number, self._clock()
+        elif self._clock() - self._signalled_at > SAME_REQUEST_S:
             os._exit(128 + number)
-        self._signal = number
 
     def votes(self) -> tuple[float, float]:
         """Tell whether this rank was asked to stop, and whether to save; 1.0 for yes, to be added up over ranks."""

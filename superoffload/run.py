@@ -11,6 +11,7 @@ from superoffload.errors import UserError
 from superoffload.evaluation import Evaluation
 from superoffload.log import logger
 from superoffload.metrics import Meter, Progress, Saved
+from superoffload.requests import Requests
 from superoffload.tracking import Trackers
 
 
@@ -26,6 +27,7 @@ class Run:
     meter: Meter
     trackers: Trackers
     evaluation: Evaluation
+    requests: Requests
     saved: Saved = checkpoint.NOT_ASKED
     saved_step: int = -1
     stopped: bool = False

@@ -19,6 +19,7 @@ from superoffload import (
     tracking,
 )
 from superoffload.data import collate, loader
+from superoffload.requests import Requests
 from superoffload.run import Run
 from superoffload.tokenizer import load_tokenizer
 from tests.models import write_rows
@@ -72,6 +73,7 @@ def train(values: dict[str, Any], document: dict[str, Any] | None = None) -> tup
             meter=metrics.Meter(chosen, shape),
             trackers=tracking.Trackers([recorder]),
             evaluation=evaluation.Evaluation(None, [], 0),
+            requests=Requests(chosen, True),
         )
     )
     return wrapped, recorder.logged

@@ -15,7 +15,7 @@ def make(folder: Path, clock: Any = lambda: 0.0, speaks: bool = True, **values: 
     return Requests(config.build({"model_name": "m", "output_dir": str(folder), **values}), speaks, clock)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_a_vote_to_stop(number: int, tmp_path: Path) -> None:
     before = signal.getsignal(number)
     with make(tmp_path) as requests:
@@ -26,17 +26,24 @@ def test_a_signal_is_a_vote_to_stop(number: int, tmp_path: Path) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seconds_later", "status"), [(1, 7), (10, 128 + signal.SIGTERM)])
+def test_a_signal_some_seconds_after_the_first_ends_the_process_at_once(
+    seconds_later: int, status: int, tmp_path: Path
+) -> None:
+    """What follows at once is the same request, passed on by others."""
     code = (
-        "import os, signal, time\n"
+        "import os, signal, sys\n"
         "from superoffload import config\n"
         "from superoffload.requests import Requests\n"
-        f"with Requests(config.build({{'model_name': 'm', 'output_dir': {str(tmp_path)!r}}}), True):\n"
+        "now = [0.0]\n"
+        f"settings = config.build({{'model_name': 'm', 'output_dir': {str(tmp_path)!r}}})\n"
+        "with Requests(settings, True, lambda: now[0]):\n"
         "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        f"    now[0] += {seconds_later}\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    time.sleep(60)\n"
+        "    sys.exit(7)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 128 + signal.SIGTERM
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == status
 
 
 def test_the_file_and_the_clock_ask_for_a_save(tmp_path: Path) -> None:

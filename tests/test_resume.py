@@ -126,6 +126,21 @@ def test_a_signal_to_one_rank_saves_and_ends_in_order(model_folder: Path, rows_f
     assert err.rstrip().splitlines()[-1].endswith(f"Checkpoint saved in {tmp_path / f'global_step{step}'}")
 
 
+def test_ctrl_c_saves(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """The terminal signals every process of the group, and the launcher then SIGTERMs all below each rank."""
+    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500", ranks=1)
+    try:
+        wait_for(lambda: lines_of(tmp_path) >= 2)
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: (tmp_path / "summary.json").exists(), timeout_s=25)
+        _, err = process.communicate(timeout=60)
+    finally:
+        end(process)
+    step = int((tmp_path / "latest").read_text().removeprefix("global_step"))
+    assert f"Asked to stop by SIGINT: saving after step {step}" in err
+    assert f"Checkpoint saved in {tmp_path / f'global_step{step}'}" in err
+
+
 def test_a_second_run_into_the_same_folder_is_refused(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500", ranks=1)
     try:

@@ -3,8 +3,11 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from superoffload import cli, config
@@ -234,26 +237,55 @@ def test_setup_is_done_once(tmp_path: Path) -> None:
     assert "is Python 3.8.1, Python 3.11 or newer is needed" in refused.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("script", [script_of("llama-8b"), TINY], ids=lambda script: script.stem)
-def test_signals_reach_the_ranks_and_their_status_comes_back(
-    script: Path, number: signal.Signals, stand_in: Path
-) -> None:
-    """The stand-in is a launcher with a rank below it, as DeepSpeed's is: neither passes signals on."""
-    program(stand_in / "rank", 'trap "exit 5" TERM USR1; touch "$SEEN"; while :; do sleep 0.1; done')
-    program(stand_in / "launch", f"{stand_in}/rank & wait $!")
+@pytest.fixture
+def start(stand_in: Path) -> Iterator[Callable[[Path], "subprocess.Popen[bytes]"]]:
+    """Start a recipe whose launcher has a rank below it, as DeepSpeed's has: neither passes signals on."""
+    saves = "trap 'sleep 0.5; echo saved > \"$SEEN\"; exit 5' TERM USR1"
+    program(stand_in / "rank", f'{saves}; echo started > "$SEEN"; while :; do sleep 0.1; done')
+    program(stand_in / "launch", f"trap '' INT; {stand_in}/rank --local_rank=0 & wait $!")
     program(stand_in / "deepspeed", f"{stand_in}/launch & wait $!")
     program(stand_in / "superoffload", ":")
-    seen_file = stand_in.parent / "seen"
-    environment = {**os.environ, "PATH": f"{stand_in}:{os.environ['PATH']}", "SEEN": str(seen_file)}
-    process = subprocess.Popen(
-        ["bash", str(script), "superoffload"], env=environment, stdout=subprocess.DEVNULL, cwd=stand_in
-    )
-    while not seen_file.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
+    environment = {**os.environ, "PATH": f"{stand_in}:{os.environ['PATH']}", "SEEN": str(stand_in.parent / "seen")}
+    processes = []
+
+    def recipe(script: Path) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(
+            ["bash", str(script), "superoffload"], env=environment, stdout=subprocess.DEVNULL, cwd=stand_in,
+            start_new_session=True,
+        )  # fmt: skip
+        processes.append(process)
+        while not (stand_in.parent / "seen").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        return process
+
+    yield recipe
+    for process in processes:
+        process.kill()
+    for left in psutil.process_iter(["cmdline"]):
+        if any(word.startswith(f"{stand_in}/") for word in left.info["cmdline"] or ()):
+            left.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("script", [script_of("llama-8b"), TINY], ids=lambda script: script.stem)
+def test_signals_reach_the_ranks_and_their_status_comes_back(
+    script: Path, number: signal.Signals, start: Any, stand_in: Path
+) -> None:
+    process = start(script)
+    os.killpg(process.pid, number)  # as a terminal does
     assert process.wait(timeout=20) == 5
+    assert (stand_in.parent / "seen").read_text() == "saved\n"
+
+
+def test_ranks_are_waited_for_when_everything_is_signalled(start: Any, stand_in: Path) -> None:
+    """A scheduler's signal ends the launcher at once, and the ranks while they save."""
+    process = start(script_of("llama-8b"))
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.terminate()
+    process.terminate()
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM  # the launcher's
+    assert (stand_in.parent / "seen").read_text() == "saved\n"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +293,7 @@ def test_signals_reach_the_ranks_and_their_status_comes_back(
     [
         ("exit 0", 0, ["tiny write out/start", "tiny score out/start out"]),
         ("exit 7", 7, ["tiny write out/start"]),
-        ("kill -USR1 $PPID", 0, ["tiny write out/start"]),  # stopped on the way
+        ("trap : TERM; kill -TERM $PPID; sleep 1; exit 0", 0, ["tiny write out/start"]),  # stopped on the way
     ],
 )
 def test_the_example_is_scored_after_a_run_that_went_to_its_end(

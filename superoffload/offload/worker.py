@@ -172,7 +172,10 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run as the optimizer process; the arguments are three inherited file descriptors."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer to answer; it may want to save
+    # These are for the trainer to answer, which may want to save; a terminal, a scheduler, and DeepSpeed's launcher for
+    # one of them, signal all processes of a job. This one ends with the trainer.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     socket_fd, setup_fd, arena_fd = (int(a) for a in arguments)
     with os.fdopen(setup_fd, "rb") as file:
         setup = json.load(file)

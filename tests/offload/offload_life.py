@@ -159,15 +159,14 @@ def children() -> list[str]:
     return found
 
 
-def interrupt() -> None:
+def signals() -> None:
     _, trainer = build()
     trainer.run(0, 2)
-    try:
-        os.killpg(0, signal.SIGINT)
-        time.sleep(5)
-    except KeyboardInterrupt:
-        trainer.run(2, 4)
-        say("STEPPED AFTER INTERRUPT")
+    number = int(os.environ["SIGNAL"])
+    signal.signal(number, lambda *_: say("THE TRAINER HEARD"))
+    os.killpg(0, number)
+    trainer.run(2, 4)
+    say("STEPPED AFTER SIGNAL")
 
 
 def fork() -> None:
@@ -210,7 +209,7 @@ SCENARIOS = {
     "normal": normal,
     "two-engines": two_engines,
     "destroy": destroy,
-    "interrupt": interrupt,
+    "signals": signals,
     "fork": fork,
     "no-start": no_start,
 }

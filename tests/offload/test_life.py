@@ -173,8 +173,10 @@ def test_the_training_script_is_not_run_again(normal: tuple[int, str]) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_left_to_the_trainer() -> None:
-    trainer = start("interrupt")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_left_to_the_trainer(number: signal.Signals) -> None:
+    """A terminal or a scheduler signals every process of a job."""
+    trainer = start("signals", SIGNAL=str(number.value))
     try:
         output, _ = trainer.communicate(timeout=90)
     finally:
@@ -182,7 +184,7 @@ def test_ctrl_c_is_left_to_the_trainer() -> None:
             os.killpg(trainer.pid, signal.SIGKILL)
             trainer.wait()
     assert trainer.returncode == 0, output[-3000:]
-    assert "STEPPED AFTER INTERRUPT" in output
+    assert "STEPPED AFTER SIGNAL" in output
 
 
 @pytest.mark.slow
