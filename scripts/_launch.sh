@@ -149,9 +149,14 @@ ranks() { # the processes of the group that were given a rank; a zombie has no w
 pass_on() {
     local found
     signals=$((signals + 1))
-    found=$(ranks)
-    # shellcheck disable=SC2086  # a list; and before there are ranks, the whole group
-    kill -s "$1" -- ${found:-"-$launcher"} 2>/dev/null || true
+    if ((signals == 1)); then
+        asked_at=$SECONDS
+        found=$(ranks)
+        # shellcheck disable=SC2086  # a list; and before there are ranks, the whole group
+        kill -s "$1" -- ${found:-"-$launcher"} 2>/dev/null || true
+    elif ((SECONDS - asked_at > 3)); then # not the same request once more: it is to end at once, also where ranks hang
+        kill -s KILL -- "-$launcher" 2>/dev/null || true
+    fi
 }
 set -m
 "${command[@]}" </dev/null &

@@ -237,33 +237,36 @@ def test_setup_is_done_once(tmp_path: Path) -> None:
     assert "is Python 3.8.1, Python 3.11 or newer is needed" in refused.stderr
 
 
+def hears_everything() -> None:
+    """Undo what a program in the background inherits: a shell cannot trap what is ignored when it starts."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
-def start(stand_in: Path) -> Iterator[Callable[[Path], "subprocess.Popen[bytes]"]]:
+def start(stand_in: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
     """Start a recipe whose launcher has a rank below it, as DeepSpeed's has: neither passes signals on."""
-    saves = "trap 'sleep 0.5; echo saved > \"$SEEN\"; exit 5' TERM USR1"
-    program(stand_in / "rank", f'{saves}; echo started > "$SEEN"; while :; do sleep 0.1; done')
     program(stand_in / "launch", f"trap '' INT; {stand_in}/rank --local_rank=0 & wait $!")
     program(stand_in / "deepspeed", f"{stand_in}/launch & wait $!")
     program(stand_in / "superoffload", ":")
     environment = {**os.environ, "PATH": f"{stand_in}:{os.environ['PATH']}", "SEEN": str(stand_in.parent / "seen")}
-    processes = []
+    saves = "trap 'sleep 0.5; echo saved > \"$SEEN\"; exit 5' TERM USR1"
 
-    def recipe(script: Path) -> "subprocess.Popen[bytes]":
+    def recipe(script: Path, traps: str = saves) -> "subprocess.Popen[bytes]":
+        program(stand_in / "rank", f'{traps}; echo started > "$SEEN"; while :; do sleep 0.1; done')
         process = subprocess.Popen(
             ["bash", str(script), "superoffload"], env=environment, stdout=subprocess.DEVNULL, cwd=stand_in,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=hears_everything,
         )  # fmt: skip
-        processes.append(process)
         while not (stand_in.parent / "seen").exists():
             assert process.poll() is None
             time.sleep(0.05)
         return process
 
     yield recipe
-    for process in processes:
-        process.kill()
     for left in psutil.process_iter(["cmdline"]):
-        if any(word.startswith(f"{stand_in}/") for word in left.info["cmdline"] or ()):
+        words = left.info["cmdline"] or ()
+        if any(word.startswith(f"{stand_in}/") for word in words):
             left.kill()
 
 
@@ -286,6 +289,17 @@ def test_ranks_are_waited_for_when_everything_is_signalled(start: Any, stand_in:
     process.terminate()
     assert process.wait(timeout=20) == 128 + signal.SIGTERM  # the launcher's
     assert (stand_in.parent / "seen").read_text() == "saved\n"
+
+
+def test_a_second_signal_seconds_later_ends_also_what_hangs(start: Any, stand_in: Path) -> None:
+    process = start(script_of("llama-8b"), "trap '' TERM")
+    for _ in range(2):
+        process.terminate()
+        time.sleep(0.2)
+    assert process.poll() is None
+    time.sleep(5)
+    process.terminate()
+    assert process.wait(timeout=20) == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize(
