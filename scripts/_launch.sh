@@ -170,6 +170,7 @@ while ((status == -1)) || kill -0 "$launcher" 2>/dev/null; do # a trap ends the 
     wait "$launcher" || status=$?
 done
 while [[ -n $(ranks) ]]; do sleep 0.2; done # a scheduler signals the launcher too, which then ends before them
+((signals == 0)) || kill -s TERM -- "-$launcher" 2>/dev/null || true # what ranks left, such as processes that tokenise
 trap - USR1 TERM INT HUP
 # A recipe may say what follows a run that went to its end.
 if ((status == 0 && signals == 0)) && declare -F afterwards >/dev/null; then afterwards; fi

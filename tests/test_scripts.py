@@ -237,6 +237,15 @@ def test_setup_is_done_once(tmp_path: Path) -> None:
     assert "is Python 3.8.1, Python 3.11 or newer is needed" in refused.stderr
 
 
+def below(folder: Path) -> list[psutil.Process]:
+    """List the processes that run a program of the folder."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(word.startswith(f"{folder}/") for word in process.info["cmdline"] or ())
+    ]
+
+
 def hears_everything() -> None:
     """Undo what a program in the background inherits: a shell cannot trap what is ignored when it starts."""
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -248,12 +257,13 @@ def start(stand_in: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
     """Start a recipe whose launcher has a rank below it, as DeepSpeed's has: neither passes signals on."""
     program(stand_in / "launch", f"trap '' INT; {stand_in}/rank --local_rank=0 & wait $!")
     program(stand_in / "deepspeed", f"{stand_in}/launch & wait $!")
+    program(stand_in / "helper", "sleep 300")  # as one that tokenises, which nobody ends when its rank has been ended
     program(stand_in / "superoffload", ":")
     environment = {**os.environ, "PATH": f"{stand_in}:{os.environ['PATH']}", "SEEN": str(stand_in.parent / "seen")}
     saves = "trap 'sleep 0.5; echo saved > \"$SEEN\"; exit 5' TERM USR1"
 
     def recipe(script: Path, traps: str = saves) -> "subprocess.Popen[bytes]":
-        program(stand_in / "rank", f'{traps}; echo started > "$SEEN"; while :; do sleep 0.1; done')
+        program(stand_in / "rank", f'{stand_in}/helper & {traps}; echo started > "$SEEN"; while :; do sleep 0.1; done')
         process = subprocess.Popen(
             ["bash", str(script), "superoffload"], env=environment, stdout=subprocess.DEVNULL, cwd=stand_in,
             start_new_session=True, preexec_fn=hears_everything,
@@ -264,10 +274,8 @@ def start(stand_in: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
         return process
 
     yield recipe
-    for left in psutil.process_iter(["cmdline"]):
-        words = left.info["cmdline"] or ()
-        if any(word.startswith(f"{stand_in}/") for word in words):
-            left.kill()
+    for left in below(stand_in):
+        left.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
@@ -279,6 +287,8 @@ def test_signals_reach_the_ranks_and_their_status_comes_back(
     os.killpg(process.pid, number)  # as a terminal does
     assert process.wait(timeout=20) == 5
     assert (stand_in.parent / "seen").read_text() == "saved\n"
+    psutil.wait_procs(below(stand_in), timeout=5)
+    assert below(stand_in) == []
 
 
 def test_ranks_are_waited_for_when_everything_is_signalled(start: Any, stand_in: Path) -> None:
@@ -299,7 +309,10 @@ def test_a_second_signal_seconds_later_ends_also_what_hangs(start: Any, stand_in
     assert process.poll() is None
     time.sleep(5)
     process.terminate()
-    assert process.wait(timeout=20) == 128 + signal.SIGKILL
+    # The launcher's status, or that of waiting for it, which the signal ends.
+    assert process.wait(timeout=20) in (128 + signal.SIGKILL, 128 + signal.SIGTERM)
+    psutil.wait_procs(below(stand_in), timeout=5)
+    assert below(stand_in) == []
 
 
 @pytest.mark.parametrize(
