@@ -240,7 +240,7 @@ def peak_memory() -> dict[str, int]:
 def _unshared_bytes_of_children() -> int:
     total = 0
     for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended since
+        with contextlib.suppress(psutil.Error):  # it has ended since, or may not be looked into
             total += child.memory_full_info().uss
     return total
 

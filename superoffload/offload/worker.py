@@ -172,8 +172,8 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run as the optimizer process; the arguments are three inherited file descriptors."""
-    # These are for the trainer to answer, which may want to save; a terminal, a scheduler, and DeepSpeed's launcher for
-    # one of them, signal all processes of a job. This one ends with the trainer.
+    # For the trainer to answer, which may want to save: a terminal or a scheduler signals every process of a job, and
+    # DeepSpeed's launcher every one below a rank. This process ends with the trainer.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     socket_fd, setup_fd, arena_fd = (int(a) for a in arguments)
