@@ -1,74 +1,69 @@
-"""Fine-tune a language model with DeepSpeed ZeRO-3, its optimizer on the host: the story of one run.
+"""Fine-tune a language model with DeepSpeed ZeRO-3 and the optimizer on the host: the story of one run.
 
-Started by the launcher: `deepspeed finetune_zero3.py --model_name ... --output_dir ...`. What is slow to
-import is imported in `main`, so that `--help` and a mistyped flag are answered at once.
+Started by the launcher: `deepspeed finetune_zero3.py --model_name ... --output_dir ...`. Slow imports happen inside
+`main`, so that `--help` and usage errors return immediately.
 """
 
 import sys
 from typing import TYPE_CHECKING
 
-from superoffload import cli, ds_config
+from superoffload import cli
+from superoffload.ds_config import merge_flags, read_ds_config
 from superoffload.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from superoffload.config import Config
-    from superoffload.run import Run
+    from superoffload.data.collate import Batch
+    from superoffload.data.loader import Batches
+    from superoffload.protocols import Tokenizer
+    from superoffload.training.evaluation import Evaluation
+    from superoffload.training.run import Run
+    from superoffload.training.step import StepCounts
 
 CHECKPOINT_ERROR = 3
 
 
 def main(config: "Config") -> int:
-    """Train as the settings say and return the exit status."""
-    document = ds_config.read(config)
-    from superoffload import (
-        attention,
-        checkpoint,
-        distributed,
-        engine,
-        evaluation,
-        isolation,
-        log,
-        metrics,
-        model,
-        resume,
-        tracking,
-    )
-    from superoffload.data import collate, loader
-    from superoffload.requests import Requests
-    from superoffload.run import Run
-    from superoffload.tokenizer import load_tokenizer
+    """Train with the given settings and return the exit status."""
+    ds_config = read_ds_config(config)
+    from superoffload import distributed, log
+    from superoffload.checkpoint import output_folder, resume
+    from superoffload.model import attention, isolation, load
+    from superoffload.model.flops import shape_of
+    from superoffload.model.tokenizer import load_tokenizer
+    from superoffload.training import engine, metrics, tracking
+    from superoffload.training.progress import Progress
+    from superoffload.training.run import Run
+    from superoffload.training.run_control import RunControl
 
     log.setup(config.output.log_level)
-    merged = ds_config.merge(document, config, distributed.world_size())
+    merged = merge_flags(ds_config, config, distributed.world_size())
     config = merged.config
     for note in merged.notes:
         log.logger.warning("%s", note)
-    checkpoint.prepare_folder(config.output.output_dir)
-    lock = resume.lock(config.output.output_dir) if distributed.speaks() else None
+    output_folder.prepare(config.output.output_dir)
+    lock = output_folder.lock(config.output.output_dir) if distributed.is_rank_0() else None
     distributed.init()
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     source = resume.find(config)
-    document = resume.prepared(merged.document, source)
+    ds_config = resume.with_checkpoint_format(merged.ds_config, source)
 
-    model_config = model.load_config(config.model.model_name)
-    kernel = attention.choose(config.model, model_config, document, config.data.packs)
-    model.check_leaf_module(config.model.leaf_module, model_config)
+    model_config = load.load_config(config.model.model_name)
+    kernel = attention.choose(config.model, model_config, ds_config, config.data.packs)
+    load.check_leaf_module(config.model.leaf_module, model_config)
     tokenizer = load_tokenizer(config.model.model_name)
-    with distributed.each_for_itself("tokenising"):
-        rows, held_out = loader.load(tokenizer, config.data, config.training.seed)
-        prompts = loader.prompts(evaluation.read_prompts(config.evaluation.sample_prompts), tokenizer, config.data)
-    layout = collate.layout(config.data, tokenizer.pad_token_id, attention.takes_documents(kernel))
-    batches = loader.Batches(rows, layout, config.training, distributed.place())
-    held_out_batches = loader.Batches(held_out, layout, config.training, distributed.place()) if held_out else None
-    log.logger.info("%s", batches.statistics().short())
+    batches, evaluation = load_data(config, tokenizer, takes_documents=attention.takes_documents(kernel))
 
-    sharded = model.load_model(config.model, model_config, document, kernel)
-    shape = model.shape_of(sharded)
-    model_engine = engine.create(sharded, document, config.training, batches.total_steps)
-    isolation.check(model_engine, layout)
+    model = load.load_model(config.model, model_config, ds_config, kernel)
+    shape = shape_of(model)
+    model_engine = engine.create(model, ds_config, config.training, batches.total_steps)
+    isolation.check(model_engine, batches.layout)
 
-    progress, state = resume.restore(model_engine, source) if source else (metrics.Progress(), {})
-    engine.catch_up(model_engine)
+    state = resume.restore(model_engine, source) if source else {}
+    progress = Progress(**state.get("progress", {}))
+    engine.replay_adam_beta_powers(model_engine)
     run = Run(
         config=config,
         engine=model_engine,
@@ -76,14 +71,14 @@ def main(config: "Config") -> int:
         batches=batches,
         progress=progress,
         meter=metrics.Meter(config, shape, state.get("meter")),
-        trackers=tracking.start(config, distributed.speaks(), progress.step, state.get("trackers")),
-        evaluation=evaluation.Evaluation(held_out_batches, prompts, config.evaluation.eval_steps),
-        requests=Requests(config, distributed.speaks()),
+        trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
+        evaluation=evaluation,
+        control=RunControl(config, distributed.is_rank_0()),
     )
     try:
-        with run.requests:
+        with run.control:
             if source:
-                run.goes_on_from(source.path, state)
+                run.restore_rng_and_check_data(source.path, state)
             train(run)
             if config.checkpoint.save_checkpoint or run.stopped:
                 run.save()
@@ -93,59 +88,84 @@ def main(config: "Config") -> int:
     if config.checkpoint.export:
         run.export()
     distributed.close()
-    resume.unlock(lock)
+    output_folder.unlock(lock)
     return CHECKPOINT_ERROR if run.failed and config.checkpoint.fail_on_checkpoint_error else 0
 
 
-def train(run: "Run") -> None:
-    """Run the optimizer steps that are left, and keep `run.progress` up to date (collective).
-
-    The loss of a step is the mean over all its target tokens, on all ranks and in all micro-batches: their
-    number is known before the first backward, and each micro-batch adds its share of the sum.
-    """
+def load_data(config: "Config", tokenizer: "Tokenizer", *, takes_documents: bool) -> "tuple[Batches, Evaluation]":
+    """Tokenise the rows, once per machine, and build the batches of training and of evaluation on this rank."""
     from superoffload import distributed, log
-    from superoffload.loss import summed_loss
+    from superoffload.data import collate, loader
+    from superoffload.training.evaluation import Evaluation, read_prompts
 
-    config, model_engine, progress, requests = run.config, run.engine, run.progress, run.requests
-    # DeepSpeed divides the loss by the micro-batches and averages gradients over the ranks.
-    undone = config.training.gradient_accumulation_steps * distributed.world_size()
+    with distributed.wait_without_collective("tokenising"):
+        rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
+        prompts = read_prompts(config.evaluation.sample_prompts)
+        prompt_ids = loader.tokenize_prompts(prompts, tokenizer, config.data)
+    layout = collate.choose_layout(config.data, tokenizer.pad_token_id, takes_documents)
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    batches = loader.Batches(rows, layout, config.training, **ranks)
+    held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
+    log.logger.info("%s", batches.statistics().short())
+    return batches, Evaluation(held_out, prompt_ids, config.evaluation.eval_steps)
+
+
+def train(run: "Run") -> None:
+    """Run the remaining optimizer steps and keep `run.progress` up to date (collective)."""
+    from superoffload import log
+
+    config, progress, control = run.config, run.progress, run.control
     with log.progress_bar(run.last_step, progress.step) as bar:
         run.meter.start()
         while progress.step < run.last_step and not run.stopped:
             for micro_batches in run.batches.epoch(progress.epoch, progress.step_in_epoch):
-                lr = model_engine.get_lr()[0]
-                targets = sum(batch.target_tokens for batch in micro_batches)
-                tokens = sum(sum(batch.lengths) for batch in micro_batches)
-                counts = distributed.counts(targets, tokens, *requests.votes())
-                for batch in micro_batches:
-                    inputs = batch.on(model_engine.device)
-                    labels = inputs.pop("labels")
-                    loss_sum = summed_loss(model_engine(**inputs).logits, labels)
-                    model_engine.backward(loss_sum * (undone / counts[0]).float())
-                    model_engine.step()
-                    run.meter.add(batch, loss_sum.detach())
-                run.meter.end_step()
-                _, tokens, stop_votes, save_votes = counts.tolist()
-                progress.advance(int(tokens))
+                lr = run.engine.get_lr()[0]
+                counts = train_step(run, micro_batches)
+                progress.advance(int(counts.tokens))
 
                 if progress.step % config.output.log_interval == 0 or progress.step == run.last_step:
-                    grad_norm = float(model_engine.get_global_grad_norm())
+                    grad_norm = float(run.engine.get_global_grad_norm())
                     numbers = run.meter.read(progress, lr, grad_norm, run.batches.steps_per_epoch)
                     log.logger.info("%s", numbers.line())
                     run.trackers.log(progress.step, numbers.as_dict())
                 bar.update()
                 if run.evaluation.due(progress.step, progress.step == run.last_step):
                     run.evaluate()
-                if stop_votes:
-                    log.logger.warning("Asked to stop by %s: saving after step %d", requests.stopped_by, progress.step)
+                if counts.stop_votes:
+                    log.logger.warning("Stopped by %s: saving after step %d", control.stopped_by, progress.step)
                     run.stopped = True
-                elif requests.wants_save(progress.step, save_votes):
+                elif control.wants_save(progress.step, float(counts.save_votes)):
                     run.save()
-                    requests.saved()
+                    control.saved()
                 if run.stopped or progress.step == run.last_step:
                     break
             else:
                 progress.next_epoch()
+
+
+def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
+    """Run one optimizer step over its micro-batches (collective).
+
+    The loss of a step is the mean over all its target tokens, on all ranks and in all micro-batches: their number is
+    known before the first backward, and each micro-batch adds its part of the sum.
+    """
+    from superoffload import distributed
+    from superoffload.model.head import summed_loss
+    from superoffload.training import step
+
+    engine = run.engine
+    # DeepSpeed divides the loss by the number of micro-batches and averages gradients over the ranks.
+    undo_averaging = run.config.training.gradient_accumulation_steps * distributed.world_size()
+    counts = step.count(micro_batches, run.control.votes())
+    for batch in micro_batches:
+        inputs = batch.on(engine.device)
+        labels = inputs.pop("labels")
+        loss_sum = summed_loss(engine(**inputs).logits, labels)
+        engine.backward(loss_sum * (undo_averaging / counts.target_tokens).float())
+        engine.step()
+        run.meter.add(batch, loss_sum.detach())
+    run.meter.end_step()
+    return counts
 
 
 if __name__ == "__main__":

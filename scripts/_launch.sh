@@ -1,5 +1,7 @@
-# What every recipe does with its values: check them, turn them into flags, start the launcher.
-# Sourced by a recipe with the recipe's own arguments: MODE [BATCH_SIZE] [more flags].
+# Logic shared by all recipes: check the recipe's values, turn them into flags, start the launcher.
+# A recipe sources this file and passes its own arguments: MODE [BATCH_SIZE] [more flags].
+# shellcheck shell=bash
+# shellcheck disable=SC2153  # BATCH_SIZE is the recipe's default, batch_size the value of this run
 set -euo pipefail
 
 recipe=$(basename "$0" .sh)
@@ -12,11 +14,16 @@ usage() {
 Usage: bash $0 MODE [BATCH_SIZE] [more flags of finetune_zero3.py]
 
   MODE         superoffload or zerooffload
-  BATCH_SIZE   rows per micro-batch of the whole job (default $BATCH_SIZE); shared out among the devices
+  BATCH_SIZE   rows per micro-batch, summed over all devices (default $BATCH_SIZE)
 
-Environment: OUTPUT_DIR (default ./${recipe}_MODE_output), DRY_RUN=1 prints the command instead of running it,
-HOSTFILE for several nodes reached by ssh, or NUM_NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT where this
-script is started on each node. Checkpoint, W&B and training are lines at the top of the script.
+Environment variables:
+  OUTPUT_DIR   output folder (default ./${recipe}_MODE_output)
+  DRY_RUN      1 prints the command instead of running it
+  HOSTFILE     hosts of a job on several nodes, reached by ssh
+  NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+               for a job on several nodes without ssh; start this script on each node
+
+The values at the top of the script set everything else: checkpoints, W&B, data and training.
 TEXT
     exit 2
 }
@@ -27,15 +34,15 @@ fail() {
 }
 
 whole_number() {
-    [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2', must be a whole number above 0"
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2'; it must be a whole number above 0"
 }
 
-# on NAME: true or false of a switch, and nothing else
+# on NAME VALUE: succeed if a switch is true, stop if it is neither true nor false
 on() {
-    case "${!1}" in
+    case "$2" in
         true) return 0 ;;
         false) return 1 ;;
-        *) fail "$1=${!1} in $0: must be true or false" ;;
+        *) fail "$1=$2 in $0: it must be true or false" ;;
     esac
 }
 
@@ -65,18 +72,18 @@ if [[ -n ${HOSTFILE:-} ]]; then
 fi
 devices=$((nodes * GPUS_PER_NODE))
 ((batch_size % devices == 0)) ||
-    fail "batch size $batch_size cannot be shared out among $devices devices; take a multiple of $devices"
+    fail "batch size $batch_size cannot be divided among $devices devices; use a multiple of $devices"
 output_dir=${OUTPUT_DIR:-./${recipe}_${mode}_output}
 
 launch=(deepspeed --num_gpus "$GPUS_PER_NODE")
-if on BIND_CORES; then launch+=(--bind_cores_to_rank); fi
+if on BIND_CORES "$BIND_CORES"; then launch+=(--bind_cores_to_rank); fi
 if [[ -n ${HOSTFILE:-} ]]; then
     launch+=(--hostfile "$HOSTFILE")
 elif ((nodes > 1)); then
-    # The launcher knows the nodes by a file only; without ssh their names are labels.
+    # The launcher reads the nodes from a file only. Without ssh their names are labels.
     [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
-        fail "NUM_NODES=$nodes needs NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR (of node 0) too"
-    mkdir -p "$output_dir" || fail "OUTPUT_DIR=$output_dir: cannot be made"
+        fail "NUM_NODES=$nodes also needs NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR (the address of node 0)"
+    mkdir -p "$output_dir" || fail "OUTPUT_DIR=$output_dir: cannot create the folder"
     for ((node = 0; node < nodes; node++)); do
         echo "node-$node slots=$GPUS_PER_NODE"
     done >"$output_dir/hostfile_$NODE_RANK"
@@ -106,19 +113,19 @@ arguments=(
     --keep_checkpoints "$KEEP_CHECKPOINTS"
     --resume "$RESUME"
 )
-# ZeRO-Offload keeps the whole optimizer on the host, as upstream has it.
+# ZeRO-Offload keeps the whole optimizer on the host, as upstream's scripts do.
 if [[ $mode == superoffload ]]; then arguments+=(--offload_ratio "$OFFLOAD_RATIO"); fi
 if [[ -n $LEAF_MODULE ]]; then arguments+=(--leaf_module "$LEAF_MODULE"); fi
-if ! on PACKING; then arguments+=(--no_packing); fi
-if on ACTIVATION_CHECKPOINTING; then arguments+=(--activation_checkpointing); fi
-if on DETERMINISTIC; then arguments+=(--deterministic); fi
-if on SAVE_CHECKPOINT; then arguments+=(--save_checkpoint --fail_on_checkpoint_error); fi
-if on EXPORT; then arguments+=(--export); fi
-if on USE_WANDB; then
+if ! on PACKING "$PACKING"; then arguments+=(--no_packing); fi
+if on ACTIVATION_CHECKPOINTING "$ACTIVATION_CHECKPOINTING"; then arguments+=(--activation_checkpointing); fi
+if on DETERMINISTIC "$DETERMINISTIC"; then arguments+=(--deterministic); fi
+if on SAVE_CHECKPOINT "$SAVE_CHECKPOINT"; then arguments+=(--save_checkpoint --fail_on_checkpoint_error); fi
+if on EXPORT "$EXPORT"; then arguments+=(--export); fi
+if on USE_WANDB "$USE_WANDB"; then
     arguments+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_run_name "$WANDB_RUN_NAME-$mode")
 fi
 
-# The environment that is active, else the one that scripts/setup.sh made.
+# Use the active environment, else the one that scripts/setup.sh created.
 if ! command -v deepspeed >/dev/null; then
     PATH="$repository/.venv/bin:$PATH"
     command -v deepspeed >/dev/null || fail "deepspeed is not installed; run: bash $repository/scripts/setup.sh"
@@ -134,11 +141,14 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     exit 0
 fi
 
-# DeepSpeed's launcher dies of SIGTERM and leaves its ranks behind; at Ctrl-C it kills them after half a minute. So it gets
-# a process group of its own, and this shell passes what it is asked on to the ranks, which save and end, and stays until
-# they have ended. The group reads no terminal: a process in the background that asked something there would be stopped.
+# DeepSpeed's launcher exits on SIGTERM without stopping its ranks, and kills them 30 seconds after Ctrl-C. So it runs in
+# a process group of its own. This shell forwards signals to the ranks, which save and exit, and waits for them. Stdin is
+# /dev/null because a background process that reads the terminal is stopped.
+force_after_s=3
 signals=0
-ranks() { # the processes of the group that were given a rank; a zombie has no words
+
+# Print the PIDs in the group whose command line has a rank. A zombie has an empty cmdline.
+ranks() {
     local process line group
     for process in /proc/[0-9]*; do
         { read -r line <"$process/stat"; } 2>/dev/null || continue
@@ -146,32 +156,36 @@ ranks() { # the processes of the group that were given a rank; a zombie has no w
         [[ $group != "$launcher" ]] || ! grep -qsz -- '^--local_rank' "$process/cmdline" || echo "${process#/proc/}"
     done
 }
-pass_on() {
+
+# forward SIGNAL: send the first signal to the ranks; kill the group when another one comes later.
+# shellcheck disable=SC2329  # called by the traps below
+forward() {
     local found
     signals=$((signals + 1))
     if ((signals == 1)); then
         asked_at=$SECONDS
         found=$(ranks)
-        # shellcheck disable=SC2086  # a list; and before there are ranks, the whole group
+        # shellcheck disable=SC2086  # a list of PIDs; the whole group while there are no ranks yet
         kill -s "$1" -- ${found:-"-$launcher"} 2>/dev/null || true
-    elif ((SECONDS - asked_at > 3)); then # not the same request once more: it is to end at once, also where ranks hang
+    elif ((SECONDS - asked_at > force_after_s)); then # a second request, not an echo of the first: kill ranks that hang
         kill -s KILL -- "-$launcher" 2>/dev/null || true
     fi
 }
+
 set -m
 "${command[@]}" </dev/null &
 launcher=$!
 set +m
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM INT HUP
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM INT HUP
 status=-1
-while ((status == -1)) || kill -0 "$launcher" 2>/dev/null; do # a trap ends the wait early
+while ((status == -1)) || kill -0 "$launcher" 2>/dev/null; do # a trap interrupts the wait
     status=0
     wait "$launcher" || status=$?
 done
-while [[ -n $(ranks) ]]; do sleep 0.2; done # a scheduler signals the launcher too, which then ends before them
-((signals == 0)) || kill -s TERM -- "-$launcher" 2>/dev/null || true # what ranks left, such as processes that tokenise
+while [[ -n $(ranks) ]]; do sleep 0.2; done # a scheduler signals the launcher too, which then exits before its ranks
+((signals == 0)) || kill -s TERM -- "-$launcher" 2>/dev/null || true # children of the ranks, such as tokenising workers
 trap - USR1 TERM INT HUP
-# A recipe may say what follows a run that went to its end.
+# A recipe may define `afterwards`, which runs after a complete run.
 if ((status == 0 && signals == 0)) && declare -F afterwards >/dev/null; then afterwards; fi
 exit "$status"

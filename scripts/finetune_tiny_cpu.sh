@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The first minutes: a small model learns little tasks on two CPU cores, without a network or a GPU.
-# bash scripts/finetune_tiny_cpu.sh MODE [BATCH_SIZE] [more flags]; MODE is superoffload or zerooffload.
+# Quick start: train a small model on simple tasks with two CPU cores, without a network or a GPU.
+# bash scripts/finetune_tiny_cpu.sh MODE [BATCH_SIZE] [more flags]
+# MODE is superoffload or zerooffload.
 
-MODEL_NAME=""  # made below
+MODEL_NAME=""  # written below
 GPUS_PER_NODE=1
 DEVICE_KIND="CPU"
 BIND_CORES=false
 
-# The answers at the end come from the checkpoint, so this example saves one whatever stands here.
+# This example always saves a checkpoint, whatever the value here, because the answers at the end are computed from it.
 SAVE_CHECKPOINT=false
 SAVE_STEPS=0
 EXPORT=false
@@ -17,7 +18,7 @@ USE_WANDB=false
 WANDB_PROJECT="tiny"
 WANDB_RUN_NAME="tiny"
 
-DATASET_NAME=""  # made below
+DATASET_NAME=""  # written below
 DATASET_PERCENTAGE=100.0
 MAX_LENGTH=64
 PACKING=false

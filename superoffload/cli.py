@@ -1,6 +1,6 @@
 """The command line: click options derived from `config.py`, and argv -> Config.
 
-Imports neither torch nor DeepSpeed, so that `--help` and a mistyped flag are answered at once.
+Imports neither torch nor DeepSpeed, so that `--help` and usage errors return immediately.
 """
 
 import atexit
@@ -20,12 +20,12 @@ SILENT_RANK_PATIENCE_S = 5.0
 
 
 class WholeNumber(click.ParamType[int]):
-    """An integer, also written as in DeepSpeed's files: `4e8`."""
+    """An integer; scientific notation such as `4e8`, as in DeepSpeed's files, is accepted."""
 
     name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the value as an int; fail where it is not a whole number."""
+        """Return the value as an int; fail if it is not a whole number."""
         try:
             number = float(value)
         except ValueError:
@@ -36,7 +36,7 @@ class WholeNumber(click.ParamType[int]):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help shows the options under the headings of their groups."""
+    """A command whose help groups the options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section per group of settings."""
@@ -50,7 +50,7 @@ class GroupedCommand(click.Command):
 
 
 def option(spec: Field[Any]) -> click.Option:
-    """Make the click option of a setting."""
+    """Build the click option of a setting."""
     kinds: dict[Any, Any] = {int: WholeNumber(), float: float, bool: bool}
     kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
@@ -89,7 +89,7 @@ def _spread(argv: Sequence[str]) -> list[str]:
 
 
 def command(action: Callable[[config.Config], Any]) -> click.Command:
-    """Make the click command that calls `action` with the Config of its arguments."""
+    """Build the click command that parses its arguments into a Config and calls `action` with it."""
 
     def callback(**values: Any) -> Any:
         context = click.get_current_context()
@@ -112,8 +112,8 @@ def command(action: Callable[[config.Config], Any]) -> click.Command:
 def parse(argv: Sequence[str]) -> config.Config:
     """Turn the arguments after the script's name into a Config.
 
-    Raises `UserError` for unknown flags, missing ones and values outside their limits; `--help` prints
-    the help and raises `SystemExit(0)`.
+    Raises `UserError` for unknown or missing flags and for values outside their limits. `--help` prints the help
+    and raises `SystemExit(0)`.
     """
     try:
         result = command(lambda parsed: parsed).main(args=_spread(argv), standalone_mode=False)
@@ -127,8 +127,8 @@ def parse(argv: Sequence[str]) -> config.Config:
 def exit_with(error: UserError) -> NoReturn:
     """Print `Error: ...` on stderr and exit with status 2.
 
-    Every rank meets the same mistake, and rank 0 speaks for all: the others wait for the launcher to end
-    them, and speak only if rank 0 lives on, that is, if the mistake was theirs alone.
+    Usually every rank raises the same error, and rank 0 reports it for all. The other ranks wait for the launcher to
+    terminate them; they report the error themselves only if that does not happen, that is, if rank 0 had no error.
     """
     rank = int(os.environ.get("RANK", "0"))
     prefix = f"[rank {rank}] " if rank else ""
@@ -140,10 +140,10 @@ def exit_with(error: UserError) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process with what is registered for its end, but without taking the interpreter apart.
+    """Run the exit handlers and end the process, without the interpreter's finalization.
 
-    The threads of torch's gloo outlive their process group. One that lets go of a Python object while the interpreter
-    is being taken apart ends the process with SIGABRT, now and then, after a run that went well.
+    The threads of torch's gloo backend outlive their process group. If one of them releases a Python object during
+    finalization, the process aborts with SIGABRT, occasionally and after a successful run.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""Everything a person can choose, validated where it is made.
+"""Every setting of a run, validated on construction.
 
-Each setting has its name, type, default, range and help here and nowhere else; `cli.py` derives the
-command line from these fields. The field `max_grad_norm` is the flag `--max_grad_norm`.
+This file is the only place that holds a setting's name, type, default, range and help; `cli.py` derives the command
+line from these fields. The field `max_grad_norm` is the flag `--max_grad_norm`.
 """
 
 import math
@@ -15,15 +15,15 @@ def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
     """Declare a setting: its help, its default, and its limits.
 
     `limits` may hold `minimum` and `maximum` (inclusive), `above` (exclusive), `choices` (a tuple), `several`
-    (one or more values may follow the flag) and `shapes_run` (another value makes it another run, which a
-    checkpoint cannot go on with). Without a default the flag is required.
+    (the flag takes one or more values) and `shapes_run` (changing it makes a different run; checkpoints refuse to
+    resume). A setting without a default is a required flag.
     """
     metadata = {"help": help_text, **limits}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
 def allowed(spec: Field[Any]) -> str:
-    """Word the values that a setting accepts, e.g. `0 < value <= 100`; empty where all are accepted."""
+    """Describe the values that a setting accepts, e.g. `0 < value <= 100`; empty if it accepts all."""
     limits = spec.metadata
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
@@ -33,7 +33,7 @@ def allowed(spec: Field[Any]) -> str:
 
 
 def settings_of(group: Any) -> tuple[Field[Any], ...]:
-    """List the settings of a group, given its class or an object of it."""
+    """List the settings of a group, given its class or an instance."""
     return fields(group)
 
 
@@ -52,7 +52,7 @@ def _accepts(spec: Field[Any], value: Any) -> bool:
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """Read `part=column,part=column`; raise `UserError` where it is of another form."""
+    """Parse `part=column,part=column`; raise `UserError` if it has any other form."""
     result: dict[str, str] = {}
     for item in text.split(",") if text else ():
         part, equals, column = (word.strip() for word in item.partition("="))
@@ -63,7 +63,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 class Settings:
-    """Base of the groups below: checks every field against its limits when the object is made."""
+    """Base of the groups below; checks every field against its limits on construction."""
 
     __slots__ = ()
 
@@ -72,7 +72,7 @@ class Settings:
         for spec in settings_of(self):
             value = getattr(self, spec.name)
             if not _accepts(spec, value):
-                raise UserError(f"--{spec.name} {value}: allowed is {allowed(spec)}")
+                raise UserError(f"--{spec.name} {value}: must be {allowed(spec)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +81,14 @@ class ModelSettings(Settings):
 
     model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
     attn_implementation: str = setting(
-        "Attention kernel; auto takes flash_attention_2 where it can run, else sdpa (in packs, document by document).",
+        "Attention kernel; auto uses flash_attention_2 if it can run, else sdpa (in packs, document by document).",
         "auto",
         choices=("auto", "eager", "sdpa", "flash_attention_2"),
     )
     leaf_module: str | None = setting(
-        "Class name of the module that ZeRO-3 fetches as a whole (sparse MoE blocks); known ones are found.", None
+        "Class name of the module that ZeRO-3 fetches as a whole (a sparse MoE block); detected by default.", None
     )
-    activation_checkpointing: bool = setting("Recompute activations in backward to save device memory.", False)
+    activation_checkpointing: bool = setting("Recompute activations during backward to save device memory.", False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,62 +99,65 @@ class DataSettings(Settings):
         "Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file.", "tatsu-lab/alpaca", shapes_run=True
     )
     dataset_split: str = setting(
-        "Split of a hub data set or a folder; a single file is taken whole.", "train", shapes_run=True
+        "Split of a hub data set or a folder; a single file is used whole.", "train", shapes_run=True
     )
     dataset_format: str = setting(
-        "Shape of the rows; auto recognises it by the columns.",
+        "Format of the rows; auto detects it from the columns.",
         "auto",
         choices=("auto", "alpaca", "messages", "prompt_completion", "text"),
         shapes_run=True,
     )
     columns: str | None = setting(
-        "Columns under other names, e.g. prompt=question,completion=answer.", None, shapes_run=True
+        "Names of the columns if they differ, e.g. prompt=question,completion=answer.", None, shapes_run=True
     )
     chat_template: str = setting(
-        "auto, tokenizer (its own, for pairs too), plain, or a file with a Jinja template. auto: upstream's headings "
-        "for pairs of prompt and answer, the tokenizer's template for messages, plain where it has none.",
+        "auto, tokenizer (its own template, for pairs too), plain, or a file that holds a Jinja template. auto uses "
+        "upstream's headings for pairs of prompt and answer, and for messages the tokenizer's template, or plain if "
+        "it has none.",
         "auto",
         shapes_run=True,
     )
     dataset_percentage: float = setting(
-        "Share of the rows to use, from the first on.", 100.0, above=0, maximum=100, shapes_run=True
+        "Percentage of the rows to use, starting with the first.", 100.0, above=0, maximum=100, shapes_run=True
     )
     max_length: int = setting(
-        "Tokens at most per row or pack; longer rows lose their end.", 2048, minimum=8, shapes_run=True
+        "Maximum tokens per row or pack; longer rows are truncated.", 2048, minimum=8, shapes_run=True
     )
-    train_on_prompt: bool = setting("Let the tokens of the prompt count in the loss too.", False, shapes_run=True)
+    train_on_prompt: bool = setting("Train on the tokens of the prompt too.", False, shapes_run=True)
     packing: bool = setting(
-        "Put several rows into one of --max_length tokens; they do not see each other.", True, shapes_run=True
+        "Pack several rows into one of --max_length tokens; attention never crosses rows.",
+        True,
+        shapes_run=True,
     )
     padding: str = setting(
-        "Length of rows that are not packed: longest of the batch (in eights), or max_length, which turns packing off.",
+        "Length of unpacked rows: the longest of the batch (a multiple of 8), or max_length, which disables packing.",
         "longest",
         choices=("longest", "max_length"),
         shapes_run=True,
     )
     skip_bad_rows: bool = setting(
-        "Skip and count malformed rows instead of stopping at the first.", False, shapes_run=True
+        "Skip malformed rows and report their number, instead of stopping at the first.", False, shapes_run=True
     )
-    num_proc: int = setting("Processes that tokenise on each machine.", 1, minimum=1)
+    num_proc: int = setting("Number of processes that tokenise on each machine.", 1, minimum=1)
     eval_percentage: float = setting(
-        "Share of the rows to hold out for evaluation; 0: none.", 0.0, minimum=0, maximum=50, shapes_run=True
+        "Percentage of the rows to hold out for evaluation; 0: none.", 0.0, minimum=0, maximum=50, shapes_run=True
     )
     eval_dataset: str | None = setting("Data set to evaluate on: hub id, folder or file.", None)
-    eval_split: str = setting("Split of --eval_dataset; a single file is taken whole.", "test")
+    eval_split: str = setting("Split of --eval_dataset; a single file is used whole.", "test")
 
     def __post_init__(self) -> None:
-        """Check each value, and that they do not contradict each other."""
+        """Check each value, and that no two contradict each other."""
         Settings.__post_init__(self)
         parse_columns(self.columns)
         if self.eval_dataset is not None and self.eval_percentage:
             raise UserError(
-                f"--eval_dataset {self.eval_dataset} and --eval_percentage {self.eval_percentage:g} both name the "
-                "held-out rows; keep one"
+                f"--eval_dataset {self.eval_dataset} and --eval_percentage {self.eval_percentage:g} both choose the "
+                "held-out rows; use only one"
             )
 
     @property
     def packs(self) -> bool:
-        """Tell whether rows are packed: asked for, and not to be padded to the full length."""
+        """Return whether rows are packed: --padding max_length turns packing off."""
         return self.packing and self.padding == "longest"
 
 
@@ -170,30 +173,34 @@ class TrainingSettings(Settings):
         "Stop after this many optimizer steps; 0: no limit. Sets the schedule's length.", 0, minimum=0, shapes_run=True
     )
     lr_scheduler: str = setting(
-        "Course of the learning rate after the warm-up.",
+        "Learning rate schedule after the warm-up.",
         "cosine",
         choices=("cosine", "linear", "constant"),
         shapes_run=True,
     )
     warmup: float = setting(
-        "Share of the steps over which the learning rate rises to --lr.", 0.01, minimum=0, maximum=1, shapes_run=True
+        "Fraction of the steps over which the learning rate rises to --lr.", 0.01, minimum=0, maximum=1, shapes_run=True
     )
     weight_decay: float = setting(
-        "Decoupled weight decay; norms and biases take none.", 0.01, minimum=0, maximum=1, shapes_run=True
+        "Decoupled weight decay; not applied to norms and biases.", 0.01, minimum=0, maximum=1, shapes_run=True
     )
-    max_grad_norm: float = setting("Clip the gradient's norm to this; 0: no clipping.", 1.0, minimum=0, shapes_run=True)
+    max_grad_norm: float = setting("Clip the gradient norm to this; 0: no clipping.", 1.0, minimum=0, shapes_run=True)
     seed: int = setting(
-        "Seed of the data order and of every random number.", 42, minimum=0, maximum=2**32 - 1, shapes_run=True
+        "Seed of the data order and of all random numbers.",
+        42,
+        minimum=0,
+        maximum=2**32 - 1,
+        shapes_run=True,
     )
-    deterministic: bool = setting("Use deterministic kernels only (slower).", False)
+    deterministic: bool = setting("Use only deterministic kernels (slower).", False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings(Settings):
     """Evaluation."""
 
-    eval_steps: int = setting("Evaluate every N steps, and always at the end; 0: only then.", 0, minimum=0)
-    sample_prompts: str | None = setting("File of prompts, one a line, to answer at each evaluation.", None)
+    eval_steps: int = setting("Evaluate every N steps and at the end; 0: only at the end.", 0, minimum=0)
+    sample_prompts: str | None = setting("File of prompts, one per line, to answer at each evaluation.", None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,12 +209,12 @@ class OffloadSettings(Settings):
 
     deepspeed_config: str = setting("DeepSpeed JSON: where memory lives.", "configs/superoffload.json")
     offload_ratio: float = setting(
-        "Share of the optimizer's state and work that lives on the host.", 1.0, minimum=0, maximum=1
+        "Fraction of the optimizer's state and work that is on the host.", 1.0, minimum=0, maximum=1
     )
     sub_group_size: int = setting(
         "Parameters per sub-group of the optimizer, and elements per reduce bucket.", 400_000_000, minimum=1
     )
-    deepspeed: bool = setting("Accepted for DeepSpeed's sake; training always runs on DeepSpeed.", False)
+    deepspeed: bool = setting("Accepted for compatibility; training always runs on DeepSpeed.", False)
     local_rank: int = setting("Set by the launcher.", -1, minimum=-1)
 
 
@@ -218,7 +225,7 @@ class OutputSettings(Settings):
     output_dir: str = setting("Folder for the checkpoint, the tokenizer, metrics.jsonl and summary.json.")
     log_interval: int = setting("Steps between two log lines.", 1, minimum=1)
     log_level: str = setting(
-        "Least severe messages shown.", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+        "Minimum severity of the messages shown.", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     )
 
 
@@ -227,30 +234,30 @@ class CheckpointSettings(Settings):
     """Checkpoint and resume."""
 
     save_checkpoint: bool = setting("Save a checkpoint after the last step.", False)
-    save_steps: int = setting("Save a checkpoint every N steps; 0: not.", 0, minimum=0)
-    save_minutes: float = setting("Save a checkpoint every M minutes; 0: not.", 0.0, minimum=0)
-    keep_checkpoints: int = setting("Complete checkpoints to keep, the newest ones.", 2, minimum=1)
-    fail_on_checkpoint_error: bool = setting("Exit with status 3 when a checkpoint could not be saved.", False)
+    save_steps: int = setting("Save a checkpoint every N steps; 0: never.", 0, minimum=0)
+    save_minutes: float = setting("Save a checkpoint every M minutes; 0: never.", 0.0, minimum=0)
+    keep_checkpoints: int = setting("Number of complete checkpoints to keep; older ones are removed.", 2, minimum=1)
+    fail_on_checkpoint_error: bool = setting("Exit with status 3 if a checkpoint could not be saved.", False)
     export: bool = setting("Export the last checkpoint as a model folder, OUTPUT_DIR/model_stepN.", False)
     resume: str = setting(
-        "auto: go on from the newest complete checkpoint in the output folder, or start; none: start; or the "
-        "folder of a checkpoint.",
+        "auto: resume from the newest complete checkpoint in the output folder, or start from the model if there is "
+        "none; none: start from the model; or the folder of a checkpoint.",
         "none",
     )
-    resume_anyway: bool = setting("Go on although settings differ from those of the checkpoint.", False)
+    resume_anyway: bool = setting("Resume even if settings differ from those of the checkpoint.", False)
 
     def __post_init__(self) -> None:
-        """Check each value, and that there will be a checkpoint to export."""
+        """Check each value, and that --export has a checkpoint to export."""
         Settings.__post_init__(self)
         if self.export and not self.save_checkpoint:
-            raise UserError("--export: makes a model of the last checkpoint; give --save_checkpoint too")
+            raise UserError("--export: exports the last checkpoint; add --save_checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementSettings(Settings):
     """Measurement."""
 
-    warmup_steps: int = setting("First steps that the summary's figures leave out.", 15, minimum=0)
+    warmup_steps: int = setting("Number of first steps that the summary ignores.", 15, minimum=0)
     bench_steps: int = setting(
         "Stop after this many steps and print the measurement; 0: train to the end.", 0, minimum=0
     )
@@ -262,7 +269,7 @@ class TrackingSettings(Settings):
 
     use_wandb: bool = setting("Log the run to Weights & Biases.", False)
     wandb_project: str = setting("Project of the run.", "superoffload")
-    wandb_run_name: str | None = setting("Name of the run; made of the model and the time if left out.", None)
+    wandb_run_name: str | None = setting("Name of the run; default: the model's name, main settings and time.", None)
     wandb_tags: tuple[str, ...] = setting("Tags of the run.", (), several=True)
 
 
@@ -270,8 +277,8 @@ class TrackingSettings(Settings):
 class Config:
     """All settings of a run, in the groups that `--help` shows.
 
-    `explicit` names the flags that were given on the command line: one of them may not be contradicted
-    by the DeepSpeed JSON, while a default gives way to it.
+    `explicit` holds the names of the flags given on the command line: the DeepSpeed JSON may override a default,
+    but contradicting an explicit flag is an error.
     """
 
     model: ModelSettings
@@ -300,9 +307,9 @@ GROUPS: dict[str, Any] = {
 
 
 def build(values: dict[str, Any], explicit: frozenset[str] = frozenset()) -> Config:
-    """Make a Config of flat values, e.g. `{"model_name": "gpt2", "output_dir": "out"}`.
+    """Build a Config from flat values, e.g. `{"model_name": "gpt2", "output_dir": "out"}`.
 
-    Raises `UserError` for a value outside its limits. Settings left out take their default.
+    Missing settings take their default. Raises `UserError` for a value outside its limits.
     """
     groups = {
         name: group(**{spec.name: values[spec.name] for spec in settings_of(group) if spec.name in values})
@@ -312,7 +319,7 @@ def build(values: dict[str, Any], explicit: frozenset[str] = frozenset()) -> Con
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """List every setting of a run by its flag's name: the inverse of `build`."""
+    """Return every setting of a run by the name of its flag; the inverse of `build`."""
     return {
         spec.name: getattr(getattr(config, name), spec.name)
         for name, group in GROUPS.items()
@@ -320,18 +327,19 @@ def flat(config: Config) -> dict[str, Any]:
     }
 
 
-def differences(config: Config, other: dict[str, Any]) -> list[str]:
-    """List, as `--flag: there ..., here ...`, the settings that make `config` another run than `other` (flat values).
+def differences(config: Config, saved: dict[str, Any]) -> list[str]:
+    """List the settings that make `config` a different run from the one that saved a checkpoint.
 
-    A setting that `other` does not know yet counts by its default.
+    `saved` are the checkpoint's flat values; a setting that it lacks had its default. Each difference reads
+    `--flag: checkpoint has ..., this run has ...`.
     """
-    here = flat(config)
+    current = flat(config)
     result = []
     for group in GROUPS.values():
         for spec in settings_of(group):
             if spec.metadata.get("shapes_run"):
-                there = other.get(spec.name, spec.default)
-                there = tuple(there) if isinstance(there, list) else there
-                if there != here[spec.name]:
-                    result.append(f"--{spec.name}: there {there}, here {here[spec.name]}")
+                before = saved.get(spec.name, spec.default)
+                before = tuple(before) if isinstance(before, list) else before
+                if before != current[spec.name]:
+                    result.append(f"--{spec.name}: checkpoint has {before}, this run has {current[spec.name]}")
     return result

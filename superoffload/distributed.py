@@ -19,19 +19,19 @@ from deepspeed.accelerator import get_accelerator
 from superoffload import ops
 from superoffload.errors import UserError
 
-# A rank may write its share of a large checkpoint for long while the others wait in DeepSpeed's barrier;
-# DeepSpeed's own ten minutes would end the run then. DEEPSPEED_TIMEOUT (minutes) still has the last word.
+# Writing a rank's part of a large checkpoint can take longer than DeepSpeed's default timeout of ten minutes, while the
+# other ranks wait in a barrier. DEEPSPEED_TIMEOUT (minutes) overrides this.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 POLL_S = 0.1
 
 
 def rank() -> int:
-    """Return this process's number among all ranks; 0 where no launcher started it."""
+    """Return the rank of this process; 0 if no launcher started it."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Return this process's number on its node."""
+    """Return the rank of this process on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -40,18 +40,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def place() -> tuple[int, int]:
-    """Return this rank and the number of ranks."""
-    return rank(), world_size()
-
-
-def speaks() -> bool:
-    """Tell whether this rank reports for the whole job."""
+def is_rank_0() -> bool:
+    """Return whether this is rank 0, which reports for the whole job."""
     return rank() == 0
 
 
 def init() -> None:
-    """Join the other ranks (collective); a process without a launcher is a job of one rank."""
+    """Join the process group (collective); a process that no launcher started is a job of one rank."""
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -65,7 +60,7 @@ def init() -> None:
         }
         os.environ.update(alone)
     get_accelerator().set_device(local_rank())
-    ops.prepare()  # on the CPU, joining compiles one
+    ops.prepare()  # on the CPU, init_distributed compiles an operator
     chosen = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": COLLECTIVE_TIMEOUT}
     deepspeed.init_distributed(verbose=False, **chosen)
     barrier()
@@ -73,27 +68,27 @@ def init() -> None:
 
 
 def _forget_shared_buffer() -> None:
-    """Take the name of DeepSpeed's buffer between CPU ranks away, now that every rank has mapped it.
+    """Unlink the shared buffer of DeepSpeed's CPU ranks, now that every rank has mapped it.
 
-    DeepSpeed never does, and 69 MB a rank stay in /dev/shm, that is in memory, for each run there ever was.
+    DeepSpeed never unlinks it, so every run would leave 69 MB per rank in /dev/shm, that is, in memory.
     """
-    place_and_port = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{place_and_port}").unlink(missing_ok=True)
+    address = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}").unlink(missing_ok=True)
 
 
 def close() -> None:
-    """Leave the group of ranks once all are ready to (collective): rank 0's end is the end of the store they share."""
+    """Leave the process group together (collective): the store that all ranks share ends with rank 0."""
     if comm.is_initialized():
         barrier()
         comm.destroy_process_group()
 
 
 @contextmanager
-def each_for_itself(work: str) -> Iterator[None]:
-    """Let every rank do a long piece of work, then wait for all, without a collective: nothing times out.
+def wait_without_collective(work: str) -> Iterator[None]:
+    """Run a long piece of work on every rank, then wait for all of them without a collective, so nothing times out.
 
-    The ranks tell each other through the store that brought them together. Where one of them fails, the others
-    raise `UserError` instead of waiting for it.
+    The ranks report through the store of the process group. If one of them fails, the others raise `UserError`
+    instead of waiting for it.
     """
     store = torch.distributed.distributed_c10d._get_default_store()
     prefix = f"superoffload/{work}"
@@ -106,10 +101,10 @@ def each_for_itself(work: str) -> Iterator[None]:
         store.set(f"{prefix}/{rank()}", "done")
         while not store.check([f"{prefix}/{other}" for other in range(world_size())]):
             if store.check([f"{prefix}/failed"]):
-                raise UserError(f"{work}: rank {store.get(f'{prefix}/failed').decode()} failed, see its message")
+                raise UserError(f"{work}: rank {store.get(f'{prefix}/failed').decode()} failed; see its error")
             time.sleep(POLL_S)
-    except torch.distributed.DistError as error:  # the store is gone with the rank that held it
-        raise UserError(f"{work}: rank 0 has ended, see its message") from error
+    except torch.distributed.DistError as error:  # the store ended with rank 0
+        raise UserError(f"{work}: rank 0 has ended; see its error") from error
 
 
 def device() -> torch.device:
@@ -122,48 +117,43 @@ def barrier() -> None:
     comm.barrier()
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
-    """Add a tensor up over all ranks, in place, on the device (collective); returns it."""
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, in place, on the device (collective); returns it."""
     comm.all_reduce(values)
     return values
 
 
-def counts(*mine: float) -> torch.Tensor:
-    """Add counts up over all ranks, left on the device: float64 `[number of counts]` (collective)."""
-    return total(torch.tensor(mine, dtype=torch.float64, device=device()))
+def all_ranks_ok(ok: bool) -> bool:
+    """Return on every rank whether `ok` is true on all of them (collective)."""
+    failures = torch.tensor([0.0 if ok else 1.0], device=device())
+    return bool(all_reduce_sum(failures).item() == 0)
 
 
-def agree(ok: bool) -> bool:
-    """Tell every rank whether all of them said yes (collective)."""
-    answer = torch.tensor([0.0 if ok else 1.0], device=device())
-    return bool(total(answer).item() == 0)
+def all_gather_objects(value: Any) -> list[Any]:
+    """Return on every rank the picklable objects of all ranks, in rank order (collective)."""
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
-def gather(mine: Any) -> list[Any]:
-    """Give every rank a list of what each rank holds, any picklable object, in the order of ranks (collective)."""
-    everyone: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
-def of_rank_0(value: Any) -> Any:
-    """Give every rank the picklable object that rank 0 holds (collective)."""
+def broadcast_from_rank_0(value: Any) -> Any:
+    """Return on every rank the picklable object of rank 0 (collective)."""
     shared = [value]
     torch.distributed.broadcast_object_list(shared, src=0)
     return shared[0]
 
 
 def peak_device_bytes() -> int:
-    """Return the most device memory that torch held on any rank (collective); 0 where the device is the CPU."""
+    """Return the largest peak of device memory that torch allocated on any rank (collective); 0 on the CPU."""
     accelerator = get_accelerator()
-    mine = 0 if accelerator.device_name() == "cpu" else accelerator.max_memory_allocated()
-    largest = torch.tensor([mine], dtype=torch.int64, device=device())
+    peak = 0 if accelerator.device_name() == "cpu" else accelerator.max_memory_allocated()
+    largest = torch.tensor([peak], dtype=torch.int64, device=device())
     comm.all_reduce(largest, op=comm.ReduceOp.MAX)
     return int(largest.item())
 
 
-def random_state() -> dict[str, Any]:
-    """Take down the state of every random number generator of this rank."""
+def capture_rng_state() -> dict[str, Any]:
+    """Capture every RNG state of this rank."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -172,8 +162,8 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put every random number generator of this rank where `random_state` found it."""
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Restore every RNG state of this rank from what `capture_rng_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -181,7 +171,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed Python, NumPy and torch; with `deterministic` allow deterministic kernels only."""
+    """Seed Python, NumPy and torch; with `deterministic`, allow only deterministic kernels."""
     if deterministic:
         from transformers import enable_full_determinism
 

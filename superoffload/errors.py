@@ -1,8 +1,13 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""Errors meant for the user, and how a library's error becomes one."""
 
 
 class UserError(Exception):
-    """Say in one line what is wrong, which value it was, and the way out.
+    """Say in one line what is wrong, which value it was, and what to do.
 
     `main()` prints it as `Error: ...` and exits with status 2, without a traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error that is not empty, or else the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

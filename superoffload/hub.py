@@ -1,4 +1,4 @@
-"""Asks the hub once whether a name can be had, before a library retries for half a minute."""
+"""Check a name on the Hugging Face hub with one request, before a library retries for half a minute."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,18 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import validate_repo_id
 
-from superoffload.errors import UserError
+from superoffload.errors import UserError, first_line
+
+
+def looks_like_path(name: str) -> bool:
+    """Return whether a name can only be a local path: hub ids are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check(flag: str, name: str, kind: str, cached: Callable[[], bool]) -> None:
-    """Raise `UserError` where the hub does not hand out `name`, with the way out.
+    """Raise `UserError` if the hub does not serve `name`, with the reason and what to do.
 
-    `kind` is `model` or `dataset`. What `cached` finds on this machine can be used without the hub.
+    `kind` is `model` or `dataset`. If `cached` returns True, the local cache is enough and the hub is not needed.
     """
     try:
         validate_repo_id(name)
@@ -25,13 +30,13 @@ def check(flag: str, name: str, kind: str, cached: Callable[[], bool]) -> None:
 
 
 def explain(error: BaseException, kind: str) -> str:
-    """Say what the hub's answer means and what to do."""
+    """Describe the hub's answer and what to do about it."""
     if isinstance(error, errors.GatedRepoError):
         return f"gated; accept its terms on the {kind}'s page on the hub, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "unknown on the hub, or private; check the spelling, or run `hf auth login`"
     if isinstance(error, errors.HfHubHTTPError):
-        return f"the hub answered: {str(error).splitlines()[0]}"
+        return f"the hub answered: {first_line(error)}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "neither a local path nor in the cache, and HF_HUB_OFFLINE keeps the hub from being asked; unset it"
-    return "not a local path, and the hub cannot be reached; check the network, or give a local path"
+        return "neither a local path nor cached, and HF_HUB_OFFLINE disables access to the hub; unset it"
+    return "not a local path, and the hub cannot be reached; check the network, or use a local path"

@@ -1,4 +1,4 @@
-"""Logging: set up once; rank 0 speaks, the others only when something went wrong there."""
+"""Logging: rank 0 logs everything, the other ranks log only errors."""
 
 import logging
 import os
@@ -12,21 +12,21 @@ logger = logging.getLogger("superoffload")
 LIBRARIES = ("DeepSpeed", "deepspeed", "transformers", "datasets", "accelerate")
 
 
-class _BesideProgressBar(logging.Handler):
-    """Writes each line above the progress bar instead of through it."""
+class _AboveProgressBar(logging.Handler):
+    """Writes log lines above the progress bar, so that they do not break it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line to stderr."""
+        """Write one record to stderr."""
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def setup(level: str) -> None:
-    """Send this program's lines to stderr, each once: all of rank 0's, the errors of the others.
+    """Send log records to stderr: from `level` on for rank 0, from ERROR on for the other ranks.
 
-    The libraries' own chatter is shown from WARNING on, or whole with `--log_level DEBUG`.
+    A second call replaces the handler. Libraries log from WARNING on; with `--log_level DEBUG` their own levels hold.
     """
     rank = int(os.environ.get("RANK", "0"))
-    handler = _BesideProgressBar()
+    handler = _AboveProgressBar()
     name = f"[rank {rank}] " if rank else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name}%(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.handlers[:] = [handler]
@@ -39,18 +39,18 @@ def setup(level: str) -> None:
 
 
 def shows_bars() -> bool:
-    """Tell whether progress bars belong on stderr: on a terminal, and of rank 0 alone."""
+    """Return whether to show progress bars: only on rank 0, and only if stderr is a terminal."""
     return os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
 
 
 def hide_bars_of_transformers() -> None:
-    """Keep the progress bars of loading and saving a model off what is no terminal."""
-    from transformers.utils import logging as of_transformers
+    """Hide the progress bars of loading and saving a model unless `shows_bars()`."""
+    from transformers.utils import logging as transformers_logging
 
     if not shows_bars():
-        of_transformers.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
 
 
 def progress_bar(total_steps: int, done: int) -> "tqdm[None]":
-    """Show steps, percent and time left where bars belong, and nothing elsewhere."""
+    """Create a bar of steps, percentage and time left; it shows nothing unless `shows_bars()`."""
     return tqdm(total=total_steps, initial=done, unit="step", disable=not shows_bars())

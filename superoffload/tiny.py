@@ -1,9 +1,9 @@
-"""A model, a tokenizer and rows so small that two CPU cores fine-tune them while one watches.
+"""A model, a tokenizer and rows so small that two CPU cores fine-tune them in minutes.
 
-The model is a Llama with random weights, the vocabulary is the 256 bytes, and the rows are made up from a
-seed: six kinds of small tasks. Four of them are scored on inputs that training never showed, so a model that
-gets those right has learned to spell backwards, to sort, to write in capitals and to count. The share of
-exact answers before and after training therefore says in one number whether a training loop works.
+The model is a Llama with random weights, the vocabulary is the 256 bytes, and the rows are generated from a seed: six
+kinds of small tasks. Four of them are scored on inputs that are not in the training rows, so a model that answers
+those correctly has learned to spell backwards, to sort, to write in capitals and to count. The percentage of exact
+answers before and after training shows in one number whether the training loop works.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from superoffload.data.encode import INPUT, INSTRUCTION, RESPONSE, alpaca_prompt
+from superoffload.data.formats import Pair
 from superoffload.log import hide_bars_of_transformers
 
 if TYPE_CHECKING:
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, str]
 
-INSTRUCTION = "### Instruction:\n"
-INPUT = "\n\n### Input:\n"
-RESPONSE = "\n\n### Response:\n"
 EOS, PAD = "<eos>", "<pad>"
 
 SEED = 42
@@ -92,7 +91,7 @@ def _opposite(rng: random.Random) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Task:
-    """Describe one kind of row: its instruction, how to draw an input with its answer, its weight."""
+    """One kind of row: its instruction, how to draw an input and its answer, and how often it is drawn."""
 
     instruction: str
     draw: Callable[[random.Random], tuple[str, str]]
@@ -113,8 +112,9 @@ TASKS = (
 def make_rows(seed: int, n_train: int, n_held_out: int) -> tuple[list[Row], list[Row]]:
     """Make training rows and held-out rows, the same for the same arguments.
 
-    The kinds of task take turns in the held-out rows and are drawn by weight in the training rows. No
-    held-out input occurs in training, lookups aside: a capital can only be known from having been seen.
+    The kinds of task take turns in the held-out rows and are drawn by weight in the training rows. No held-out input
+    is in the training rows, except in lookups: a capital has to be seen to be known. Raises ValueError if
+    `n_held_out` is above `MAX_HELD_OUT`.
     """
     if n_held_out > MAX_HELD_OUT:
         raise ValueError(f"n_held_out is {n_held_out}; at most {MAX_HELD_OUT} leave enough inputs to train on")
@@ -144,16 +144,15 @@ def _draw(task: Task, rng: random.Random) -> Row:
 
 
 def prompt_of(row: Row) -> str:
-    """Return the text that the model reads before it answers a row."""
-    given = INPUT + row["input"] if row["input"].strip() else ""
-    return INSTRUCTION + row["instruction"] + given + RESPONSE
+    """Return the prompt of a row, as in training."""
+    return alpaca_prompt(Pair(prompt=row["instruction"], context=row["input"], answer=""))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token per byte, which decodes every text back to what it was.
+    """Make a tokenizer with one token per byte, which decodes every text back to the original.
 
-    The three headings of the prompt are tokens of their own. Spelled out they would be more than half of
-    every row, and so more than half of the arithmetic, without a thing to learn from.
+    Each of the three headings of the prompt is one token. Spelled out, they would be more than half of every row and
+    more than half of the arithmetic, with nothing to learn from.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -174,7 +173,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(vocab_size: int, seed: int = SEED) -> LlamaForCausalLM:
-    """Make a Llama with random weights, the same for the same seed, and leave torch's random state be."""
+    """Make a Llama with random weights, the same for the same seed; torch's random state is left unchanged."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -183,10 +182,10 @@ def make_model(vocab_size: int, seed: int = SEED) -> LlamaForCausalLM:
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=3,
-        # Few heads: over rows this short, attention costs by the number of its products, not by their size.
+        # Few heads: on rows this short, the cost of attention is the number of its products, not their size.
         num_attention_heads=4,
         max_position_embeddings=MAX_POSITIONS,
-        # About 1 / sqrt(hidden_size). The usual 0.02 suits wide models; here it costs twice the steps.
+        # About 1 / sqrt(hidden_size). The usual 0.02 suits wide models; here it takes twice the steps.
         initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -199,7 +198,7 @@ def make_model(vocab_size: int, seed: int = SEED) -> LlamaForCausalLM:
 
 
 def write(folder: Path, seed: int = SEED) -> None:
-    """Write folder/model (with its tokenizer), folder/train.json and folder/held_out.json."""
+    """Write the model and its tokenizer to folder/model, and the rows to folder/train.json and folder/held_out.json."""
     hide_bars_of_transformers()
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / "model")
@@ -210,7 +209,7 @@ def write(folder: Path, seed: int = SEED) -> None:
 
 
 def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
-    """Return the model's greedy answer to each row, as it was given, spaces and all."""
+    """Return the model's greedy answer to each row, with all white space."""
     answers: list[str] = []
     for start in range(0, len(rows), SCORE_BATCH_SIZE):
         prompts = [prompt_of(row) for row in rows[start : start + SCORE_BATCH_SIZE]]
@@ -229,7 +228,7 @@ def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Seq
 
 
 def share_right(rows: Sequence[Row], answers: Sequence[str]) -> float:
-    """Return the share of rows that are answered exactly, between 0 and 1."""
+    """Return the fraction of rows that are answered exactly, from 0 to 1. Raises ValueError if there are no rows."""
     if not rows:
         raise ValueError("there are no rows to score")
     return sum(row["output"] == answer for row, answer in zip(rows, answers, strict=True)) / len(rows)

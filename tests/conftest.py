@@ -1,38 +1,62 @@
-"""What many tests need: a small model and rows on disk, and a group of one rank."""
+"""The environment of the test session, and fixtures that many tests share."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# Set before anything imports `datasets` or DeepSpeed, which read them on import: the CPU, no hub, and caches that are
+# not the developer's own. Programs that the tests start inherit it.
+_CACHE = tempfile.TemporaryDirectory(prefix="superoffload-tests-")
+os.environ["HF_HOME"] = _CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN", "WANDB_MODE"):
+    os.environ.pop(name, None)
 
-from tests import models
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the tests' data sets out of the user's cache, and look nothing up on a hub."""
-    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+from tests.helpers import models  # noqa: E402 - imports what reads the environment
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a small random Llama and its tokenizer once."""
     return models.write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write Alpaca rows once."""
     return models.write_rows(tmp_path_factory.mktemp("rows") / "rows.json")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """Join a group of one rank in this process, for functions that communicate."""
     from superoffload import distributed
 
-    distributed.init()
-    yield
-    distributed.close()
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.setenv(name, "")  # recorded, so that it is restored
+            environment.delenv(name)
+        distributed.init()
+        yield
+        distributed.close()
+
+
+@pytest.fixture(autouse=True)
+def unit_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test marked `unit` when it starts a process."""
+    if request.node.get_closest_marker("unit") is None:
+        return
+
+    def refuse(*arguments: object, **options: object) -> None:
+        pytest.fail("a test marked `unit` starts a process")
+
+    for name in ("subprocess.Popen.__init__", "multiprocessing.process.BaseProcess.start"):
+        monkeypatch.setattr(name, refuse)
+    for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system"):
+        monkeypatch.setattr(os, name, refuse)

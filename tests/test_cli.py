@@ -1,4 +1,6 @@
-import subprocess
+"""The command line: its flags, its help and its errors."""
+
+import runpy
 import sys
 import time
 
@@ -6,7 +8,9 @@ import pytest
 
 from superoffload import cli, config
 from superoffload.errors import UserError
-from tests.ranks import REPOSITORY
+from tests.helpers.ranks import REPOSITORY
+
+pytestmark = pytest.mark.unit
 
 REQUIRED = ["--model_name", "m", "--output_dir", "out"]
 UPSTREAM = [
@@ -19,9 +23,13 @@ UPSTREAM = [
 ]  # fmt: skip
 
 
-def script(*flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(REPOSITORY / "finetune_zero3.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env or None)
+def run_script(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int | str | None:
+    """Run finetune_zero3.py as a script in this process until it exits, and return its status."""
+    script = str(REPOSITORY / "finetune_zero3.py")
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_path(script, run_name="__main__")
+    return raised.value.code
 
 
 def test_every_flag_of_upstream_is_accepted() -> None:
@@ -33,7 +41,7 @@ def test_every_flag_of_upstream_is_accepted() -> None:
     assert values["bench_steps"] == 10
 
 
-def test_the_last_flag_may_take_several_values() -> None:
+def test_a_flag_may_take_several_values() -> None:
     assert cli.parse([*REQUIRED, "--wandb_tags", "x", "y", "z"]).tracking.wandb_tags == ("x", "y", "z")
     assert cli.parse([*REQUIRED, "--wandb_tags", "x"]).tracking.wandb_tags == ("x",)
 
@@ -55,20 +63,20 @@ def test_whole_numbers_may_be_written_with_an_exponent() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lr", "0"], "--lr 0.0: allowed is 0 < value"),
+        (["--lr", "0"], "--lr 0.0: must be 0 < value"),
         (["--lr", "nan"], "--lr nan"),
         (["--lr", "fast"], "'--lr'"),
-        (["--batch_size", "0"], "--batch_size 0: allowed is 1 <= value"),
+        (["--batch_size", "0"], "--batch_size 0: must be 1 <= value"),
         (["--batch_size", "-2"], "--batch_size -2"),
         (["--batch_size", "1.5"], "'1.5' is not a whole number"),
         (["--max_length", "0"], "--max_length 0"),
         (["--num_train_epochs", "0"], "--num_train_epochs 0"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
-        (["--weight_decay", "-0.1"], "--weight_decay -0.1: allowed is 0 <= value <= 1"),
-        (["--warmup", "1.5"], "--warmup 1.5: allowed is 0 <= value <= 1"),
-        (["--dataset_percentage", "0"], "--dataset_percentage 0.0: allowed is 0 < value <= 100"),
+        (["--weight_decay", "-0.1"], "--weight_decay -0.1: must be 0 <= value <= 1"),
+        (["--warmup", "1.5"], "--warmup 1.5: must be 0 <= value <= 1"),
+        (["--dataset_percentage", "0"], "--dataset_percentage 0.0: must be 0 < value <= 100"),
         (["--dataset_percentage", "101"], "--dataset_percentage 101.0"),
-        (["--offload_ratio", "2"], "--offload_ratio 2.0: allowed is 0 <= value <= 1"),
+        (["--offload_ratio", "2"], "--offload_ratio 2.0: must be 0 <= value <= 1"),
         (["--max_grad_norm", "-1"], "--max_grad_norm -1.0"),
         (["--max_steps", "-1"], "--max_steps -1"),
         (["--log_interval", "0"], "--log_interval 0"),
@@ -92,38 +100,36 @@ def test_a_missing_flag_is_named() -> None:
         cli.parse(["--model_name", "m"])
 
 
-def test_the_script_prints_one_line_and_exits_with_2() -> None:
-    result = script(*REQUIRED, "--lr", "0")
-    assert result.returncode == 2
-    assert result.stderr == "Error: --lr 0.0: allowed is 0 < value <= 10\n"
-    assert result.stdout == ""
+def test_an_error_is_one_line_and_status_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script(monkeypatch, *REQUIRED, "--lr", "0") == 2
+    assert capsys.readouterr() == ("", "Error: --lr 0.0: must be 0 < value <= 10\n")
 
 
-def test_other_ranks_give_rank_0_time_to_speak() -> None:
-    before = time.monotonic()
-    result = script(*REQUIRED, "--lr", "0", RANK="1", PATH="")
-    assert time.monotonic() - before > cli.SILENT_RANK_PATIENCE_S
-    assert result.stderr.startswith("[rank 1] Error: --lr 0.0")
-    assert result.returncode == 2
+def test_other_ranks_wait_before_they_write(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 usually reports the same error, and the launcher then terminates them."""
+    waits: list[tuple[float, str]] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setenv("RANK", "1")
+    assert run_script(monkeypatch, *REQUIRED, "--lr", "0") == 2
+    assert waits == [(cli.SILENT_RANK_PATIENCE_S, "")]
+    assert cli.SILENT_RANK_PATIENCE_S >= 5
+    assert capsys.readouterr() == ("", "[rank 1] Error: --lr 0.0: must be 0 < value <= 10\n")
 
 
-def test_help_is_grouped_and_quick() -> None:
-    times = []
-    for _ in range(3):
-        before = time.monotonic()
-        result = script("--help")
-        times.append(time.monotonic() - before)
-    assert result.returncode == 0
+def test_rank_0_does_not_wait(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("rank 0 waits"))
+    monkeypatch.setenv("RANK", "0")
+    assert run_script(monkeypatch, *REQUIRED, "--lr", "0") == 2
+    assert capsys.readouterr().err.startswith("Error: ")
+
+
+def test_help_is_grouped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
     for group in config.GROUPS.values():
         heading = group.__doc__.rstrip(".") + ":"
-        assert f"\n{heading}\n" in result.stdout
+        assert f"\n{heading}\n" in shown
     for flag in config.flat(cli.parse(REQUIRED)):
-        assert f"--{flag}" in result.stdout
-    assert min(times) < 0.5
-
-
-def test_help_imports_no_torch() -> None:
-    code = "import sys, finetune_zero3; finetune_zero3.cli.parse(['--model_name', 'm', '--output_dir', 'o'])\n"
-    code += "print({'torch', 'deepspeed', 'transformers', 'datasets', 'wandb'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
-    assert result.stdout.strip() == "set()", result.stderr
+        assert f"--{flag}" in shown

@@ -1,9 +1,13 @@
+"""Settings: declared once, checked on construction."""
+
 import dataclasses
 
 import pytest
 
 from superoffload import config
 from superoffload.errors import UserError
+
+pytestmark = pytest.mark.unit
 
 VALUES = {"model_name": "m", "output_dir": "out"}
 

@@ -1,3 +1,5 @@
+"""Ranks, collectives and seeds."""
+
 import os
 import random
 from pathlib import Path
@@ -6,54 +8,66 @@ import numpy as np
 import torch
 
 from superoffload import distributed
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 
-def ask() -> dict[str, object]:
-    rank, ranks = distributed.place()
+def communicate() -> dict[str, object]:
+    """Call every collective once and return its result on this rank."""
+    rank = distributed.rank()
     return {
         "rank": rank,
-        "ranks": ranks,
-        "agree": distributed.agree(True),
-        "one says no": distributed.agree(rank != 1),
-        "total": distributed.total(torch.tensor([rank, 10.0])).tolist(),
-        "counts": distributed.counts(rank + 1, 10).tolist(),
-        "gather": distributed.gather({"rank": rank}),
-        "of rank 0": distributed.of_rank_0(f"said by {rank}"),
+        "world size": distributed.world_size(),
+        "is rank 0": distributed.is_rank_0(),
+        "all ok": distributed.all_ranks_ok(True),
+        "one not ok": distributed.all_ranks_ok(rank != 1),
+        "sum": distributed.all_reduce_sum(torch.tensor([rank, 10.0])).tolist(),
+        "sum in float64": distributed.all_reduce_sum(torch.tensor([rank + 1, 10], dtype=torch.float64)).tolist(),
+        "gathered": distributed.all_gather_objects({"rank": rank}),
+        "broadcast": distributed.broadcast_from_rank_0(f"from {rank}"),
         "peak": distributed.peak_device_bytes(),
     }
 
 
 def test_collectives_on_two_ranks() -> None:
-    first, second = run_ranks(2, ask)
+    first, second = run_ranks(2, communicate)
     assert (first["rank"], second["rank"]) == (0, 1)
-    for answer in (first, second):
-        assert answer["ranks"] == 2
-        assert answer["agree"] is True
-        assert answer["one says no"] is False
-        assert answer["total"] == [1.0, 20.0]
-        assert answer["counts"] == [3.0, 20.0]
-        assert answer["gather"] == [{"rank": 0}, {"rank": 1}]
-        assert answer["of rank 0"] == "said by 0"
-        assert answer["peak"] == 0
+    assert (first["is rank 0"], second["is rank 0"]) == (True, False)
+    for results in (first, second):
+        assert results["world size"] == 2
+        assert results["all ok"] is True
+        assert results["one not ok"] is False
+        assert results["sum"] == [1.0, 20.0]
+        assert results["sum in float64"] == [3.0, 20.0]
+        assert results["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert results["broadcast"] == "from 0"
+        assert results["peak"] == 0
 
 
 def test_a_process_without_a_launcher_is_a_job_of_one(one_rank: None) -> None:
-    assert distributed.place() == (0, 1)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-    assert distributed.speaks()
+    assert distributed.is_rank_0()
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
 def test_seeds_reach_every_generator(one_rank: None) -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
     distributed.seed_everything(7, deterministic=False)
     first = draw()
     distributed.seed_everything(7, deterministic=False)
     assert draw() == first
     distributed.seed_everything(8, deterministic=False)
     assert draw() != first
+
+
+def test_a_captured_rng_state_can_be_restored(one_rank: None) -> None:
+    state = distributed.capture_rng_state()
+    first = draw()
+    assert draw() != first
+    distributed.restore_rng_state(state)
+    assert draw() == first
 
 
 def deterministic_mode() -> bool:
@@ -65,18 +79,18 @@ def test_deterministic_mode_is_full_determinism() -> None:
     assert run_ranks(1, deterministic_mode) == [True]
 
 
-def buffers() -> set[str]:
+def shared_buffers() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")}
 
 
-def add_up_often() -> float:
+def sum_often() -> float:
     values = torch.ones(4096)
     for _ in range(5):
-        distributed.total(values)
+        distributed.all_reduce_sum(values)
     return float(values.sum())
 
 
 def test_nothing_stays_in_shared_memory() -> None:
-    before = buffers()
-    assert run_ranks(2, add_up_often) == [4096.0 * 2**5] * 2
-    assert buffers() <= before
+    before = shared_buffers()
+    assert run_ranks(2, sum_often) == [4096.0 * 2**5] * 2
+    assert shared_buffers() <= before

@@ -1,13 +1,18 @@
+"""The DeepSpeed JSON, merged with the flags."""
+
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from superoffload import config, ds_config
+from superoffload import config
+from superoffload.ds_config import REPOSITORY, DsConfig, dtype_name, merge_flags, read_ds_config
 from superoffload.errors import UserError
 
-SHIPPED = sorted((ds_config.REPOSITORY / "configs").glob("*.json"))
+pytestmark = pytest.mark.unit
+
+SHIPPED = sorted((REPOSITORY / "configs").glob("*.json"))
 
 
 def make_config(explicit: dict[str, Any] | None = None, **values: Any) -> config.Config:
@@ -15,22 +20,22 @@ def make_config(explicit: dict[str, Any] | None = None, **values: Any) -> config
     return config.build({"model_name": "m", "output_dir": "o", **values, **explicit}, frozenset(explicit))
 
 
-def document(offload: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
+def zero3(offload: dict[str, Any] | None = None, **top: Any) -> DsConfig:
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu", **(offload or {})}}
     return {"bf16": {"enabled": True}, "zero_optimization": zero, **top}
 
 
-def upstream(batch_size: int) -> dict[str, Any]:
+def upstream(batch_size: int) -> DsConfig:
     """What an upstream launch script writes in superoffload mode."""
-    made = document({"pin_memory": True, "ratio": 0.8, "super_offload": True, "cpuadam_cores_perc": 0.9})
+    made = zero3({"pin_memory": True, "ratio": 0.8, "super_offload": True, "cpuadam_cores_perc": 0.9})
     made["zero_optimization"].update(overlap_comm=False, reduce_bucket_size=4e8, sub_group_size=4e8)
     return {**made, "train_batch_size": batch_size, "gradient_accumulation_steps": 1, "wall_clock_breakdown": True}
 
 
-def read(tmp_path: Path, text: str) -> dict[str, Any]:
+def read(tmp_path: Path, text: str) -> DsConfig:
     path = tmp_path / "ds.json"
     path.write_text(text)
-    return ds_config.read(make_config({"deepspeed_config": str(path)}))
+    return read_ds_config(make_config({"deepspeed_config": str(path)}))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -38,7 +43,7 @@ def test_shipped_files_leave_what_is_trained_to_the_flags(path: Path) -> None:
     chosen = make_config(
         batch_size=3, gradient_accumulation_steps=2, max_grad_norm=0.5, sub_group_size=1000, offload_ratio=0.7
     )
-    merged = ds_config.merge(json.loads(path.read_text()), chosen, 2).document
+    merged = merge_flags(json.loads(path.read_text()), chosen, 2).ds_config
     assert merged["train_batch_size"] == 12
     assert merged["train_micro_batch_size_per_gpu"] == 3
     assert merged["gradient_accumulation_steps"] == 2
@@ -52,35 +57,35 @@ def test_shipped_files_leave_what_is_trained_to_the_flags(path: Path) -> None:
 
 def test_the_default_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ds_config.read(make_config())["zero_optimization"]["offload_optimizer"]["super_offload"] is True
+    assert read_ds_config(make_config())["zero_optimization"]["offload_optimizer"]["super_offload"] is True
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_files_of_upstream_are_followed(ranks: int) -> None:
-    merged = ds_config.merge(upstream(4), make_config({"batch_size": 4, "lr": 1e-5}), ranks)
-    assert merged.document["train_micro_batch_size_per_gpu"] == 4 // ranks
-    assert merged.document["train_batch_size"] == 4
+def test_files_of_upstream_decide(ranks: int) -> None:
+    merged = merge_flags(upstream(4), make_config({"batch_size": 4, "lr": 1e-5}), ranks)
+    assert merged.ds_config["train_micro_batch_size_per_gpu"] == 4 // ranks
+    assert merged.ds_config["train_batch_size"] == 4
     assert merged.config.training.batch_size == 4 // ranks
     assert merged.config.offload.offload_ratio == 0.8
     assert (ranks > 1) == any("batch of the whole job" in note for note in merged.notes)
 
 
-def test_a_default_gives_way_to_the_file() -> None:
-    made = document(gradient_clipping=0.3, train_micro_batch_size_per_gpu=5, gradient_accumulation_steps=7)
+def test_the_file_overrides_a_default() -> None:
+    made = zero3(gradient_clipping=0.3, train_micro_batch_size_per_gpu=5, gradient_accumulation_steps=7)
     made["optimizer"] = {"type": "AdamW", "params": {"lr": 3e-4, "weight_decay": 0.1, "betas": [0.9, 0.999]}}
     made["scheduler"] = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto"}}
-    merged = ds_config.merge(made, make_config(), 1)
+    merged = merge_flags(made, make_config(), 1)
     training = merged.config.training
     assert (training.max_grad_norm, training.batch_size, training.gradient_accumulation_steps) == (0.3, 5, 7)
     assert (training.lr, training.weight_decay, training.lr_scheduler) == (3e-4, 0.1, "linear")
-    assert "optimizer" not in merged.document
-    assert "scheduler" not in merged.document
+    assert "optimizer" not in merged.ds_config
+    assert "scheduler" not in merged.ds_config
 
 
-def test_equal_values_are_fine_and_the_input_is_left_alone() -> None:
-    made = document(gradient_clipping=1.0)
+def test_equal_values_are_accepted_and_the_input_is_unchanged() -> None:
+    made = zero3(gradient_clipping=1.0)
     before = json.dumps(made)
-    ds_config.merge(made, make_config({"max_grad_norm": 1.0}), 1)
+    merge_flags(made, make_config({"max_grad_norm": 1.0}), 1)
     assert json.dumps(made) == before
 
 
@@ -98,15 +103,15 @@ def test_equal_values_are_fine_and_the_input_is_left_alone() -> None:
 )
 def test_a_contradiction_names_both(top: dict[str, Any], flags: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as raised:
-        ds_config.merge(document(**top), make_config(flags), 1)
+        merge_flags(zero3(**top), make_config(flags), 1)
     assert words in str(raised.value)
 
 
-def test_a_batch_that_the_ranks_cannot_share() -> None:
+def test_a_batch_that_cannot_be_divided_among_the_ranks() -> None:
     with pytest.raises(UserError, match="train_batch_size 4 .* cannot be divided among 3 ranks"):
-        ds_config.merge(document(train_batch_size=4), make_config(), 3)
-    with pytest.raises(UserError, match="do not go with 2 ranks"):
-        ds_config.merge(document(train_batch_size=8, train_micro_batch_size_per_gpu=2), make_config(), 2)
+        merge_flags(zero3(train_batch_size=4), make_config(), 3)
+    with pytest.raises(UserError, match="do not match 2 ranks"):
+        merge_flags(zero3(train_batch_size=8, train_micro_batch_size_per_gpu=2), make_config(), 2)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +121,13 @@ def test_a_batch_that_the_ranks_cannot_share() -> None:
         ("[]", "stage is None, must be 3"),
         (json.dumps({"zero_optimization": {"stage": 2}}), "stage is 2, must be 3"),
         (json.dumps({"zero_optimization": {"stage": 3}}), "offload_optimizer.device is None"),
-        (json.dumps(document(fp16={"enabled": True})), "bf16 and fp16 are both enabled"),
-        (json.dumps(document(optimizer={"type": "Lion"})), "Lion"),
-        (json.dumps(document(scheduler={"type": "OneCycle"})), "OneCycle"),
-        (json.dumps(document(scheduler={"params": {"warmup_num_steps": 5}})), "use --warmup"),
+        (json.dumps(zero3(fp16={"enabled": True})), "bf16 and fp16 are both enabled"),
+        (json.dumps(zero3(optimizer={"type": "Lion"})), "Lion"),
+        (json.dumps(zero3(scheduler={"type": "OneCycle"})), "OneCycle"),
+        (json.dumps(zero3(scheduler={"params": {"warmup_num_steps": 5}})), "use --warmup"),
     ],
 )
-def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, text: str, words: str) -> None:
+def test_the_error_says_why_a_file_cannot_be_used(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError) as raised:
         read(tmp_path, text)
     assert words in str(raised.value)
@@ -131,12 +136,12 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, text: str, words: s
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        ds_config.read(make_config({"deepspeed_config": str(tmp_path / "none.json")}))
+        read_ds_config(make_config({"deepspeed_config": str(tmp_path / "none.json")}))
 
 
 def test_dtype_follows_the_file() -> None:
-    assert ds_config.dtype_name(document()) == "bfloat16"
-    assert ds_config.dtype_name({**document(), "bf16": {"enabled": False}, "fp16": {"enabled": True}}) == "float16"
-    assert ds_config.dtype_name({**document(), "bf16": {"enabled": False}}) == "float32"
-    merged = ds_config.merge(document(bf16={"enabled": "auto"}), make_config(), 1)
-    assert merged.document["bf16"]["enabled"] is True
+    assert dtype_name(zero3()) == "bfloat16"
+    assert dtype_name({**zero3(), "bf16": {"enabled": False}, "fp16": {"enabled": True}}) == "float16"
+    assert dtype_name({**zero3(), "bf16": {"enabled": False}}) == "float32"
+    merged = merge_flags(zero3(bf16={"enabled": "auto"}), make_config(), 1)
+    assert merged.ds_config["bf16"]["enabled"] is True

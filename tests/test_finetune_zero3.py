@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import REPOSITORY, free_port, launch, run
+from tests.helpers.ranks import REPOSITORY, free_port, launch, run
 
 KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "target_tokens_per_s",
         "padding_share", "tflops_per_gpu", "hardware_tflops_per_gpu"]  # fmt: skip
@@ -22,7 +22,7 @@ LINE = re.compile(
 )
 
 
-def shares(ranks: int) -> set[str]:
+def checkpoint_files(ranks: int) -> set[str]:
     return (
         {f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks)}
         | {f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)}
@@ -53,7 +53,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
         "special_tokens_map.json",
         "summary.json", "tokenizer.json", "tokenizer_config.json", "zero_to_fp32.py", "zero_to_torch.py",
     }  # fmt: skip
-    assert set(os.listdir(out / tag)) == shares(ranks)
+    assert set(os.listdir(out / tag)) == checkpoint_files(ranks)
     assert (out / "latest").read_text() == tag
 
     exported = set(os.listdir(out / f"model_step{steps}"))
@@ -75,7 +75,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
     assert list(tmp_path.glob("wandb/offline-run-*")) != []
 
 
-def test_a_save_that_fails_is_said_and_counts(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_failed_save_is_logged_and_sets_the_exit_status(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     (tmp_path / "latest.partial").mkdir()
     flags = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path),
              "--max_length", "128", "--max_steps", "2", "--save_checkpoint"]  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_benchmark_stops_early_and_keeps_the_schedule(model_folder: Path, rows
     assert [line["lr"] for line in logged] == pytest.approx([8e-4, 7e-4])  # of ten steps
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["measured_steps"] == 2
-    assert "last half measured" in summary["note"]
+    assert "measured over the last half" in summary["note"]
     assert summary["checkpoint"] is None
     assert "--save_checkpoint was not given" in result.stderr
     assert not (tmp_path / "latest").exists()
@@ -109,12 +109,14 @@ def test_a_benchmark_stops_early_and_keeps_the_schedule(model_folder: Path, rows
 
 def start_node(rank: int, port: int, flags: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
     recipe = folder / "scripts" / "finetune_small_1gpu.sh"
-    node = {"NUM_NODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return run(["bash", str(recipe), "zerooffload", "4", *flags], cwd=folder, OUTPUT_DIR=str(folder / "out"), **node)
+    return run(
+        ["bash", str(recipe), "zerooffload", "4", *flags], cwd=folder, OUTPUT_DIR=str(folder / "out"),
+        NUM_NODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
 
 
 def test_two_nodes_without_ssh(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    """A recipe started on each of two nodes, here two launchers on the loopback interface."""
+    """Start a recipe on each of two nodes, here two launchers on the loopback interface."""
     (tmp_path / "scripts").mkdir()
     launcher = REPOSITORY / "scripts" / "_launch.sh"
     text = (REPOSITORY / "scripts" / "finetune_llama-8b_1gpu.sh").read_text()
@@ -129,11 +131,11 @@ def test_two_nodes_without_ssh(model_folder: Path, rows_file: Path, tmp_path: Pa
     assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
     assert "Finished after 2 steps" in first.stderr
     assert "Finished" not in second.stderr
-    assert set(os.listdir(tmp_path / "out" / "global_step2")) == shares(2)
+    assert set(os.listdir(tmp_path / "out" / "global_step2")) == checkpoint_files(2)
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "text"),
     [
         (
             ["--model_name", "no/such-model"],
@@ -143,13 +145,13 @@ def test_two_nodes_without_ssh(model_folder: Path, rows_file: Path, tmp_path: Pa
         (["--output_dir", "/proc/none/at/all"], "--output_dir /proc/none/at/all: cannot be written"),
     ],
 )
-def test_a_mistake_is_one_line_from_rank_0(
-    flags: list[str], words: str, model_folder: Path, rows_file: Path, tmp_path: Path
+def test_a_mistake_is_one_line_on_rank_0(
+    flags: list[str], text: str, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     good = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path)]
-    nobody = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
-    result = launch(2, *good, *flags, **nobody)
+    unreachable = f"http://127.0.0.1:{free_port()}"
+    result = launch(2, *good, *flags, HF_ENDPOINT=unreachable, NO_PROXY="127.0.0.1", HF_HUB_OFFLINE="0")
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
-    assert line.startswith(f"Error: {words}")
+    assert line.startswith(f"Error: {text}")
     assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""What a person is told when the hub does not hand something out: a server on the loopback interface is the hub."""
+"""Errors of the hub in one line; a server on the loopback interface stands in for the hub."""
 
 import threading
 from collections.abc import Iterator
@@ -10,20 +10,24 @@ import pytest
 from superoffload import hub
 from superoffload.data.sources import open_rows
 from superoffload.errors import UserError
-from superoffload.model import load_config
-from superoffload.tokenizer import load_tokenizer
-from tests.ranks import free_port
+from superoffload.model.load import load_config
+from superoffload.model.tokenizer import load_tokenizer
+from tests.helpers.ranks import free_port
+
+pytestmark = pytest.mark.unit
 
 # Status and X-Error-Code of the real hub's answers.
 ANSWERS = {
-    "/api/models/owner/there/auth-check": (200, ""),
+    "/api/models/owner/public/auth-check": (200, ""),
     "/api/models/owner/gated/auth-check": (403, "GatedRepo"),
     "/api/datasets/owner/gated/auth-check": (403, "GatedRepo"),
-    "/api/models/owner/ill/auth-check": (500, ""),
+    "/api/models/owner/broken/auth-check": (500, ""),
 }
 
 
 class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does."""
+
     def do_GET(self) -> None:
         status, code = ANSWERS.get(self.path, (401, "RepoNotFound"))
         self.send_response(status)
@@ -32,26 +36,44 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *words: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """Start the server once, and return its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture(autouse=True)
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow access to the hub, which the test session disables."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        yield
-        server.shutdown()
+def served(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the server the hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
 
 
-def test_what_is_there_passes(served: None) -> None:
-    hub.check("model_name", "owner/there", "model", cached=lambda: False)
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("gpt2", False), ("owner/name", False), ("owner.x/na.me", False),
+        ("./name", True), ("../name", True), (".", True), ("/name", True), ("~/name", True), ("a/b/c", True),
+    ],
+)  # fmt: skip
+def test_which_names_can_only_be_paths(name: str, path: bool) -> None:
+    assert hub.looks_like_path(name) is path
+
+
+def test_a_public_model_passes(served: None) -> None:
+    hub.check("model_name", "owner/public", "model", cached=lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -60,23 +82,23 @@ def test_what_is_there_passes(served: None) -> None:
         ("model_name", "owner/gated", "model", "gated; accept its terms on the model's page on the hub, then run"),
         ("dataset_name", "owner/gated", "dataset", "gated; accept its terms on the dataset's page on the hub"),
         ("model_name", "owner/misspelt", "model", "unknown on the hub, or private; check the spelling, or run"),
-        ("model_name", "owner/ill", "model", "the hub answered: Server error '500 Internal Server Error'"),
+        ("model_name", "owner/broken", "model", "the hub answered: Server error '500 Internal Server Error'"),
     ],
 )
-def test_what_is_not_handed_out_is_one_line(served: None, flag: str, name: str, kind: str, words: str) -> None:
+def test_a_refusal_is_one_line(served: None, flag: str, name: str, kind: str, words: str) -> None:
     with pytest.raises(UserError) as raised:
         hub.check(flag, name, kind, cached=lambda: False)
     assert str(raised.value).startswith(f"--{flag} {name}: {words}")
     assert "\n" not in str(raised.value)
 
 
-def test_a_login_is_named_where_one_helps(served: None) -> None:
+def test_a_login_is_advised_if_it_can_help(served: None) -> None:
     for name in ("owner/gated", "owner/misspelt"):
         with pytest.raises(UserError, match="hf auth login"):
             load_tokenizer(name)
 
 
-def test_a_name_that_cannot_be_one(served: None) -> None:
+def test_an_invalid_name(served: None) -> None:
     for load in (load_config, load_tokenizer, lambda name: open_rows(name, "train")):
         for name in ("owner/na me", "-x-"):
             with pytest.raises(UserError, match="neither a local path nor a name of the form owner/name"):
@@ -86,15 +108,17 @@ def test_a_name_that_cannot_be_one(served: None) -> None:
 def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match="not a local path, and the hub cannot be reached; check the network"):
-        hub.check("model_name", "owner/there", "model", cached=lambda: False)
+        hub.check("model_name", "owner/public", "model", cached=lambda: False)
 
 
-def test_where_the_hub_may_not_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE keeps the hub from being asked; unset it"):
-        hub.check("model_name", "owner/there", "model", cached=lambda: False)
+    with pytest.raises(
+        UserError, match="neither a local path nor cached, and HF_HUB_OFFLINE disables access to the hub; unset it"
+    ):
+        hub.check("model_name", "owner/public", "model", cached=lambda: False)
 
 
-@pytest.mark.parametrize("name", ["owner/gated", "owner/misspelt", "owner/ill"])
-def test_what_lies_in_the_cache_can_be_used_all_the_same(served: None, name: str) -> None:
+@pytest.mark.parametrize("name", ["owner/gated", "owner/misspelt", "owner/broken"])
+def test_a_cached_name_passes_whatever_the_hub_answers(served: None, name: str) -> None:
     hub.check("model_name", name, "model", cached=lambda: True)

@@ -1,118 +1,172 @@
-"""Holds the layering: who may import whom."""
+"""Dependencies flow one way: which module may import which, and where heavy libraries may be imported.
+
+Imports in functions and for type checking count too. A module is named by its path in the package, e.g. `data.loader`
+or `data.__init__`.
+"""
 
 import ast
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import REPOSITORY
+from tests.helpers.ranks import REPOSITORY
+
+pytestmark = pytest.mark.unit
 
 PACKAGE = REPOSITORY / "superoffload"
-# Each module may import modules of the rows above its own.
-LAYERS = [
-    {"errors"},
-    {"config", "log", "schedule", "flops"},
-    {"cli", "ds_config", "hub", "ops"},
-    {"distributed"},
-    {"data.formats", "data.packing", "data.rows", "tokenizer"},
-    {"data.chat", "data.sources"},
-    {"data.encode"},
-    {"attention", "data.cache", "data.collate", "loss"},
-    {"data.statistics", "data.preview", "isolation"},
-    {"data.loader"},
-    {"model", "tracking", "metrics", "evaluation"},
-    {"engine", "checkpoint", "requests", "rank_files"},
-    {"resume", "convert", "export_files"},
-    {"export"},
-    {"run"},
-    {"tiny"},
-    {"commands"},
+Row = Sequence[set[str]]
+"""Rooms side by side: none imports another. A room is a set of modules and folders."""
+
+# From bottom to top: a module may import its own room and the rows listed before it.
+ROWS: list[Row] = [
+    [{"offload"}],
+    [{"__init__", "errors", "protocols", "config", "cli", "ds_config", "log", "hub", "ops", "distributed"}],
+    [{"data"}],
+    [{"model"}, {"checkpoint"}],
+    [{"export"}],
+    [{"training"}, {"tiny"}],
+    [{"commands"}, {"finetune_zero3"}],
 ]
-HEAVY = {
-    "deepspeed": {"attention", "distributed", "model", "engine", "checkpoint", "convert", "rank_files"},
-    "transformers": {
-        "attention",
-        "log",
-        "model",
-        "tokenizer",
-        "tiny",
+# SuperOffload is a package of its own: it imports nothing from its parent, and has an order of its own.
+OFFLOAD_ROWS: list[Row] = [
+    [{"__init__"}, {"shared"}, {"settings"}],
+    [{"worker"}, {"trainer"}],
+    [{"zero3"}],
+    [{"install"}],
+]
+# The modules and folders that import a library; no others may.
+LIBRARIES: dict[str, set[str]] = {
+    "datasets": {"data.cache", "data.sources"},
+    "deepspeed": {
         "distributed",
-        "checkpoint",
-        "export",
-        "export_files",
+        "model.attention", "model.load",
+        "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save",
+        "training.engine",
+        "offload.install", "offload.zero3.contract", "offload.zero3.optimizer", "offload.zero3.service",
     },
-    "datasets": {"data.sources", "data.cache"},
-    "wandb": {"tracking"},
-    "huggingface_hub": {"hub", "model", "tokenizer", "export"},
-    "safetensors": {"export"},
+    "huggingface_hub": {"hub", "model.tokenizer", "export.weights"},
+    "safetensors": {"export.weights"},
+    "tokenizers": {"tiny"},
     "torch": {
-        "attention",
-        "ops",
-        "distributed",
+        "distributed", "ops", "protocols",
         "data.collate",
-        "isolation",
-        "evaluation",
-        "loss",
-        "model",
-        "metrics",
-        "engine",
+        "model.attention", "model.head", "model.isolation", "model.load",
+        "checkpoint.rank_files",
+        "export.files", "export.weights",
+        "training.engine", "training.evaluation", "training.metrics", "training.step",
         "tiny",
-        "checkpoint",
-        "rank_files",
-        "export",
-        "export_files",
+        "offload.install", "offload.shared.state", "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },
-}
+    "transformers": {
+        "distributed",  # enable_full_determinism
+        "log",  # its progress bars
+        "model.attention", "model.load", "model.tokenizer",
+        "export.files", "export.weights",
+        "tiny",
+    },
+    "wandb": {"training.tracking"},
+}  # fmt: skip
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+FILES["finetune_zero3"] = REPOSITORY / "finetune_zero3.py"
 
 
-PATHS = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
-OFFLOAD = [path for path in PATHS if path.parent.name == "offload"]  # a package of its own, which could go upstream
-MODULES = {module_name(path): path for path in PATHS if path not in OFFLOAD}
-
-
-def imported(path: Path) -> set[str]:
-    names: set[str] = set()
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Return the dotted names of a file's absolute imports and of its relative ones, the latter in full as well."""
+    absolute: set[str] = set()
+    relative: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            absolute |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return names
+            folder = path.parents[node.level - 1].relative_to(REPOSITORY).parts if node.level else ()
+            module = ".".join(filter(None, [*folder, node.module]))
+            (relative if node.level else absolute).update(f"{module}.{alias.name}" for alias in node.names)
+    return absolute, relative
 
 
-def layer(name: str) -> int:
-    return next(place for place, names in enumerate(LAYERS) if name in names)
+ABSOLUTE = {name: imports_of(path)[0] for name, path in FILES.items()}
+RELATIVE = {name: imports_of(path)[1] for name, path in FILES.items()}
 
 
-def test_every_module_has_its_layer() -> None:
-    assert set(MODULES) == {name for names in LAYERS for name in names if name in MODULES}
+def found_in(imported: str) -> str | None:
+    """Return the module of the project that an imported name is found in, None if it belongs to a library."""
+    root, _, name = imported.partition(".")
+    if root != "superoffload":
+        return root if root in FILES else None
+    while name and name not in FILES and f"{name}.__init__" not in FILES:
+        name = name.rpartition(".")[0]
+    return name if name in FILES else f"{name}.__init__".lstrip(".")
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_lower_layers_only(name: str) -> None:
-    own = {full.removeprefix("superoffload.") for full in imported(MODULES[name]) if full.startswith("superoffload.")}
-    for other in own & set(MODULES):
-        assert layer(other) < layer(name), f"{name} imports {other}"
-    assert not any(full.startswith("finetune_zero3") for full in imported(MODULES[name]))
+GRAPH = {name: set(filter(None, map(found_in, ABSOLUTE[name] | RELATIVE[name]))) for name in FILES}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_heavy_libraries_have_their_places(name: str) -> None:
-    roots = {full.split(".")[0] for full in imported(MODULES[name])}
-    for library, places in HEAVY.items():
-        assert library not in roots or name in places, f"{name} imports {library}"
+def holds(entry: str, name: str) -> bool:
+    """Return whether a module is an entry of a table or lies in that folder."""
+    return name == entry or name.startswith(f"{entry}.")
 
 
-@pytest.mark.parametrize("path", OFFLOAD, ids=lambda path: path.stem)
-def test_the_offload_package_imports_nothing_from_its_parent(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level <= 1
-            assert not (node.level == 0 and str(node.module).startswith("superoffload"))
-            heavy = node.level == 0 and str(node.module).split(".")[0] == "deepspeed"
-            assert not heavy or path.stem in {"optimizer", "install", "contract", "partitions", "gradients", "outside"}
+def complaints(modules: Mapping[str, set[str]], rows: Sequence[Row]) -> list[str]:
+    """List what is wrong with the imports between modules and with the table; `modules` maps each to its imports."""
+    entries = [(height, room, entry) for height, row in enumerate(rows) for room in row for entry in sorted(room)]
+    place = {name: (height, room) for height, room, entry in entries for name in modules if holds(entry, name)}
+    result = [f"{entry} names nothing" for *_, entry in entries if not any(holds(entry, name) for name in modules)]
+    result += [f"{name} is in no row" for name in modules if name not in place]
+    for name in modules.keys() & place.keys():
+        height, room = place[name]
+        for other in modules[name] & place.keys():
+            other_height, other_room = place[other]
+            if other_room is not room and other_height >= height:
+                result.append(f"{name} imports {other}")
+    try:
+        TopologicalSorter(modules).prepare()
+    except CycleError as error:
+        result.append("cycle of " + ", ".join(sorted(set(error.args[1]))))
+    return result
+
+
+def test_a_module_imports_from_its_room_and_lower_rows_only() -> None:
+    assert complaints(GRAPH, ROWS) == []
+
+
+def test_the_offload_package_has_an_order_of_its_own() -> None:
+    own = {name: imported for name, imported in GRAPH.items() if holds("offload", name)}
+    rows = [[{f"offload.{entry}" for entry in room} for room in row] for row in OFFLOAD_ROWS]
+    assert complaints(own, rows) == []
+
+
+def test_the_offload_package_imports_itself_by_relative_imports_and_nothing_else_does() -> None:
+    assert {name.split(".")[0] for name in FILES if RELATIVE[name]} == {"offload"}
+    assert [name for name in FILES if holds("offload", name) and any(map(found_in, ABSOLUTE[name]))] == []
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_imported_where_the_table_says(library: str) -> None:
+    importers = {name for name in FILES if any(holds(library, full) for full in ABSOLUTE[name])}
+    entries = LIBRARIES[library]
+    assert [name for name in importers if not any(holds(entry, name) for entry in entries)] == [], "not in the table"
+    assert [entry for entry in entries if not any(holds(entry, name) for name in importers)] == [], "no such import"
+
+
+GOOD: dict[str, set[str]] = {"a": set(), "b.x": {"a"}, "b.y": {"b.x"}, "c": {"a"}, "d": {"b.y", "c"}}
+GOOD_ROWS: list[Row] = [[{"a"}], [{"b"}, {"c"}], [{"d"}]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "more_rows", "expected"),
+    [
+        ({}, [], []),
+        ({"e": set()}, [], ["e is in no row"]),
+        ({}, [[{"e"}]], ["e names nothing"]),
+        ({"a": {"d"}, "d": set()}, [], ["a imports d"]),
+        ({"c": {"b.x"}}, [], ["c imports b.x"]),
+        ({"b.x": {"b.y"}}, [], ["cycle of b.x, b.y"]),
+    ],
+    ids=["good", "no row", "names nothing", "upward", "sideways", "cycle"],
+)
+def test_each_kind_of_mistake_is_found(changes: dict[str, set[str]], more_rows: list[Row], expected: list[str]) -> None:
+    assert complaints({**GOOD, **changes}, [*GOOD_ROWS, *more_rows]) == expected

@@ -1,4 +1,4 @@
-"""Holds the README to what is there: its commands, what they print, and its tree."""
+"""Holds the README and the other documents to the code: their commands, what these print, and tables of values."""
 
 import re
 import shlex
@@ -7,36 +7,85 @@ from pathlib import Path
 import pytest
 
 from superoffload import cli, commands
-from tests.ranks import REPOSITORY
-from tests.test_scripts import call, seen, stand_in  # noqa: F401  a fixture
+from tests.helpers import documents
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.recipes import SCRIPTS, TINY, call, program, seen
+from tests.helpers.recipes import stand_in as stand_in
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    shlex.split(line, comments=True) for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-]  # fmt: skip
-RECIPES = [words for words in COMMANDS if words[0] == "bash" and words[1].startswith("scripts/finetune_")]
-SCRIPT = [words for words in COMMANDS if words[0] == "deepspeed"]
-TOOLS = [words for words in COMMANDS if words[0] == "superoffload"]
+README = documents.read(REPOSITORY / "README.md")
+ASSIGNMENT = re.compile(r"[A-Z_]+=")
+# Commands of tools that are not part of this project.
+OTHERS = {
+    "source .venv/bin/activate",
+    "pre-commit install",
+    "git switch --detach main",
+    "git switch -",
+    "git tag v0.2.0",
+    "diff <(cut -d, -f1-5 before_output/metrics.jsonl) <(cut -d, -f1-5 after_output/metrics.jsonl)",
+    "cmp before_output/global_step30/*_optim_states.pt after_output/global_step30/*_optim_states.pt",
+}
 
 
+def split(line: str) -> tuple[dict[str, str], list[str]]:
+    """Split a command line into its assignments of environment variables and its words."""
+    words = shlex.split(line, comments=True)
+    count = next((i for i, word in enumerate(words) if not ASSIGNMENT.match(word)), len(words))
+    return dict(word.split("=", 1) for word in words[:count]), words[count:]
+
+
+def lines(text: str) -> list[str]:
+    return [line for block in documents.blocks(text, "bash") for line in block.splitlines()]
+
+
+LINES = {line: split(line)[1] for path in documents.DOCUMENTS for line in lines(documents.read(path))}
+RECIPES = [line for line, words in LINES.items() if words[0] == "bash" and words[1].startswith("scripts/finetune_")]
+PROGRAMS = [line for line, words in LINES.items() if words[0] in ("bash", "python") and line not in RECIPES]
+SCRIPT = [line for line, words in LINES.items() if words[0] == "deepspeed"]
+TOOLS = [line for line, words in LINES.items() if words[0] == "superoffload"]
+
+
+@pytest.mark.unit
 def test_every_command_is_of_a_kind_that_is_tried_here() -> None:
-    others = [words for words in COMMANDS if words not in [*RECIPES, *SCRIPT, *TOOLS]]
-    assert others == [["bash", "scripts/test.sh"]]  # what runs this
-    assert len(RECIPES) >= 4
-    assert SCRIPT
-    assert TOOLS
+    assert set(LINES) - {*RECIPES, *PROGRAMS, *SCRIPT, *TOOLS} == OTHERS
+    in_readme = lines(README)
+    assert [line for line in in_readme if line in PROGRAMS] == ["bash scripts/test.sh"]  # what runs this
+    assert len([line for line in in_readme if line in RECIPES]) >= 4
+    assert [line for line in in_readme if line in SCRIPT]
+    assert [line for line in in_readme if line in TOOLS]
 
 
-@pytest.mark.parametrize("words", RECIPES, ids=" ".join)
-def test_a_recipe_is_called_rightly(words: list[str], stand_in: Path) -> None:  # noqa: F811
-    result = call(REPOSITORY / words[1], stand_in, *words[2:])
-    assert result.returncode == 7, result.stderr  # the stand-in's
-    cli.parse(seen(stand_in)[1])
+@pytest.mark.parametrize("line", RECIPES)
+def test_a_recipe_is_called_correctly(line: str, stand_in: Path) -> None:
+    env, words = split(line)
+    script = REPOSITORY / words[1]
+    if script == TINY:  # tests/test_tiny_example.py runs it
+        program(stand_in / "superoffload", "true")
+    result = call(script, stand_in, *words[2:], **{**env, "OUTPUT_DIR": "out"})
+    if env.get("DRY_RUN") == "1":
+        assert result.returncode == 0, result.stderr
+        cli.parse(shlex.split(result.stdout.splitlines()[-1].partition("finetune_zero3.py ")[2]))
+    else:
+        assert result.returncode == 7, result.stderr  # the stand-in's
+        cli.parse(seen(stand_in)[1])
 
 
-@pytest.mark.parametrize("words", SCRIPT, ids=" ".join)
-def test_the_script_takes_the_flags(words: list[str]) -> None:
+@pytest.mark.unit
+@pytest.mark.parametrize("line", PROGRAMS)
+def test_a_program_exists_and_knows_its_flags(line: str) -> None:
+    _, words = split(line)
+    path = REPOSITORY / words[1]
+    text = path.read_text(encoding="utf-8")
+    for word in words[2:]:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", text), f"{words[1]} has no {word}"
+        elif "/" in word:
+            assert (REPOSITORY / word).exists(), word
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("line", SCRIPT)
+def test_the_script_takes_the_flags(line: str) -> None:
+    _, words = split(line)
     flags = words[words.index("finetune_zero3.py") + 1 :]
     if flags == ["--help"]:
         with pytest.raises(SystemExit, match="0"):
@@ -45,34 +94,33 @@ def test_the_script_takes_the_flags(words: list[str]) -> None:
         cli.parse(flags)
 
 
-@pytest.mark.parametrize("words", TOOLS, ids=" ".join)
-def test_the_tool_takes_the_arguments(words: list[str]) -> None:
+@pytest.mark.unit
+@pytest.mark.parametrize("line", TOOLS)
+def test_the_tool_takes_the_arguments(line: str) -> None:
+    _, words = split(line)
     commands.group.commands[words[1]].make_context(words[1], words[2:])
 
 
-def test_the_dry_run_prints_what_is_shown(stand_in: Path) -> None:  # noqa: F811
+def test_the_dry_run_prints_what_is_shown(stand_in: Path) -> None:
     line, shown = re.search(r"`(DRY_RUN=1 [^`]*)`[^`]*```\n(.*?)```", README, re.S).groups()  # type: ignore[union-attr]
-    words = shlex.split(line)
-    place = words.index("bash")
-    result = call(
-        REPOSITORY / words[place + 1], stand_in, *words[place + 2 :], **dict(w.split("=") for w in words[:place])
-    )
+    env, words = split(line)
+    result = call(REPOSITORY / words[1], stand_in, *words[2:], **env)
     assert result.stdout.replace(str(REPOSITORY), "...").rstrip() == shown.replace(" \n", "\n").rstrip()
 
 
-def test_the_tree_is_the_one_that_is_there() -> None:
-    """Every name in the tree is a file or folder, and every module of the package is in the tree."""
-    tree = re.search(r"## The tree\n\n```\n(.*?)```", README, re.S).group(1)  # type: ignore[union-attr]
-    folders: list[str] = []
-    named: set[Path] = set()
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        for name in re.split(r", ", re.split(r"\s{2,}", line.strip())[0]):
-            found = list(REPOSITORY.glob("/".join([*folders[:depth], name.rstrip("/")])))
-            assert found, line
-            named |= set(found)
-            if name.endswith("/"):
-                folders[depth:] = [name.rstrip("/")]
-    package = REPOSITORY / "superoffload"
-    modules = {path for folder in (package, package / "data") for path in folder.glob("*.py")}
-    assert {path.name for path in modules - named} <= {"__init__.py"}
+@pytest.mark.unit
+def test_the_table_of_recipes_is_that_of_the_scripts() -> None:
+    table = next(table for table in documents.tables(README) if table[0][0] == "recipe")
+    shown = {row[0].strip("`"): (row[1], row[2], row[4], "numactl" in row[5]) for row in table[1:]}
+    values = {}
+    for script in SCRIPTS.glob("finetune_*gpu.sh"):
+        found = dict(re.findall(r'^([A-Z_]+)="?([^"\s]*)"?', script.read_text(encoding="utf-8"), re.M))
+        values[script.name] = (
+            found["MODEL_NAME"], found["GPUS_PER_NODE"], found["MAX_LENGTH"], found["BIND_CORES"] == "true"
+        )  # fmt: skip
+    assert shown == values
+
+
+@pytest.mark.unit
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 170

@@ -1,4 +1,4 @@
-"""Tokenise a data set once per machine; the ranks read the result from disk."""
+"""Tokenise a data set once per machine; the other ranks read the result from disk."""
 
 import hashlib
 import json
@@ -20,20 +20,21 @@ from superoffload.config import DataSettings
 from superoffload.data import formats, sources
 from superoffload.data.encode import VERSION, Encoder
 from superoffload.data.formats import BadRow
-from superoffload.data.rows import Counts, TokenisedRows
+from superoffload.data.rows import RowCounts, TokenizedRows
 from superoffload.errors import UserError
+from superoffload.protocols import Tokenizer
 
 COUNTS_FILE = "superoffload_counts.json"
 POLL_S = 0.1
-# How long the lock may lie idle before another rank than the first of its machine tokenises.
+# If nobody has held the lock for this long, a rank other than the machine's first one tokenises.
 PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """Which rows to tokenise: those of a data set, from the first on, up to a share of them.
+class DatasetSpec:
+    """A data set to tokenise: its name, its split, and the percentage of its rows to use, starting with the first.
 
-    `flag` is the one that named the data set, for messages.
+    `flag` is the flag that named the data set; error messages begin with it.
     """
 
     name: str
@@ -42,31 +43,31 @@ class Request:
     flag: str = "dataset_name"
 
 
-def tokenised(request: Request, tokenizer: Any, settings: DataSettings) -> TokenisedRows:
+def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettings) -> TokenizedRows:
     """Return the tokenised rows of a data set; the first rank of each machine makes them, the others wait.
 
-    They wait for a folder to appear, not in a collective, so it may take as long as it takes. The key of the
-    cache covers the rows, the tokenizer, the template's text and every setting that matters. Raises
-    `UserError` for malformed rows, and where most rows have nothing to learn from.
+    The others wait for a folder to appear, not in a collective, so tokenising may take any amount of time. The
+    key of the cache covers the rows, the tokenizer, the template's text and every setting that matters. Raises
+    `UserError` if a row is malformed, or if more than half of the rows have no target token.
     """
-    rows = sources.open_rows(request.name, request.split, request.flag)
-    rows = rows.select(range(max(1, int(len(rows) * request.percentage / 100))))
+    rows = sources.open_rows(spec.name, spec.split, spec.flag)
+    rows = rows.select(range(max(1, int(len(rows) * spec.percentage / 100))))
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
     key = _key(rows, tokenizer, encoder.template, settings)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "superoffload" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _once(folder, lambda target: _tokenise(rows, _Worker(encoder, shape, request, settings), target, key))
+        _once(folder, lambda target: _tokenize(rows, _RowEncoder(encoder, shape, spec, settings), target, key))
     except OSError as error:
         raise UserError(
             f"the cache folder {folder.parent} cannot be written ({error.strerror or error}); "
-            "name another with HF_DATASETS_CACHE"
+            "set HF_DATASETS_CACHE to another folder"
         ) from error
-    return _read(folder, request, settings)
+    return _read(folder, spec, settings)
 
 
-def _key(rows: datasets.Dataset, tokenizer: Any, template: str | None, settings: DataSettings) -> str:
+def _key(rows: datasets.Dataset, tokenizer: Tokenizer, template: str | None, settings: DataSettings) -> str:
     parts = {
         "rows": rows._fingerprint,
         "tokenizer": tokenizer.backend_tokenizer.to_str()
@@ -94,11 +95,11 @@ def _key(rows: datasets.Dataset, tokenizer: Any, template: str | None, settings:
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Let one process of this machine fill the folder, which appears complete; return when it is there.
+    """Let one process of this machine fill the folder, which appears only when complete; return once it exists.
 
-    The first rank of the machine makes it. The others look for it, and step in only where nobody has held the
-    lock for a minute; if the first rank failed, they meet the same error then, unless the launcher has ended
-    them before.
+    The first rank of the machine fills it. The others poll for it, and fill it themselves only if nobody has held
+    the lock for `PATIENCE_S`. If the first rank failed, they raise the same error then, unless the launcher has
+    ended them before.
     """
     lock = FileLock(f"{folder}.lock")
     first = os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
@@ -127,27 +128,27 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
             raise
 
 
-class _Worker:
-    """Encodes one row after the other, in any process."""
+class _RowEncoder:
+    """Encodes one row at a time; can be pickled, so that it runs in any process."""
 
-    def __init__(self, encoder: Encoder, shape: formats.Shape, request: Request, settings: DataSettings) -> None:
+    def __init__(self, encoder: Encoder, shape: formats.Shape, spec: DatasetSpec, settings: DataSettings) -> None:
         self._encoder = encoder
         self._shape = shape
-        self._where = f"--{request.flag} {request.name}"
+        self.where = f"--{spec.flag} {spec.name}"
         self._max_length = settings.max_length
-        self._skips = settings.skip_bad_rows
+        self._skip_bad_rows = settings.skip_bad_rows
         self.num_proc = settings.num_proc
 
-    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        """Encode row `number` (the first is 0) into the columns of the cache."""
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """Encode the row at `index` (from 0) into the columns of the cache."""
         try:
             whole = self._encoder(formats.read(sources.parse(row), self._shape))
         except BadRow as error:
-            if not self._skips:
+            if not self._skip_bad_rows:
                 raise UserError(
-                    f"{self._where}: row {number + 1}: {error}; mend it, or skip such rows with --skip_bad_rows"
+                    f"{self.where}: row {index + 1}: {error}; fix it, or skip such rows with --skip_bad_rows"
                 ) from None
-            return _columns([], [], 0, 0, f"row {number + 1}: {error}")
+            return _columns([], [], 0, 0, f"row {index + 1}: {error}")
         kept = whole.head(self._max_length)
         cut = len(whole.input_ids) - len(kept.input_ids)
         if not kept.target_tokens:
@@ -167,36 +168,36 @@ def _columns(input_ids: list[int], labels: list[int], targets: int, shortest: in
     }
 
 
-def _tokenise(rows: datasets.Dataset, worker: _Worker, target: Path, key: str) -> None:
+def _tokenize(rows: datasets.Dataset, encode_row: _RowEncoder, target: Path, key: str) -> None:
     numbers = {name: datasets.Value("int32") for name in ("length", "targets", "shortest", "cut")}
     ids = datasets.Sequence(datasets.Value("int32"))
     features = datasets.Features({"input_ids": ids, "labels": ids, **numbers, "bad": datasets.Value("string")})
     try:
         done = rows.map(
-            worker,
+            encode_row,
             with_indices=True,
             remove_columns=rows.column_names,
             features=features,
-            num_proc=min(worker.num_proc, len(rows)) if worker.num_proc > 1 else None,
+            num_proc=min(encode_row.num_proc, len(rows)) if encode_row.num_proc > 1 else None,
             load_from_cache_file=False,
             cache_file_name=f"{target}.arrow",
             new_fingerprint=key,
             desc="Tokenising",
         )
         _save(done, target)
-    except UnicodeDecodeError as error:  # a typed file whose text columns hold other bytes
-        raise UserError(f"{worker._where}: a text column holds invalid UTF-8 ({error.reason})") from error
+    except UnicodeDecodeError as error:  # a typed file (Parquet, Arrow) whose text columns are not UTF-8
+        raise UserError(f"{encode_row.where}: a text column holds invalid UTF-8 ({error.reason})") from error
     finally:
         for piece in target.parent.glob(f"{target.name}*.arrow"):
             piece.unlink(missing_ok=True)
 
 
 def _save(done: datasets.Dataset, target: Path) -> None:
-    """Write the rows that have a target, and what became of the others."""
+    """Write the rows that have a target token, and how many of the others were dropped and why."""
     columns = {name: _numbers(done, name) for name in ("targets", "shortest", "cut")}
     bad = [text for text in done.with_format(None)["bad"] if text]
     kept = np.flatnonzero(columns["targets"] > 0)
-    counts = Counts(
+    counts = RowCounts(
         given=len(done),
         bad=len(bad),
         dropped=len(done) - len(kept) - len(bad),
@@ -214,21 +215,23 @@ def _numbers(table: datasets.Dataset, column: str) -> np.ndarray[Any, np.dtype[n
     return np.asarray(table.data.column(column).to_numpy(), dtype=np.int64)
 
 
-def _read(folder: Path, request: Request, settings: DataSettings) -> TokenisedRows:
-    """Open the cache; raise `UserError` where more than half of the rows are gone."""
+def _read(folder: Path, spec: DatasetSpec, settings: DataSettings) -> TokenizedRows:
+    """Open the cache. Raises `UserError` if more than half of the rows are malformed or without a target token."""
     record = json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))
     enough = record.pop("shortest_of_dropped")
-    counts = Counts(**record)
-    where = f"--{request.flag} {request.name}"
+    counts = RowCounts(**record)
+    where = f"--{spec.flag} {spec.name}"
     if counts.bad > counts.given / 2:
         raise UserError(f"{where}: {counts.bad} of {counts.given} rows are malformed, e.g. {counts.first_bad}")
     if counts.dropped > (counts.given - counts.bad) / 2 or counts.dropped + counts.bad == counts.given:
-        way = f"--max_length {enough} would keep those that have one" if enough else "no row has one at any length"
+        remedy = (
+            f"--max_length {enough} would keep every row that has one" if enough else "no row has one at any length"
+        )
         raise UserError(
-            f"--max_length {settings.max_length}: {counts.dropped} of {counts.given} rows of {request.name} have no "
-            f"target token within it; {way}"
+            f"--max_length {settings.max_length}: {counts.dropped} of {counts.given} rows of {spec.name} have no "
+            f"target token within this length; {remedy}"
         )
     table = datasets.load_from_disk(str(folder))
     lengths, targets = _numbers(table, "length"), _numbers(table, "targets")
     table = table.select_columns(["input_ids", "labels"]).with_format("numpy")
-    return TokenisedRows(table=table, lengths=lengths, targets=targets, counts=counts)
+    return TokenizedRows(table=table, lengths=lengths, targets=targets, counts=counts)

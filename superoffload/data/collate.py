@@ -1,4 +1,4 @@
-"""Rows -> the tensors of one micro-batch: packed, or padded."""
+"""Rows -> the tensors of one micro-batch, packed or padded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ import torch
 from superoffload.config import DataSettings
 from superoffload.data.encode import IGNORED
 
-MULTIPLE = 8  # lengths are rounded up to a multiple of this many tokens, which matrix kernels like
+MULTIPLE = 8  # lengths are rounded up to a multiple of this many tokens; matrix kernels are faster on such shapes
 
 Row = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # input_ids and labels of one document, int `[length]`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How rows become batches.
+    """How rows are laid out in a batch.
 
-    `packs`: several documents a row, at most `max_length` tokens together; else one document a row, padded
-    to the longest of the batch or, with `full_length`, to `max_length`. `varlen`: the attention in use is told the
-    documents, so that packs are laid out as one row.
+    With `packs`, a row of the batch holds several documents of at most `max_length` tokens together. Without, it
+    holds one document, padded to the longest of the batch or, with `full_length`, to `max_length`. With `varlen`, the
+    attention receives the lengths of the documents, so all packs are laid out as one row.
     """
 
     packs: bool
@@ -31,8 +31,8 @@ class Layout:
     varlen: bool = False
 
 
-def layout(settings: DataSettings, pad_token_id: int, takes_documents: bool) -> Layout:
-    """Choose the layout for the settings and for whether the model's attention is told the documents of a pack."""
+def choose_layout(settings: DataSettings, pad_token_id: int, takes_documents: bool) -> Layout:
+    """Choose the layout; `takes_documents` is whether the model's attention receives the documents' lengths."""
     return Layout(
         packs=settings.packs,
         full_length=settings.padding == "max_length",
@@ -46,11 +46,11 @@ def layout(settings: DataSettings, pad_token_id: int, takes_documents: bool) -> 
 class Batch:
     """The rows of one micro-batch on one rank.
 
-    `inputs` holds what the model takes and `labels`, int64 `[batch, length]`: padded rows come with
-    `attention_mask`, packed ones with `position_ids` and no mask, and for attention that is told the documents
-    with `document_lengths` (ints) and, for variable-length kernels, the same as `cu_seq_lens_q`, `cu_seq_lens_k`
-    (int32 `[documents + 1]`) and `max_length_q`, `max_length_k` (int). `lengths` are the documents' lengths
-    without padding, `target_tokens` counts the labels that are predicted.
+    `inputs` holds the model's arguments and `labels`, int64 `[batch, length]`. Padded rows come with
+    `attention_mask`, packed rows with `position_ids` and no mask. If the attention receives the documents, there are
+    also `document_lengths` (ints) and, with the same content for variable-length kernels, `cu_seq_lens_q` and
+    `cu_seq_lens_k` (int32 `[documents + 1]`), `max_length_q` and `max_length_k` (int). `lengths` are the documents'
+    lengths without padding; `target_tokens` is the number of labels that are predicted.
     """
 
     inputs: dict[str, Any]
@@ -59,27 +59,28 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        """Count the positions that are computed, padding included."""
+        """Return the number of positions that are computed, including padding."""
         return int(self.inputs["input_ids"].numel())
 
     def on(self, device: torch.device | str) -> dict[str, Any]:
-        """Return the inputs with every tensor on a device."""
+        """Return the inputs with every tensor on `device`."""
         return {name: value.to(device) if torch.is_tensor(value) else value for name, value in self.inputs.items()}
 
 
-def collate(packs: Sequence[Sequence[Row]], size: int, how: Layout) -> Batch:
-    """Make a batch of up to `size` packs of documents; without packing a pack holds one document.
+def collate(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> Batch:
+    """Make a batch of up to `size` packs of documents; without packing, a pack holds one document.
 
-    Where packs are missing (the last step of an epoch), filler whose labels are all -100 takes their place:
-    every rank then runs as many micro-batches of as many rows, and nothing counts twice.
+    If there are fewer packs (in the last step of an epoch), the batch is filled up with rows whose labels are all
+    -100. Every rank then runs the same number of micro-batches of the same number of rows, and no row is trained on
+    twice.
     """
-    if how.varlen:
+    if layout.varlen:
         documents = [document for pack in packs for document in pack]
-        inputs = _packed([documents], 1, how) | _documents(documents)
-    elif how.packs:
-        inputs = _packed(packs, size, how)
+        inputs = _packed([documents], 1, layout) | _documents(documents)
+    elif layout.packs:
+        inputs = _packed(packs, size, layout)
     else:
-        inputs = _padded(packs, size, how)
+        inputs = _padded(packs, size, layout)
     return Batch(
         inputs=inputs,
         lengths=tuple(len(ids) for pack in packs for ids, _ in pack),
@@ -98,41 +99,41 @@ def _blank(size: int, length: int, pad_token_id: int) -> dict[str, torch.Tensor]
     }
 
 
-def _padded(packs: Sequence[Sequence[Row]], size: int, how: Layout) -> dict[str, torch.Tensor]:
+def _padded(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> dict[str, torch.Tensor]:
     longest = max((len(ids) for pack in packs for ids, _ in pack), default=1)
-    inputs = _blank(size, how.max_length if how.full_length else _rounded(longest), how.pad_token_id)
+    inputs = _blank(size, layout.max_length if layout.full_length else _rounded(longest), layout.pad_token_id)
     mask = torch.zeros_like(inputs["input_ids"])
-    mask[len(packs) :, 0] = 1  # a filler row attends to itself: no softmax over nothing
-    for place, [(ids, labels)] in enumerate(packs):
-        inputs["input_ids"][place, : len(ids)] = torch.as_tensor(ids)
-        inputs["labels"][place, : len(ids)] = torch.as_tensor(labels)
-        mask[place, : len(ids)] = 1
+    mask[len(packs) :, 0] = 1  # a filler row attends to its first token, so that no softmax is over nothing
+    for index, [(ids, labels)] in enumerate(packs):
+        inputs["input_ids"][index, : len(ids)] = torch.as_tensor(ids)
+        inputs["labels"][index, : len(ids)] = torch.as_tensor(labels)
+        mask[index, : len(ids)] = 1
     return {**inputs, "attention_mask": mask}
 
 
-def _packed(packs: Sequence[Sequence[Row]], size: int, how: Layout) -> dict[str, torch.Tensor]:
-    """Lay documents one behind the other, one pack a row, positions from 0 on in each.
+def _packed(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> dict[str, torch.Tensor]:
+    """Lay out documents one after the other, one pack per row; positions start at 0 in each document.
 
-    The first label of a document is -100: the model shifts labels by one, and would else predict it from the
-    document before. What is left of a row is one more document, of padding, whose labels do not count.
+    The first label of a document is -100: the model shifts labels by one and would otherwise predict the first token
+    from the document before. The rest of a row is one more document, of padding, which holds no targets.
     """
     length = _rounded(max((sum(len(ids) for ids, _ in pack) for pack in packs), default=1))
-    inputs = _blank(size, length, how.pad_token_id)
+    inputs = _blank(size, length, layout.pad_token_id)
     positions = torch.arange(length).repeat(size, 1)
-    for place, pack in enumerate(packs):
+    for index, pack in enumerate(packs):
         start = 0
         for ids, labels in pack:
             end = start + len(ids)
-            inputs["input_ids"][place, start:end] = torch.as_tensor(ids)
-            inputs["labels"][place, start + 1 : end] = torch.as_tensor(labels[1:])
-            positions[place, start:end] = torch.arange(end - start)
+            inputs["input_ids"][index, start:end] = torch.as_tensor(ids)
+            inputs["labels"][index, start + 1 : end] = torch.as_tensor(labels[1:])
+            positions[index, start:end] = torch.arange(end - start)
             start = end
-        positions[place, start:] = torch.arange(length - start)
+        positions[index, start:] = torch.arange(length - start)
     return {**inputs, "position_ids": positions}
 
 
 def _documents(documents: Sequence[Row]) -> dict[str, Any]:
-    """Tell the documents of the one row, its padding being one more."""
+    """Return the lengths and bounds of the documents in the one row; its padding is the last document."""
     lengths = [len(ids) for ids, _ in documents]
     rest = _rounded(sum(lengths)) - sum(lengths)
     lengths += [rest] if rest else []

@@ -1,16 +1,22 @@
-"""A conversation -> input_ids, and labels that say which of them count."""
+"""A conversation -> input_ids, and labels that say which tokens are targets."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from superoffload.data import chat
 from superoffload.data.formats import Chat, Conversation, Pair, Text
 from superoffload.errors import UserError
+from superoffload.protocols import Tokenizer
 
-IGNORED = -100  # the label of a position that does not count in the loss
-VERSION = 2  # of what this file and formats.py make of a row; part of the cache's key
+IGNORED = -100  # the label of a token that is not a target
+VERSION = 2  # of the encoding in this file and formats.py, part of the cache's key; raise it when a row's tokens change
+
+# The Alpaca template.
+INSTRUCTION = "### Instruction:\n"
+INPUT = "\n\n### Input:\n"
+RESPONSE = "\n\n### Response:\n"
+# The headings of the plain template, by role.
 PLAIN_HEADS = {
     "system": "### System:\n",
     "developer": "### System:\n",
@@ -22,9 +28,9 @@ PLAIN_HEADS = {
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row as the model sees it: `input_ids` and `labels`, int lists of one length.
+    """One row as the model sees it: `input_ids` and `labels`, int lists of equal length.
 
-    `labels[i]` is `input_ids[i]` where the token counts and -100 elsewhere; the model shifts them itself.
+    `labels[i]` is `input_ids[i]` if the token is a target, else -100. The model shifts the labels itself.
     """
 
     input_ids: list[int]
@@ -32,35 +38,35 @@ class Encoded:
 
     @property
     def target_tokens(self) -> int:
-        """Count the labels that will be predicted: the first position has nothing before it."""
+        """Return the number of labels that are predicted; the first is not, because no token precedes it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
     @property
     def shortest(self) -> int:
-        """Return the least length that holds a target token; 0 where the row has none."""
+        """Return the smallest length that includes a target token; 0 if the row has none."""
         return next((i + 1 for i, label in enumerate(self.labels) if i and label != IGNORED), 0)
 
     def head(self, max_length: int) -> "Encoded":
-        """Cut to the first `max_length` tokens: of an answer that is too long its head stays."""
+        """Truncate to the first `max_length` tokens, which keeps the start of an answer that is too long."""
         return Encoded(self.input_ids[:max_length], self.labels[:max_length])
 
 
 def alpaca_prompt(pair: Pair) -> str:
-    """Write a request as upstream does: instruction and, where there is one, input under `###` headings."""
-    middle = f"### Input:\n{pair.context}\n\n" if pair.context.strip() else ""
-    return f"### Instruction:\n{pair.request}\n\n{middle}### Response:\n"
+    """Write a prompt as upstream does, in the Alpaca template; the input heading is left out if there is no input."""
+    context = INPUT + pair.context if pair.context.strip() else ""
+    return INSTRUCTION + pair.prompt + context + RESPONSE
 
 
 def as_chat(pair: Pair) -> Chat:
-    """Write a pair as a turn of the user and one of the assistant."""
-    asked = f"{pair.request}\n\n{pair.context}" if pair.context.strip() else pair.request
+    """Write a pair as a turn of the user and a turn of the assistant."""
+    asked = f"{pair.prompt}\n\n{pair.context}" if pair.context.strip() else pair.prompt
     return Chat(({"role": "user", "content": asked}, {"role": "assistant", "content": pair.answer}))
 
 
 def plain_segments(turns: Chat) -> list[tuple[str, bool]]:
-    """Write turns under `### System:`, `### User:`, `### Tool:` and `### Assistant:`, an empty line between.
+    """Write turns under `### System:`, `### User:`, `### Tool:` and `### Assistant:`, separated by empty lines.
 
-    Returns texts and whether they count; each text that counts is the content of an assistant's turn.
+    Returns texts and whether each is a target; every target is the content of one turn of the assistant.
     """
     segments: list[tuple[str, bool]] = []
     given = ""
@@ -77,12 +83,12 @@ def plain_segments(turns: Chat) -> list[tuple[str, bool]]:
 class Encoder:
     """Turns conversations into tokens with one tokenizer and one template.
 
-    `chat_template` is `auto` (upstream's headings for pairs, the tokenizer's template for turns, the plain one
-    where it has none), `tokenizer`, `plain`, or a file that holds a Jinja template. `template` is its text,
-    None where no Jinja template is used. Raises `UserError` where the template cannot be had.
+    `chat_template` is `auto` (upstream's Alpaca headings for pairs; for chats the tokenizer's template, or the plain
+    one if it has none), `tokenizer`, `plain`, or a file that holds a Jinja template. `template` is the text of the
+    Jinja template, None if none is used. Raises `UserError` if the template is missing or cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str, train_on_prompt: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat_template: str, train_on_prompt: bool) -> None:
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_token_id
         self._train_on_prompt = train_on_prompt
@@ -95,12 +101,12 @@ class Encoder:
         self._special = tuple(sorted(special, key=lambda text: (-len(text), text)))
         if self.template is not None and not tokenizer.is_fast:
             raise UserError(
-                f"--chat_template {chat_template}: the tokenizer cannot tell which characters a token covers "
-                "(it is not a fast one); use --chat_template plain"
+                f"--chat_template {chat_template}: needs a fast tokenizer, which reports the characters that each "
+                "token covers; use --chat_template plain"
             )
 
     def __call__(self, conversation: Conversation) -> Encoded:
-        """Encode one row, untruncated. Raises `BadRow` where the template refuses it."""
+        """Encode one row without truncating it. Raises `BadRow` if the template rejects it."""
         if isinstance(conversation, Text):
             return self._segments([(conversation.text, True)])
         if isinstance(conversation, Pair) and not self._pairs_as_chat:
@@ -108,14 +114,15 @@ class Encoder:
         turns = as_chat(conversation) if isinstance(conversation, Pair) else conversation
         return self._segments(plain_segments(turns)) if self.template is None else self._chat(turns)
 
-    def prompt_ids(self, request: str, in_turns: bool) -> list[int]:
-        """Tokenise a request as a row's prompt is, ready to be answered.
+    def prompt_ids(self, prompt: str, in_turns: bool) -> list[int]:
+        """Tokenise a prompt as in a row of the training data, up to where the answer begins.
 
-        `in_turns`: the rows trained on are conversations, so the request is a turn of one.
+        `in_turns` is whether the rows of the training data are chats; the prompt is then written as a user's turn.
         """
-        turns = as_chat(Pair(request=request, context="", answer=""))
+        pair = Pair(prompt=prompt, context="", answer="")
+        turns = as_chat(pair)
         if not (in_turns or self._pairs_as_chat):
-            text = alpaca_prompt(Pair(request=request, context="", answer=""))
+            text = alpaca_prompt(pair)
         elif self.template is None:
             text = plain_segments(turns)[0][0]
         else:
@@ -125,23 +132,23 @@ class Encoder:
         return ids[:-1] if ids and ids[-1] == self._eos else ids
 
     def _segments(self, segments: Iterable[tuple[str, bool]]) -> Encoded:
-        """Tokenise texts apart and end each one that counts with the end-of-sequence token.
+        """Tokenise texts separately and end each target with the end-of-sequence token.
 
-        Apart, so that an answer follows the very tokens that the prompt alone has when the model is used. What
-        counts goes by length and never by token id: a tokenizer whose padding token is its end-of-sequence
-        token still learns to stop.
+        Separately, so that an answer follows exactly the tokens of the prompt alone, as it does in generation.
+        Targets are found by length and never by token id, so that the model learns to stop even if the padding token
+        is the end-of-sequence token.
         """
         ids: list[int] = []
-        counts: list[bool] = []
-        for place, (text, is_target) in enumerate(segments):
-            new = list(self._tokenizer(text, add_special_tokens=place == 0)["input_ids"])
-            if place == 0 and new and new[-1] == self._eos:
+        is_target: list[bool] = []
+        for index, (text, segment_is_target) in enumerate(segments):
+            new = list(self._tokenizer(text, add_special_tokens=index == 0)["input_ids"])
+            if index == 0 and new and new[-1] == self._eos:
                 new.pop()
-            if is_target:
+            if segment_is_target:
                 new.append(self._eos)
             ids += new
-            counts += [is_target] * len(new)
-        return self._encoded(ids, counts)
+            is_target += [segment_is_target] * len(new)
+        return self._encoded(ids, is_target)
 
     def _chat(self, turns: Chat) -> Encoded:
         if self._marks:
@@ -149,35 +156,35 @@ class Encoder:
             return self._encoded(*chat.marked_tokens(self._tokenizer, self.template, turns.turns, self._special))
         text, spans = chat.answer_spans(turns.turns, self._render, self._special)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, counts = list(encoded["input_ids"]), _covered(encoded["offset_mapping"], spans)
+        ids, is_target = list(encoded["input_ids"]), _covered(encoded["offset_mapping"], spans)
         answered_last = bool(spans) and not text[spans[-1][1] :].strip()
         if answered_last and not chat.is_closed(text[slice(*spans[-1])], self._special):
-            # The template does not close the last turn: without an end the model would never stop.
-            ids, counts = [*ids, self._eos], [*counts, True]
-        return self._encoded(ids, counts)
+            # The template does not close the last turn; without an end the model would never learn to stop.
+            ids, is_target = [*ids, self._eos], [*is_target, True]
+        return self._encoded(ids, is_target)
 
-    def _encoded(self, ids: list[int], counts: list[bool]) -> Encoded:
+    def _encoded(self, ids: list[int], is_target: list[bool]) -> Encoded:
         if self._train_on_prompt:
             return Encoded(ids, list(ids))
-        return Encoded(ids, [token if count else IGNORED for token, count in zip(ids, counts, strict=True)])
+        return Encoded(ids, [token if target else IGNORED for token, target in zip(ids, is_target, strict=True)])
 
 
 def _covered(offsets: Iterable[tuple[int, int]], spans: list[chat.Span]) -> list[bool]:
-    """Tell for each token whether it starts inside one of the spans (sorted, apart from each other).
+    """Return for each token whether it starts inside one of the spans, which are sorted and do not overlap.
 
-    A token that reaches from the header into the answer does not count: the header is given.
+    A token that starts in the header and reaches into the answer is not a target: the header is given.
     """
-    counts = []
-    place = 0
+    is_target = []
+    index = 0
     for start, end in offsets:
-        while place < len(spans) and start >= spans[place][1]:
-            place += 1
-        counts.append(place < len(spans) and spans[place][0] <= start < end)
-    return counts
+        while index < len(spans) and start >= spans[index][1]:
+            index += 1
+        is_target.append(index < len(spans) and spans[index][0] <= start < end)
+    return is_target
 
 
-def _template(tokenizer: Any, chat_template: str) -> str | None:
-    """Return the text of the Jinja template in use; None for the plain one."""
+def _template(tokenizer: Tokenizer, chat_template: str) -> str | None:
+    """Return the text of the Jinja template in use; None for the plain template."""
     if chat_template == "plain":
         return None
     if chat_template in ("auto", "tokenizer"):
@@ -189,5 +196,6 @@ def _template(tokenizer: Any, chat_template: str) -> str | None:
         return Path(chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--chat_template {chat_template}: neither auto, tokenizer or plain nor a file that can be read"
+            f"--chat_template {chat_template}: not a readable file; use auto, tokenizer, plain, or a file that holds "
+            "a Jinja template"
         ) from error

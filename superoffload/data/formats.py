@@ -1,12 +1,12 @@
-"""Rows of every known shape -> what was asked and what was answered; pure.
+"""Rows of every known shape -> prompts and answers; pure.
 
-| shape             | columns                                             | trained on                      |
-| ----------------- | --------------------------------------------------- | ------------------------------- |
-| alpaca            | `instruction`, `output`, and `input` where there is | the output                      |
-| messages          | `messages`: a list of `{role, content}`, or         | every turn of the assistant     |
-|                   | `conversations`: a list of `{from, value}`          |                                 |
-| prompt_completion | `prompt`, `completion`                              | the completion                  |
-| text              | `text`                                              | every token                     |
+| shape             | columns                                     | targets                     |
+| ----------------- | ------------------------------------------- | --------------------------- |
+| alpaca            | `instruction`, `output`, optionally `input` | the output                  |
+| messages          | `messages`: a list of `{role, content}`, or | every turn of the assistant |
+|                   | `conversations`: a list of `{from, value}`  |                             |
+| prompt_completion | `prompt`, `completion`                      | the completion              |
+| text              | `text`                                      | every token                 |
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 from superoffload.config import parse_columns
 from superoffload.errors import UserError
 
-# The columns that a row of the shape must have. The order decides where a data set has the columns of two.
+# The columns that a row of each shape must have. If a data set fits two shapes, the first one is used.
 REQUIRED = {
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
@@ -45,28 +45,28 @@ ROLES = {
 
 
 class BadRow(Exception):
-    """Says what is wrong with one row; whoever knows the row's number adds it."""
+    """Say what is wrong with one row, without its number, which the caller adds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A request, perhaps with a text it refers to, and the answer to learn."""
+    """A prompt, the text it refers to (may be empty), and the answer to learn."""
 
-    request: str
+    prompt: str
     context: str
     answer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Turns of `role`, `content` (text, or None beside tool calls) and what else a template may know."""
+    """Turns with `role`, `content` (empty if a turn has only tool calls) and any other fields a template may use."""
 
     turns: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text to continue: every token of it counts."""
+    """A text of which every token is a target."""
 
     text: str
 
@@ -76,44 +76,47 @@ Conversation = Pair | Chat | Text
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The shape of a data set's rows: its name, and the column that holds each part."""
+    """The shape of a data set's rows: its name, and which column holds each part."""
 
     name: str
     columns: Mapping[str, str]
 
     def get(self, row: Mapping[str, Any], part: str) -> Any:
-        """Return a part of a row; None where the row lacks it."""
+        """Return a part of a row, None if it is missing."""
         return row.get(self.columns.get(part, part))
 
 
-def detect(found: Sequence[str], requested: str, renamed: str | None) -> Shape:
+def detect(found: Sequence[str], dataset_format: str, renamed: str | None) -> Shape:
     """Recognise the shape of rows that have the columns `found`.
 
-    `requested` is `--dataset_format`, `renamed` is `--columns`. Raises `UserError` that names what was seen
-    and what is known where no shape fits or the requested one does not.
+    `dataset_format` is `--dataset_format`, `renamed` is `--columns`. Raises `UserError`, which names the columns and
+    the known shapes, if no shape fits or if the columns are not those of `dataset_format`.
     """
     names = parse_columns(renamed)
     parts = {part for shape in REQUIRED for part in (*REQUIRED[shape], *OPTIONAL.get(shape, ()))}
     for part, column in names.items():
         if part not in parts and part not in ALSO_KNOWN_AS.values():
-            raise UserError(f"--columns {renamed}: no shape has a part {part}; parts are {', '.join(sorted(parts))}")
+            raise UserError(
+                f"--columns {renamed}: no shape has a part {part}; the parts are {', '.join(sorted(parts))}"
+            )
         if column not in found:
             raise UserError(f"--columns {renamed}: no column {column}; the columns are {_listed(found)}")
     names = {next((to for to, alias in ALSO_KNOWN_AS.items() if alias == part), part): c for part, c in names.items()}
-    # What --columns names says which shape is meant, whatever other columns there are.
-    candidates = [requested] if requested != "auto" else [s for s in REQUIRED if set(names) & set(REQUIRED[s])]
+    # The parts that --columns names decide the shape, whatever other columns there are.
+    parts_named = [shape for shape in REQUIRED if set(names) & set(REQUIRED[shape])]
+    candidates = parts_named if dataset_format == "auto" else [dataset_format]
     for shape in candidates or REQUIRED:
         columns = {part: _column(part, found, names) for part in (*REQUIRED[shape], *OPTIONAL.get(shape, ()))}
         if all(columns[part] in found for part in REQUIRED[shape]):
             return Shape(shape, columns)
-    if requested != "auto":
-        needs = ", ".join(REQUIRED[requested])
+    if dataset_format != "auto":
+        needs = ", ".join(REQUIRED[dataset_format])
         raise UserError(
-            f"--dataset_format {requested}: needs the columns {needs}, the data set has {_listed(found)}; "
-            f"name them with --columns, e.g. {REQUIRED[requested][0]}={next(iter(found), 'column')}"
+            f"--dataset_format {dataset_format}: needs the columns {needs}, but the data set has {_listed(found)}; "
+            f"name them with --columns, e.g. {REQUIRED[dataset_format][0]}={next(iter(found), 'column')}"
         )
     raise UserError(
-        f"--dataset_format auto: the columns {_listed(found)} are of no known shape; known are {KNOWN}; "
+        f"--dataset_format auto: the columns {_listed(found)} match no known shape; known shapes are {KNOWN}; "
         "name the columns with --columns, e.g. prompt=question,completion=answer"
     )
 
@@ -130,20 +133,19 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def read(row: Mapping[str, Any], shape: Shape) -> Conversation:
-    """Read a row of a known shape; raise `BadRow` where a part is missing or of the wrong type."""
+    """Read a row of a known shape. Raises `BadRow` if a part is missing or of the wrong type."""
     if shape.name == "messages":
         return Chat(_turns(shape.get(row, "messages")))
     if shape.name == "text":
         return Text(_text(shape.get(row, "text"), shape.columns["text"]))
     if shape.name == "prompt_completion":
-        request, context = shape.get(row, "prompt"), None
-        answer_part = "completion"
+        prompt_part, answer_part = "prompt", "completion"
+        context = None
     else:
-        request, context = shape.get(row, "instruction"), shape.get(row, "input")
-        answer_part = "output"
-    request_part = REQUIRED[shape.name][0]
+        prompt_part, answer_part = "instruction", "output"
+        context = shape.get(row, "input")
     return Pair(
-        request=_text(request, shape.columns[request_part]),
+        prompt=_text(shape.get(row, prompt_part), shape.columns[prompt_part]),
         context="" if context is None else _text(context, shape.columns["input"]),
         answer=_text(shape.get(row, answer_part), shape.columns[answer_part]),
     )
@@ -164,11 +166,11 @@ def _kind(value: Any) -> str:
 
 
 def _turns(value: Any) -> tuple[dict[str, Any], ...]:
-    if isinstance(value, str):  # a column of a csv file can hold a list as JSON only
+    if isinstance(value, str):  # a CSV column can hold a list only as JSON
         try:
             value = json.loads(value)
         except ValueError:
-            raise BadRow("the messages are text that is not JSON") from None
+            raise BadRow("the messages are text, but not JSON") from None
     if not isinstance(value, (list, tuple)):
         raise BadRow(f"the messages are {_kind(value)}, not a list")
     if not value:
@@ -183,9 +185,9 @@ def _turn(turn: Any, number: int) -> dict[str, Any]:
     if role is None:
         raise BadRow(f"message {number} has no role")
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise BadRow(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+        raise BadRow(f"message {number} has the role {role!r}; known roles are {', '.join(ROLES)}")
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    # Arrow gives every record every field that any record has; what a record lacks is None there.
+    # Arrow gives every record the fields of all records; fields that a record does not have are None.
     known = ("role", "from", "content", "value")
     more = {key: item for key, item in turn.items() if key not in known and item is not None}
     if content is None and more.get("tool_calls"):
@@ -194,7 +196,7 @@ def _turn(turn: Any, number: int) -> dict[str, Any]:
 
 
 def _content(content: Any, number: int) -> str:
-    """Join content given as parts, `{"type": "text", "text": ...}` or plain strings, to one text."""
+    """Join content given as a list of parts, `{"type": "text", "text": ...}` or strings, into one text."""
     if not isinstance(content, (list, tuple)):
         return _text(content, f"content of message {number}")
     texts = []

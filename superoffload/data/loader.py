@@ -1,51 +1,54 @@
-"""Tokenised rows -> the batches of each step, a function of (seed, epoch)."""
+"""Tokenised rows -> the batches of each step, determined by (seed, epoch)."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from superoffload.config import DataSettings, TrainingSettings
 from superoffload.data import formats, packing, sources, statistics
-from superoffload.data.cache import Request, tokenised
+from superoffload.data.cache import DatasetSpec, load_tokenized
 from superoffload.data.collate import Batch, Layout, collate
 from superoffload.data.encode import Encoder
-from superoffload.data.rows import TokenisedRows
+from superoffload.data.rows import TokenizedRows
 from superoffload.errors import UserError
+from superoffload.protocols import Tokenizer
 
 
-def load(tokenizer: Any, settings: DataSettings, seed: int) -> tuple[TokenisedRows, TokenisedRows | None]:
-    """Return the rows to train on and the held-out ones, None where none are asked for.
+def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[TokenizedRows, TokenizedRows | None]:
+    """Return the rows to train on, and the held-out rows or None if the settings ask for none.
 
-    Held-out rows are those of `--eval_dataset`, or a share of the data set drawn by `seed`. Each machine
-    tokenises once; see `cache.tokenised`. Raises `UserError`.
+    Held-out rows are those of `--eval_dataset`, or a percentage of the data set drawn with `seed`. Each machine
+    tokenises once; see `cache.load_tokenized`. Raises `UserError` if a data set cannot be used.
     """
-    request = Request(name=settings.dataset_name, split=settings.dataset_split, percentage=settings.dataset_percentage)
-    rows = tokenised(request, tokenizer, settings)
+    spec = DatasetSpec(name=settings.dataset_name, split=settings.dataset_split, percentage=settings.dataset_percentage)
+    rows = load_tokenized(spec, tokenizer, settings)
     if settings.eval_dataset is not None:
-        held_out = Request(name=settings.eval_dataset, split=settings.eval_split, flag="eval_dataset")
-        return rows, tokenised(held_out, tokenizer, settings)
+        held_out = DatasetSpec(name=settings.eval_dataset, split=settings.eval_split, flag="eval_dataset")
+        return rows, load_tokenized(held_out, tokenizer, settings)
     if settings.eval_percentage:
         return split_off(rows, settings.eval_percentage, seed)
     return rows, None
 
 
-def prompts(requests: Sequence[str], tokenizer: Any, settings: DataSettings) -> list[list[int]]:
-    """Tokenise requests as the prompts of the rows trained on are. Raises `UserError`."""
-    if not requests:
+def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: DataSettings) -> list[list[int]]:
+    """Tokenise prompts as they are in the rows of the training data. Raises `UserError` as `load` does."""
+    if not prompts:
         return []
     rows = sources.open_rows(settings.dataset_name, settings.dataset_split, "dataset_name")
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
-    return [encoder.prompt_ids(request, in_turns=shape.name == "messages") for request in requests]
+    return [encoder.prompt_ids(prompt, in_turns=shape.name == "messages") for prompt in prompts]
 
 
-def split_off(rows: TokenisedRows, percentage: float, seed: int) -> tuple[TokenisedRows, TokenisedRows]:
-    """Split rows into those to train on and at least one held-out row, a function of the seed and their number."""
+def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
+    """Split rows into rows to train on and at least one held-out row, determined by their number and the seed.
+
+    Raises `UserError` if no row would be left to train on.
+    """
     count = max(1, round(len(rows) * percentage / 100))
     if count >= len(rows):
-        raise UserError(f"--eval_percentage {percentage:g}: {len(rows)} rows leave none to train on")
-    # A stream of its own: the order of epoch 0 must not tell which rows were held out.
+        raise UserError(f"--eval_percentage {percentage:g}: of {len(rows)} rows none would be left to train on")
+    # A separate random stream, so that the held-out rows do not depend on the same numbers as the order of epoch 0.
     drawn = np.random.default_rng([seed, 2**32]).permutation(len(rows))
     return rows.select(np.sort(drawn[count:])), rows.select(np.sort(drawn[:count]))
 
@@ -53,74 +56,75 @@ def split_off(rows: TokenisedRows, percentage: float, seed: int) -> tuple[Tokeni
 class Batches:
     """The micro-batches of each optimizer step on this rank.
 
-    Rows are put into packs once, by their lengths alone. Which of the rows of one length goes into which pack,
-    and the order of the packs, is drawn anew for each epoch from (seed, epoch): rows meet other rows in each
-    epoch, and yet every epoch has the same number of packs and steps, known at the start, and can be entered
-    at any step at the cost of one sort.
+    Rows are put into packs once, by their lengths alone. For each epoch, (seed, epoch) determines the order of the
+    packs and which of the rows of equal length goes into which pack. Rows therefore share a pack with different rows
+    in each epoch, but every epoch has the same number of packs and steps, which is known at the start. An epoch can
+    be entered at any step at the cost of one sort.
 
-    Each step takes the next `ranks * accumulation * batch_size` packs. The last step of an epoch takes what is
-    left, spread over ranks and micro-batches, and is filled up with rows that do not count: every row appears
-    once an epoch, and every rank runs the same number of micro-batches.
+    Each step takes the next `world_size * accumulation * batch_size` packs. The last step of an epoch takes the
+    packs that are left, spread over ranks and micro-batches, and is filled up with rows that hold no targets. Every
+    row appears once per epoch, and every rank runs the same number of micro-batches.
     """
 
-    def __init__(self, rows: TokenisedRows, how: Layout, training: TrainingSettings, place: tuple[int, int]) -> None:
-        """Take the tokenised rows; `place` is this rank and the number of ranks."""
+    def __init__(
+        self, rows: TokenizedRows, layout: Layout, training: TrainingSettings, *, rank: int, world_size: int
+    ) -> None:
         self._rows = rows
-        self._layout = how
+        self.layout = layout
         self._training = training
-        self._rank, self._ranks = place
-        self.packs = packing.pack(rows.lengths, how.max_length) if how.packs else packing.alone(len(rows))
+        self._rank, self._world_size = rank, world_size
+        self.packs = packing.pack(rows.lengths, layout.max_length) if layout.packs else packing.one_per_row(len(rows))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Count the optimizer steps of one pass over the rows."""
-        return steps_per_epoch(len(self.packs), self._training, self._ranks)
+        """Return the number of optimizer steps of one pass over the rows."""
+        return steps_per_epoch(len(self.packs), self._training, self._world_size)
 
     def extent(self) -> dict[str, int]:
-        """Count rows, tokens and packs: by them a resumed run notices that its data set has changed."""
+        """Return the numbers of rows, tokens and packs; a resumed run compares them to detect a changed data set."""
         return {"rows": len(self._rows), "tokens": int(self._rows.lengths.sum()), "packs": len(self.packs)}
 
     @property
     def total_steps(self) -> int:
-        """Count the optimizer steps of the whole run, which the schedule spans."""
+        """Return the number of optimizer steps of the whole run, which is the length of the schedule."""
         steps = self._training.num_train_epochs * self.steps_per_epoch
         return min(steps, self._training.max_steps) if self._training.max_steps else steps
 
     def statistics(self) -> statistics.Statistics:
-        """Gather the figures of the rows and their packs."""
-        capacity = self._layout.max_length if self._layout.packs else 0
+        """Return the statistics of the rows and their packs."""
+        capacity = self.layout.max_length if self.layout.packs else 0
         return statistics.describe(self._rows, self.packs, capacity, self.steps_per_epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-        """Yield, for each step of an epoch from step `start` on, this rank's micro-batches."""
+        """Yield this rank's micro-batches of each step of an epoch, beginning with step `start`."""
         accumulation = self._training.gradient_accumulation_steps
         rng = np.random.default_rng([self._training.seed, epoch])
         members = self.packs.rows(self._rows.lengths, rng)
         order = rng.permutation(len(self.packs))
-        per_step = self._training.batch_size * accumulation * self._ranks
+        per_step = self._training.batch_size * accumulation * self._world_size
         for step in range(start, self.steps_per_epoch):
-            # Dealt like cards, so that an incomplete last step is spread over ranks and micro-batches.
-            mine = order[step * per_step : (step + 1) * per_step][self._rank :: self._ranks]
+            # Dealt out one pack at a time, so that an incomplete last step is spread over ranks and micro-batches.
+            mine = order[step * per_step : (step + 1) * per_step][self._rank :: self._world_size]
             yield [self._batch(mine[micro::accumulation], members) for micro in range(accumulation)]
 
     def held_out(self) -> Iterator[Batch]:
-        """Yield this rank's batches of one pass in a fixed order, for evaluation: as many on every rank.
+        """Yield this rank's batches of one pass in a fixed order, for evaluation; every rank has the same number.
 
-        Summed over all ranks, losses and `target_tokens` are those of every row once, for any number of ranks.
+        Summed over all ranks, losses and `target_tokens` cover every row exactly once, for any `world_size`.
         """
         members = self.packs.rows(self._rows.lengths)
-        per_round = self._training.batch_size * self._ranks
-        for first in range(0, len(self.packs), per_round):
-            dealt = np.arange(first, min(first + per_round, len(self.packs)))
-            yield self._batch(dealt[self._rank :: self._ranks], members)
+        per_batch = self._training.batch_size * self._world_size
+        for first in range(0, len(self.packs), per_batch):
+            dealt = np.arange(first, min(first + per_batch, len(self.packs)))
+            yield self._batch(dealt[self._rank :: self._world_size], members)
 
     def _batch(self, packs: packing.Indices, members: packing.Indices) -> Batch:
         bounds = self.packs.bounds
         rows = [members[bounds[pack] : bounds[pack + 1]] for pack in packs.tolist()]
         documents = iter(self._rows.read(np.concatenate([*rows, np.zeros(0, dtype=np.int64)]).tolist()))
-        return collate([[next(documents) for _ in pack] for pack in rows], self._training.batch_size, self._layout)
+        return collate([[next(documents) for _ in pack] for pack in rows], self._training.batch_size, self.layout)
 
 
-def steps_per_epoch(packs: int, training: TrainingSettings, ranks: int) -> int:
-    """Count the optimizer steps of one pass over packs, the last one perhaps incomplete."""
-    return -(-packs // (training.batch_size * training.gradient_accumulation_steps * ranks))
+def steps_per_epoch(packs: int, training: TrainingSettings, world_size: int) -> int:
+    """Return the number of optimizer steps of one pass over the packs; the last step may be incomplete."""
+    return -(-packs // (training.batch_size * training.gradient_accumulation_steps * world_size))

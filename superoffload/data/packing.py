@@ -1,4 +1,4 @@
-"""Lengths -> packs by best-fit decreasing; pure, NumPy only."""
+"""Lengths -> packs, by best-fit decreasing; pure, NumPy only."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +12,22 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 class Packs:
     """Which rows share a pack.
 
-    `slots`, int64 `[rows]`, lists the rows pack by pack as places in the order of decreasing length; pack `i`
-    holds `slots[bounds[i]:bounds[i + 1]]`, with `bounds` int64 `[packs + 1]`. Places instead of rows, because
-    rows of one length can change places without changing any pack's size.
+    `slots`, int64 `[rows]`, lists the rows pack by pack; each slot is a position in the order of decreasing length.
+    Pack `i` holds `slots[bounds[i]:bounds[i + 1]]`, with `bounds` int64 `[packs + 1]`. Slots are positions and not
+    rows, because rows of equal length can swap without changing the size of any pack.
     """
 
     slots: Indices
     bounds: Indices
 
     def __len__(self) -> int:
-        """Count the packs."""
+        """Return the number of packs."""
         return len(self.bounds) - 1
 
     def rows(self, lengths: Indices, rng: np.random.Generator | None = None) -> Indices:
-        """List the rows pack by pack, int64 `[rows]`; `rng` deals rows of the same length anew.
+        """Return the rows pack by pack, int64 `[rows]`; with `rng`, rows of equal length are shuffled.
 
-        So each epoch has other rows together at the price of one sort, and always the same number of packs.
+        Each epoch can thus combine different rows at the cost of one sort, in the same number of packs.
         """
         if rng is None:
             order = np.argsort(-lengths, kind="stable")
@@ -39,9 +39,10 @@ class Packs:
 def pack(lengths: Indices, capacity: int) -> Packs:
     """Put lengths into packs of at most `capacity` tokens by best-fit decreasing.
 
-    The longest first, each into the pack with the least room that still takes it (Johnson 1973, at most
-    11/9 of the least number of packs, plus a constant). Packs are kept by their room, and the best fit is the
-    least room from the length on that some pack has. Raises ValueError for a length below 1 or above `capacity`.
+    The longest length goes first; each goes into the pack with the least room that fits it (Johnson 1973: at most
+    11/9 of the minimum number of packs, plus a constant). Packs are looked up by their room: the best fit is the
+    smallest room of any pack that is at least the length. Raises ValueError if a length is below 1 or above
+    `capacity`.
     """
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
         raise ValueError(f"lengths must be from 1 to {capacity}")
@@ -69,9 +70,9 @@ def pack(lengths: Indices, capacity: int) -> Packs:
 
 
 class _Rooms:
-    """A set of rooms from 1 to the capacity: a bit for each, in blocks, and a bit for each block that has one."""
+    """A set of rooms from 1 to the capacity: one bit per room, in blocks, and one bit per block that is not empty."""
 
-    BITS = 512  # a block; two short integers are searched instead of one as long as the capacity
+    BITS = 512  # per block; searching two short integers is faster than one with as many bits as the capacity
 
     def __init__(self, capacity: int) -> None:
         self._blocks = [0] * (capacity // self.BITS + 1)
@@ -89,7 +90,7 @@ class _Rooms:
             self._filled ^= 1 << block
 
     def least(self, length: int) -> int:
-        """Return the least room from `length` on, 0 where there is none."""
+        """Return the smallest room that is at least `length`, 0 if there is none."""
         block, bit = divmod(length, self.BITS)
         fitting = self._blocks[block] >> bit
         if fitting:
@@ -105,11 +106,11 @@ def _lowest_bit(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def alone(rows: int) -> Packs:
-    """Give every row a pack of its own: training without packing."""
+def one_per_row(rows: int) -> Packs:
+    """Put every row into a pack of its own, for training without packing."""
     return Packs(np.arange(rows, dtype=np.int64), np.arange(rows + 1, dtype=np.int64))
 
 
 def fill(lengths: Indices, packs: Packs, capacity: int) -> float:
-    """Return the share of the packs' room that tokens take."""
+    """Return the fraction of the packs' capacity that holds tokens, from 0 to 1."""
     return float(lengths.sum()) / (len(packs) * capacity) if len(packs) else 0.0

@@ -1,4 +1,4 @@
-"""Tokenised rows, and what became of those that are not among them."""
+"""Tokenised rows, and how many rows of the data set are not among them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """What became of the rows that a data set holds.
+class RowCounts:
+    """How many rows the data set holds, and what became of them.
 
-    `dropped` have no target token within the length, `truncated` lost their end (dropped ones left out),
-    `bad` were skipped, `first_bad` says why the first of them was.
+    `dropped` rows have no target token within the maximum length; `truncated` rows were shortened to it and kept;
+    `bad` rows are malformed and were skipped; `first_bad` says what is wrong with the first of them.
     """
 
     given: int
@@ -23,32 +23,32 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenisedRows:
+class TokenizedRows:
     """Tokenised rows on disk, memory-mapped.
 
-    `table` is a `datasets.Dataset` of `input_ids` and `labels`; `lengths` and `targets`, int64 `[rows]`, are each
-    row's tokens and those of them that are predicted.
+    `table` is a `datasets.Dataset` of `input_ids` and `labels`. `lengths` and `targets`, int64 `[rows]`, count the
+    tokens and the target tokens of each row.
     """
 
     table: Any
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     targets: np.ndarray[Any, np.dtype[np.int64]]
-    counts: Counts
+    counts: RowCounts
 
     def __len__(self) -> int:
-        """Count the rows."""
+        """Return the number of rows."""
         return len(self.lengths)
 
     def read(self, indices: Sequence[int]) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """Return `input_ids` and `labels`, int32 `[length]` each, of some rows."""
+        """Return `input_ids` and `labels`, int32 `[length]` each, of the rows at `indices`."""
         if not len(indices):
             return []
         rows = self.table[list(indices)]
         return list(zip(rows["input_ids"], rows["labels"], strict=True))
 
-    def select(self, indices: np.ndarray[Any, np.dtype[np.int64]]) -> "TokenisedRows":
-        """Return some of the rows, in the order given."""
-        return TokenisedRows(
+    def select(self, indices: np.ndarray[Any, np.dtype[np.int64]]) -> "TokenizedRows":
+        """Return the rows at `indices`, in that order."""
+        return TokenizedRows(
             table=self.table.select(indices),
             lengths=self.lengths[indices],
             targets=self.targets[indices],

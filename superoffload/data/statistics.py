@@ -1,11 +1,11 @@
-"""What a tokenised data set holds: numbers and how they are written; pure."""
+"""Statistics of a tokenised data set, and how they are printed; pure."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from superoffload.data import packing
-from superoffload.data.rows import Counts, TokenisedRows
+from superoffload.data.rows import RowCounts, TokenizedRows
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BARS = 10
@@ -14,9 +14,9 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """The figures of a data set: see `lines` for what each means."""
+    """The figures of a data set; `lines` shows what each means."""
 
-    counts: Counts
+    counts: RowCounts
     rows: int
     tokens: int
     target_tokens: int
@@ -29,29 +29,29 @@ class Statistics:
     steps_per_epoch: int
 
     def short(self) -> str:
-        """Write the figures in one line for the log."""
+        """Return the figures in one line, for the log."""
         counts = self.counts
         packs = f"{self.packs:,} packs {self.fill:.1%} full" if self.packed else "not packed"
         return (
-            f"Data: {self.rows:,} rows, {self.tokens:,} tokens, {self._target_share():.1%} of them targets, "
-            f"length median {self.percentiles[PERCENTILES.index(50)]} longest {self.longest} | "
+            f"Data: {self.rows:,} rows, {self.tokens:,} tokens ({self._target_fraction():.1%} targets), "
+            f"median length {self.percentiles[PERCENTILES.index(50)]}, longest {self.longest} | "
             f"{counts.truncated:,} truncated, {counts.dropped:,} dropped, {counts.bad:,} malformed | "
             f"{packs} | {self.steps_per_epoch:,} steps per epoch"
         )
 
-    def _target_share(self) -> float:
+    def _target_fraction(self) -> float:
         return self.target_tokens / max(1, self.tokens)
 
     def lines(self) -> list[str]:
-        """Write the figures in full, with a histogram of the lengths."""
+        """Return all figures, one per line, with a histogram of the lengths."""
         counts = self.counts
         figures = {
             "rows": f"{self.rows:,} of {counts.given:,}",
-            "truncated": f"{counts.truncated:,} (the head of the answer is kept)",
-            "dropped": f"{counts.dropped:,} (no target token within the length)",
+            "truncated": f"{counts.truncated:,} (the start of the answer is kept)",
+            "dropped": f"{counts.dropped:,} (no target token within the maximum length)",
             "malformed": f"{counts.bad:,}" + (f" (skipped; first: {counts.first_bad})" if counts.bad else ""),
             "tokens": f"{self.tokens:,}",
-            "target tokens": f"{self.target_tokens:,} ({self._target_share():.1%})",
+            "target tokens": f"{self.target_tokens:,} ({self._target_fraction():.1%})",
             "packs": f"{self.packs:,}, {self.fill:.2%} full" if self.packed else "none (rows are not packed)",
             "steps per epoch": f"{self.steps_per_epoch:,}",
         }
@@ -65,8 +65,8 @@ class Statistics:
         return result
 
 
-def describe(rows: TokenisedRows, packs: packing.Packs, capacity: int, steps: int) -> Statistics:
-    """Gather the figures of rows and their packs of `capacity` tokens; 0 where rows are not packed."""
+def describe(rows: TokenizedRows, packs: packing.Packs, capacity: int, steps: int) -> Statistics:
+    """Return the statistics of rows and their packs of `capacity` tokens; 0 if rows are not packed."""
     lengths = rows.lengths
     longest = int(lengths.max())
     width = -(-longest // BARS)

@@ -1,10 +1,10 @@
-"""Put the optimizer where DeepSpeed's engine looks for it: the only patch of this package.
+"""Put the optimizer where DeepSpeed's engine looks for it; the only patch of this package.
 
     with installed():
         engine, *_ = deepspeed.initialize(...)
 
-DeepSpeed's engine imports its SuperOffload class inside the function that builds the optimizer, so exchanging
-one module attribute while that function runs is enough. Nothing stays patched afterwards.
+DeepSpeed's engine imports its SuperOffload class inside the function that builds the optimizer, so it is enough to
+replace one module attribute while that function runs. Nothing stays patched afterwards.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from . import contract
 from .settings import OffloadSettings
+from .zero3 import contract
 
 _log = getLogger(__name__)
 
-LOSS = "its checkpoints lack the Adam moments, clipping switches its overlap off, a dead worker is noticed after 60 s"
-"""What one loses with DeepSpeed's own SuperOffload."""
+LOSS = "its checkpoints lack the Adam moments, clipping turns its overlap off, a dead worker is noticed only after 60 s"
+"""The disadvantages of DeepSpeed's own SuperOffload."""
 
 
 def reason_unsupported(ds_config: Mapping[str, Any], optimizer: Any = None) -> str | None:
-    """Return one line saying why this package cannot be used and what is lost, or None if it can.
+    """Return one line that says why this package cannot be used and what is lost; None if it can be used.
 
-    ds_config: DeepSpeed's configuration as a dict. optimizer: what is passed to deepspeed.initialize; None if
-    the configuration's `optimizer` section is to build it.
+    ds_config: DeepSpeed's configuration. optimizer: the argument of deepspeed.initialize; None if DeepSpeed builds
+    it from the configuration's `optimizer` section.
     """
     zero = ds_config.get("zero_optimization", {})
     offload = zero.get("offload_optimizer") or {}
@@ -55,10 +55,10 @@ def reason_unsupported(ds_config: Mapping[str, Any], optimizer: Any = None) -> s
 
 @contextmanager
 def installed(settings: OffloadSettings | None = None) -> Iterator[None]:
-    """Let `super_offload: true` mean this package's optimizer for every engine built inside the block.
+    """Let `super_offload: true` select this package's optimizer for every engine built inside the block.
 
-    Where the optimizer cannot be used, one warning says why, and DeepSpeed's own class is built instead; on
-    an accelerator for which that does not exist, plain ZeRO-Offload, which is slower and complete.
+    If the optimizer cannot be used, a warning says why, and DeepSpeed's own class is built instead; on an
+    accelerator that this class does not support, plain ZeRO-Offload, which is slower but complete.
     """
     seam = importlib.import_module(contract.SEAM_MODULE)
     stock = getattr(seam, contract.SEAM_NAME)
@@ -73,13 +73,13 @@ def _builder(stock: Callable[..., Any], settings: OffloadSettings | None) -> Cal
     def build(module: torch.nn.Module, init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         why = _line(_problem_of_arguments(init_optimizer, kwargs) or _environment_problem())
         if why is None:
-            from .optimizer import SharedMemorySuperOffload  # once the environment is known to fit
+            from .zero3.optimizer import SharedMemorySuperOffload  # only in a supported environment
 
             return SharedMemorySuperOffload(module, init_optimizer, *args, offload_settings=settings, **kwargs)
         if get_accelerator().device_name() == "cuda":
             _log.warning("%s", why)
             return stock(module, init_optimizer, *args, **kwargs)
-        _log.warning("%s That needs CUDA, so plain ZeRO-Offload is used: slower, nothing else lost.", why)
+        _log.warning("%s That class needs CUDA, so plain ZeRO-Offload is used, which is slower but complete.", why)
         return DeepSpeedZeroOptimizer_Stage3(module, init_optimizer, *args, **kwargs)
 
     return build
@@ -92,7 +92,7 @@ def _line(problem: str | None) -> str | None:
 
 
 def _problem_of_arguments(optimizer: Any, kwargs: Mapping[str, Any]) -> str | None:
-    """Check what the engine hands over, which is final where the configuration is only a wish."""
+    """Check the engine's arguments, which are final; the configuration may have been overridden."""
     offload, param_offload = kwargs.get("offload_optimizer_config"), kwargs.get("offload_param_config")
     if type(optimizer) is not DeepSpeedCPUAdam:
         return f"optimizer {type(optimizer).__name__} instead of DeepSpeedCPUAdam"
@@ -141,10 +141,10 @@ def _environment_problem() -> str | None:
         return f"DeepSpeed {deepspeed.__version__}, which is older than {supported}"
     found = contract.problems()
     if found:
-        return f"DeepSpeed {deepspeed.__version__} is not what was tested: {'; '.join(found)}"
+        return f"DeepSpeed {deepspeed.__version__} differs from the tested versions: {'; '.join(found)}"
     if deepspeed.__version__.split("+")[0] not in contract.TESTED_VERSIONS:
         tested = ", ".join(contract.TESTED_VERSIONS)
-        _log.info("DeepSpeed %s passes the contract, tested is %s", deepspeed.__version__, tested)
+        _log.info("DeepSpeed %s passes the contract; tested versions: %s", deepspeed.__version__, tested)
     return None
 
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 class OffloadSettings:
     """Hold the choices that change speed, never numbers.
 
-    speculate: compute new weights during backward. Off, every sub-group is stepped once the norm is known.
+    speculate: compute new weights during backward. If off, every sub-group is stepped once the norm is known.
     bind_trainer: restrict the trainer to its share of the cores. None decides by accelerator: on a GPU the
         trainer only feeds the device and is bound; on the CPU accelerator its cores *are* the device, so it
         keeps all of them and only the optimizer process is bound.
-    fused: speculate with the kernel of fused.py where it can be had (bf16 weights, fp32 masters).
-    direct_gradients: where a step has one micro-batch, write gradients straight into the shared memory
-        instead of through DeepSpeed's accumulation buffer.
-    chunk_numel_per_thread: elements that one thread of the optimizer process handles before it looks for
-        news from the trainer; four fp32 arrays of this length should fit a core's L2 cache.
-    notice_interval_s: how often to say that the trainer still waits for a living optimizer process.
+    fused: speculate with the kernel of worker/fused.cpp where it applies (bf16 weights, fp32 masters).
+    direct_gradients: if a step has one micro-batch, write gradients straight into the shared memory instead
+        of through DeepSpeed's accumulation buffer.
+    chunk_numel_per_thread: elements that one thread of the optimizer process computes before the process
+        checks for new messages; four fp32 arrays of this length should fit a core's L2 cache.
+    notice_interval_s: seconds between two warnings that the trainer still waits for a living optimizer process.
     """
 
     speculate: bool = True
@@ -29,7 +29,7 @@ class OffloadSettings:
     notice_interval_s: float = 60.0
 
     def __post_init__(self) -> None:
-        """Refuse a chunk that would change where DeepSpeed's vector loop hands over to its scalar tail."""
+        """Reject a chunk size that would move the boundary between DeepSpeed's vector loop and its scalar tail."""
         if self.chunk_numel_per_thread <= 0 or self.chunk_numel_per_thread % 1024:
             raise ValueError(
                 f"chunk_numel_per_thread={self.chunk_numel_per_thread} must be a positive multiple of 1024"

@@ -1,12 +1,12 @@
-"""Measure how far memory grows as a checkpoint of several gigabytes is exported.
+"""Measure how much memory grows while a checkpoint of several gigabytes is exported.
 
     python tests/benchmarks/export_memory.py --kind llama
     python tests/benchmarks/export_memory.py --kind qwen3_moe
 
-Makes a checkpoint in the layout of DeepSpeed 0.19.8 (two ranks, float32 weights and both Adam moments), exports it
-in a process of its own, and compares the most memory that process held, mapped file pages included (VmHWM), with
-what it held before. The limit is twice the largest tensor in float32 plus one shard. A small export goes first, so
-that no import counts. The checkpoint is removed at the end; the numbers go to tests/benchmarks/results/.
+Makes a checkpoint in the layout of DeepSpeed 0.19.8 (two ranks, float32 weights and both Adam moments), exports it in
+a process of its own, and compares the peak memory of that process, including mapped file pages (VmHWM), with its
+memory before. The limit is twice the largest tensor in float32 plus one shard. A small export runs first, so that
+imports are not measured. The checkpoint is removed at the end; the numbers go to tests/benchmarks/results/.
 """
 
 import argparse
@@ -42,10 +42,11 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 
 
 def flat_groups(shapes: list[Any], generator: Any) -> list[Any]:
-    """Make one rank's flat float32 tensors: each parameter's share, padded to the same size on every rank."""
+    """Make one rank's flat float32 tensors: its partition of each parameter, padded to the same size on every rank."""
     import torch
 
-    groups, size = [], 0
+    groups: list[int] = []
+    size = 0
     for shape in shapes:
         size += math.ceil(shape.numel() / RANKS)
         if size >= SUB_GROUP / RANKS:
@@ -54,12 +55,12 @@ def flat_groups(shapes: list[Any], generator: Any) -> list[Any]:
 
 
 def make_checkpoint(folder: Path, kind: str, shape: dict[str, Any]) -> None:
-    """Write a checkpoint of random weights, and beside it what a run leaves in its output folder."""
+    """Write a checkpoint of random weights, and the files that a run writes to its output folder."""
     import torch
     import transformers
 
-    from superoffload.checkpoint import save_model_config, save_tokenizer
-    from tests.models import make_tokenizer
+    from superoffload.checkpoint.save import save_model_config, save_tokenizer
+    from tests.helpers.models import make_tokenizer
 
     config = transformers.AutoConfig.for_model(kind, **{**HEADS, **shape})
     with torch.device("meta"):
@@ -98,16 +99,17 @@ def status_bytes(key: str) -> int:
 
 
 def measure(big: Path, small: Path, max_shard_size: str) -> dict[str, Any]:
-    """Export the small checkpoint, then the big one, and say how far memory grew."""
+    """Export the small checkpoint, then the big one, and return how much memory grew."""
     import torch
 
-    from superoffload import export, rank_files
+    from superoffload.checkpoint import rank_files
+    from superoffload.export import weights
 
-    export.export(small, small / "export")
+    weights.export(small, small / "export")
     before = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     start = time.perf_counter()
-    export.export(big, big / "export", max_shard_size=max_shard_size)
+    weights.export(big, big / "export", max_shard_size=max_shard_size)
     wall_s = time.perf_counter() - start
     growth = status_bytes("VmHWM") - before
     tensors = rank_files.read(big).tensors
@@ -139,7 +141,7 @@ def in_a_process(*arguments: str) -> str:
 
 
 def main() -> None:
-    """Make, measure, write down, remove."""
+    """Make the checkpoints, measure, write the results, and remove the checkpoints."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kind", choices=SHAPES, default="llama")
     parser.add_argument("--max_shard_size", default="150MB")

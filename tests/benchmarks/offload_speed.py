@@ -3,14 +3,14 @@
     python tests/benchmarks/offload_speed.py                      # on a CPU: small models, four cases
     python tests/benchmarks/offload_speed.py --preset llama-1b --length 4096     # on a GPU
 
-Every mode lives in a process of its own; the processes take turns, a few steps each, round after round, so
-that a change in the machine's load meets all of them. Only one works at a time. A step is split into forward,
-backward and optimizer (`engine.step()`, which is the exposed wait). Weights are random, tokens too.
+Every mode runs in a process of its own. The processes take turns of a few steps each, so that a change in the
+machine's load affects all of them, and only one runs at a time. A step is split into forward, backward and optimizer
+(`engine.step()`, which is the exposed wait). Weights and tokens are random.
 
 Clipping: "off"; "rare", a threshold of twice the usual norm; "always", half the usual norm.
 
-DeepSpeed's own class refuses to run without CUDA; for the comparison its check is lifted and its stream given
-a `synchronize` there, inside its benchmark process.
+DeepSpeed's own class requires CUDA. To compare it on a CPU, its benchmark process disables that check and adds
+`synchronize` to its stream.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ROOT = HERE.parents[1]
 MODES = ("ours", "stock", "zero")
 MODE_NAMES = {"ours": "this package", "stock": "DeepSpeed SuperOffload", "zero": "ZeRO-Offload"}
 CLIPPING = {"off": 0.0, "rare": 2.0, "always": 0.5}
-# Else glibc decides in each process anew which large buffers to return to the system, and a backward takes half as long
-# again where it returns them.
+# Without these, glibc decides in each process which large buffers it returns to the system. A backward takes half as
+# long again in a process that returns them.
 STEADY_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 PARTS = ("forward_s", "backward_s", "optimizer_s", "step_s")
 
@@ -56,7 +56,14 @@ class Shape:
     tied: bool = True
 
 
-SMALL = {"hidden": 512, "intermediate": 1408, "layers": 8, "heads": 8, "kv_heads": 8, "vocabulary": 4096}
+SMALL: dict[str, Any] = {
+    "hidden": 512,
+    "intermediate": 1408,
+    "layers": 8,
+    "heads": 8,
+    "kv_heads": 8,
+    "vocabulary": 4096,
+}
 PRESETS = {
     "backward": Shape(**SMALL, length=512, sub_group=4_000_000),
     "optimizer": Shape(**SMALL, length=16, sub_group=4_000_000),
@@ -124,7 +131,7 @@ def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
 
 
 def let_stock_run_without_cuda() -> None:
-    """Lift the check of DeepSpeed's own class and give it a stream, in this process."""
+    """Disable the CUDA check of DeepSpeed's own class and give it a stream, in this process."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.superoffload import superoffload_stage3
 
@@ -152,7 +159,7 @@ class Bench:
         self.generator = torch.Generator().manual_seed(1)
 
     def clip(self, kind: str) -> float:
-        """Set the threshold relative to the usual norm; returns it."""
+        """Set the threshold relative to the usual norm, and return it."""
         usual = statistics.median(self.norms[-8:])
         self.engine.optimizer.clip_grad = CLIPPING[kind] * usual
         return float(self.engine.optimizer.clip_grad)
@@ -346,7 +353,7 @@ def main() -> None:
             "command": " ".join(["python", "tests/benchmarks/offload_speed.py", *sys.argv[1:]]),
             "cases": cases,
         }
-        write(report, options["name"])  # after every case, so that an interruption costs one case
+        write(report, options["name"])  # after every case, so that an interruption loses one case
     sys.stdout.write(markdown(report))
 
 

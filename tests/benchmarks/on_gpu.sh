@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All that needs a CUDA device, one after the other; results go to tests/benchmarks/results.
+# Run everything that needs a CUDA device; results go to tests/benchmarks/results.
 #   bash tests/benchmarks/on_gpu.sh
-# Equality with ZeRO-Offload and checkpoints on the device first, then copy rates, then step times of this package,
-# DeepSpeed's SuperOffload and ZeRO-Offload for random models of 1 and 3 billion parameters. Needs about 30 GiB of
-# device memory and three times 18 bytes of host memory per parameter.
+# Tests equality with ZeRO-Offload and checkpoints on the device, then measures copy rates and the step times of this
+# package, DeepSpeed's SuperOffload and ZeRO-Offload for random models of 1 and 3 billion parameters. Needs about 30 GiB
+# of device memory and three times 18 bytes of host memory per parameter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 OFFLOAD_ACCELERATOR=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 python -m pytest -m '' -k 'not two_ranks' \
-    tests/offload/test_equality.py tests/offload/test_checkpointing.py
+    tests/offload/test_equality.py tests/offload/zero3/test_checkpointing.py
 python tests/benchmarks/pinned_rates.py
 for length in 2048 8192; do
     for preset in llama-1b llama-3b; do

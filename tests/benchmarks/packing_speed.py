@@ -1,4 +1,4 @@
-"""Measure packing: speed against padding to the full length, equal losses, memory for many rows.
+"""Measure packing: speed compared with padding to the full length, equality of losses, memory for many rows.
 
     python tests/benchmarks/packing_speed.py --data alpaca_en_demo.json
 
@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.ranks import launch
+from tests.helpers.ranks import launch
 
 MAX_LENGTH = 2048
 LLAMA: dict[str, Any] = {
@@ -94,13 +94,13 @@ def _curve(model: Path, data: Path, steps: int, packs: bool) -> list[tuple[float
     from superoffload.config import DataSettings, TrainingSettings
     from superoffload.data import loader
     from superoffload.data.collate import Layout, collate
-    from superoffload.loss import summed_loss
-    from superoffload.tokenizer import load_tokenizer
+    from superoffload.model.head import summed_loss
+    from superoffload.model.tokenizer import load_tokenizer
 
-    words = load_tokenizer(str(model))
-    rows, _ = loader.load(words, DataSettings(dataset_name=str(data), max_length=1024), 0)
-    how = Layout(packs=True, full_length=False, max_length=1024, pad_token_id=0)
-    batches = loader.Batches(rows, how, TrainingSettings(), (0, 1))
+    tokenizer = load_tokenizer(str(model))
+    rows, _ = loader.load(tokenizer, DataSettings(dataset_name=str(data), max_length=1024), 0)
+    layout = Layout(packs=True, full_length=False, max_length=1024, pad_token_id=0)
+    batches = loader.Batches(rows, layout, TrainingSettings(), rank=0, world_size=1)
     members, bounds = batches.packs.rows(rows.lengths), batches.packs.bounds
     torch.manual_seed(0)
     small = {**LLAMA, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -111,7 +111,7 @@ def _curve(model: Path, data: Path, steps: int, packs: bool) -> list[tuple[float
     for step in range(steps):
         documents = rows.read(members[bounds[step] : bounds[step + 1]].tolist())
         if packs:
-            batch = collate([documents], 1, how)
+            batch = collate([documents], 1, layout)
         else:
             single = Layout(packs=False, full_length=False, max_length=1024, pad_token_id=0)
             batch = collate([[row] for row in documents], len(documents), single)
@@ -119,14 +119,14 @@ def _curve(model: Path, data: Path, steps: int, packs: bool) -> list[tuple[float
         labels = inputs.pop("labels")
         loss = summed_loss(network(**inputs).logits, labels) / batch.target_tokens
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         result.append((float(loss.detach()), batch.target_tokens))
     return result
 
 
 def memory(model: Path, data: Path, count: int) -> dict[str, Any]:
-    """Tokenise and pack many rows in a process of its own and return by how much its memory grew at most."""
+    """Tokenise and pack many rows in a process of its own, and return the peak growth of its memory."""
     with tempfile.TemporaryDirectory() as folder:
         many = Path(folder) / "rows.json"
         rng = random.Random(0)
@@ -142,7 +142,7 @@ def memory(model: Path, data: Path, count: int) -> dict[str, Any]:
 
 
 def measure_memory(model: str, data: str) -> dict[str, Any]:
-    """Make everything ready to train in this process; bytes before, and the growth at its peak."""
+    """Prepare everything for training in this process; return its memory before and the peak growth, in bytes."""
     import resource
     import time
 
@@ -150,18 +150,19 @@ def measure_memory(model: str, data: str) -> dict[str, Any]:
 
     from superoffload.config import DataSettings, TrainingSettings
     from superoffload.data import collate, loader
-    from superoffload.tokenizer import load_tokenizer
+    from superoffload.model.tokenizer import load_tokenizer
 
-    words = load_tokenizer(model)
-    words("warm")
+    tokenizer = load_tokenizer(model)
+    tokenizer("warm")
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     settings = DataSettings(dataset_name=data, max_length=MAX_LENGTH)
-    rows, _ = loader.load(words, settings, 0)
-    ready = loader.Batches(rows, collate.layout(settings, 0, False), TrainingSettings(batch_size=4), (0, 1))
-    next(ready.epoch(0))
+    rows, _ = loader.load(tokenizer, settings, 0)
+    layout = collate.choose_layout(settings, 0, False)
+    batches = loader.Batches(rows, layout, TrainingSettings(batch_size=4), rank=0, world_size=1)
+    next(batches.epoch(0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    statistics = ready.statistics()
+    statistics = batches.statistics()
     return {
         "before_bytes": before,
         "growth_bytes": peak - before,
@@ -178,7 +179,7 @@ def report(found: dict[str, Any]) -> str:
         "# Packing",
         "",
         f"{found['machine']}. Llama of hidden size {LLAMA['hidden_size']} and {LLAMA['num_hidden_layers']} layers, "
-        f"max_length {MAX_LENGTH}, batch size 4, bf16, {found['steps']} steps each (the first two left out).",
+        f"max_length {MAX_LENGTH}, batch size 4, bf16, {found['steps']} steps each (without the first two).",
         "",
         "| rows | target tokens/s | tokens/s | padding | median step |",
         "| --- | --- | --- | --- | --- |",
@@ -192,9 +193,9 @@ def report(found: dict[str, Any]) -> str:
     curve, grown = found["curves"], found["memory"]
     lines += [
         "",
-        f"Packing trains **{found['ratio']:.1f} times** as many target tokens a second.",
+        f"Packing trains **{found['ratio']:.1f} times** as many target tokens per second.",
         "",
-        f"Losses of packed and padded training over the same rows, the same target tokens in each of "
+        f"Losses of packed and padded training on the same rows, with the same target tokens in each of "
         f"{curve['steps']} steps (fp32): from {curve['first_loss']:.4f} to {curve['last_loss']:.4f}, "
         f"largest difference {curve['largest_difference']:.1e}.",
         "",

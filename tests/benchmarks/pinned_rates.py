@@ -1,4 +1,4 @@
-"""Copy rates between a CUDA device and host memory: the arena's page-locked regions against torch's pinned memory.
+"""Measure copy rates between a CUDA device and host memory: the arena's page-locked regions and torch's pinned memory.
 
     python tests/benchmarks/pinned_rates.py
 
@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from superoffload.offload.pinning import page_lock, page_unlock
-from superoffload.offload.state import Arena, ArenaLayout, SubGroupShape
+from superoffload.offload.shared.state import Arena, ArenaLayout, SubGroupShape
+from superoffload.offload.trainer.pinning import page_lock, page_unlock
 
 HERE = Path(__file__).resolve().parent
 
 
 def buffers(numel: int) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], Arena, list[int]]:
-    """Return fp32 gradients and bf16 weights of `numel` elements in each kind of memory, and what keeps the arena."""
+    """Return fp32 gradients and bf16 weights of `numel` elements in each kind of memory, the arena and its locks."""
     shape = SubGroupShape(numel=numel, master=torch.float32, moments=torch.float32, weights=torch.bfloat16)
     arena, descriptor = Arena.create(ArenaLayout.plan({0: shape}))
     os.close(descriptor)
@@ -45,8 +46,8 @@ def buffers(numel: int) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], A
 
 
 def time_s(copy: Callable[[], Any]) -> float:
-    """Return how long the device was busy with a copy, in seconds."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    """Return the device time of a copy in seconds."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     copy()
     end.record()
@@ -62,8 +63,8 @@ def measure(numel: int, rounds: int) -> dict[str, dict[str, float]]:
     rates: dict[str, dict[str, list[float]]] = {kind: {"to host": [], "to device": []} for kind in kinds}
     for number in range(rounds + 1):  # the first warms up
         for kind, (host_gradients, host_weights) in kinds.items():
-            down = time_s(lambda host=host_gradients: host.copy_(gradients, non_blocking=True))
-            up = time_s(lambda host=host_weights: weights.copy_(host, non_blocking=True))
+            down = time_s(partial(host_gradients.copy_, gradients, non_blocking=True))
+            up = time_s(partial(weights.copy_, host_weights, non_blocking=True))
             if number:
                 rates[kind]["to host"].append(gradients.nbytes / down / 1e9)
                 rates[kind]["to device"].append(weights.nbytes / up / 1e9)

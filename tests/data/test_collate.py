@@ -1,56 +1,23 @@
 """Batches: their shapes, and documents that do not see each other in real models."""
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
 from superoffload.config import DataSettings
-from superoffload.data.collate import Layout, collate, layout
+from superoffload.data.collate import Layout, Row, choose_layout, collate
 from superoffload.data.encode import IGNORED
-from superoffload.loss import summed_loss
+from superoffload.model.head import summed_loss
+from tests.helpers.packs import DOCUMENTS, KINDS, PACKED, PACKS, PADDED, VARLEN, document, tiny
 
-PACKED = Layout(packs=True, full_length=False, max_length=48, pad_token_id=1)
-PADDED = Layout(packs=False, full_length=False, max_length=48, pad_token_id=1)
-VARLEN = Layout(packs=True, full_length=False, max_length=48, pad_token_id=1, varlen=True)
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-KINDS = {
-    "llama": {},
-    "qwen3": {"head_dim": 8},
-    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
+pytestmark = pytest.mark.unit
 
 
-def document(length, seed, prompt=2):
-    ids = np.random.default_rng(seed).integers(2, 64, size=length)
-    labels = np.where(np.arange(length) < prompt, IGNORED, ids)
-    return ids, labels
-
-
-DOCUMENTS = [document(length, seed, prompt) for seed, (length, prompt) in enumerate([(9, 2), (1, 0), (17, 5), (8, 0)])]
-PACKS = [DOCUMENTS[:2], DOCUMENTS[2:]]
-
-
-def tiny(kind, attention="sdpa", **more):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **KINDS.get(kind, {}), **more})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model.config.use_cache = False
-    return model.float()
-
-
-def test_packed_batch():
+def test_packed_batch() -> None:
     batch = collate(PACKS, 3, PACKED)
     assert {name: tuple(value.shape) for name, value in batch.inputs.items()} == dict.fromkeys(
         ("input_ids", "labels", "position_ids"), (3, 32)
@@ -67,7 +34,7 @@ def test_packed_batch():
     assert (labels[2] == IGNORED).all()
 
 
-def test_one_row_with_bounds_for_variable_length_kernels():
+def test_one_row_with_bounds_for_variable_length_kernels() -> None:
     inputs = collate(PACKS, 2, VARLEN).inputs
     assert inputs["input_ids"].shape == (1, 40)
     assert inputs["cu_seq_lens_q"].dtype == torch.int32
@@ -81,7 +48,7 @@ def test_one_row_with_bounds_for_variable_length_kernels():
     assert full["cu_seq_lens_q"].tolist() == [0, 16]
 
 
-def test_padded_batch():
+def test_padded_batch() -> None:
     batch = collate([[row] for row in DOCUMENTS[:3]], 4, PADDED)
     assert batch.inputs["input_ids"].shape == (4, 24)
     assert batch.inputs["attention_mask"].sum(dim=1).tolist() == [9, 1, 17, 1]
@@ -90,9 +57,9 @@ def test_padded_batch():
     assert collate([[DOCUMENTS[0]]], 1, full).inputs["input_ids"].shape == (1, 48)
 
 
-@pytest.mark.parametrize("how", [PACKED, PADDED, VARLEN])
-def test_filler_alone_computes_and_counts_nothing(how):
-    batch = collate([], 2, how)
+@pytest.mark.parametrize("layout", [PACKED, PADDED, VARLEN])
+def test_filler_alone_is_finite_and_holds_no_target(layout: Layout) -> None:
+    batch = collate([], 2, layout)
     assert batch.target_tokens == 0 and batch.lengths == ()
     inputs = {
         name: value for name, value in batch.on("cpu").items() if not name.startswith(("cu_", "max_", "document_"))
@@ -112,15 +79,17 @@ def test_filler_alone_computes_and_counts_nothing(how):
         ({"padding": "max_length"}, False, False, False),
     ],
 )
-def test_layout_follows_settings_and_attention(settings, takes_documents, packs, varlen):
-    how = layout(DataSettings(**settings), 0, takes_documents)
-    assert (how.packs, how.varlen) == (packs, varlen)
-    assert how.full_length is (settings.get("padding") == "max_length")
+def test_layout_follows_settings_and_attention(
+    settings: dict[str, Any], takes_documents: bool, packs: bool, varlen: bool
+) -> None:
+    layout = choose_layout(DataSettings(**settings), 0, takes_documents)
+    assert (layout.packs, layout.varlen) == (packs, varlen)
+    assert layout.full_length is (settings.get("padding") == "max_length")
 
 
-def run(model, packs, how):
-    """Return summed loss and each document's logits."""
-    inputs = collate(packs, len(packs), how).on("cpu")
+def run(model: Any, packs: Sequence[Sequence[Row]], layout: Layout) -> tuple[Any, list[torch.Tensor]]:
+    """Return the summed loss and each document's logits."""
+    inputs = collate(packs, len(packs), layout).on("cpu")
     labels = inputs.pop("labels")
     logits = model(**inputs).logits
     found = []
@@ -132,15 +101,15 @@ def run(model, packs, how):
     return summed_loss(logits, labels), found
 
 
-def flattened(packs):
-    """Lay out as for variable-length kernels, without the bounds that only they take."""
+def flattened(packs: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """Put all documents into one pack, as for variable-length kernels, which take their bounds as well."""
     return [[row for pack in packs for row in pack]]
 
 
 @pytest.mark.parametrize("one_row", [False, True], ids=["rows", "one_row"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_logits_are_those_of_each_document_alone(kind, attention, one_row):
+def test_packed_logits_are_those_of_each_document_alone(kind: str, attention: str, one_row: bool) -> None:
     model = tiny(kind, attention).eval()
     with torch.no_grad():
         _, packed = run(model, flattened(PACKS) if one_row else PACKS, PACKED)
@@ -151,7 +120,7 @@ def test_packed_logits_are_those_of_each_document_alone(kind, attention, one_row
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_gradient_is_the_sum_over_documents(kind, attention):
+def test_packed_gradient_is_the_sum_over_documents(kind: str, attention: str) -> None:
     model = tiny(kind, attention)
     run(model, PACKS, PACKED)[0].backward()
     packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -162,8 +131,8 @@ def test_packed_gradient_is_the_sum_over_documents(kind, attention):
         torch.testing.assert_close(packed[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_all_ones_mask_would_leak():
-    """The trap that the layout avoids: with a mask given, transformers sees one document."""
+def test_all_ones_mask_would_leak() -> None:
+    """Packed rows have no mask for this reason: given one, transformers sees a single document."""
     model = tiny("llama").eval()
     inputs = collate(PACKS, 2, PACKED).on("cpu")
     del inputs["labels"]
@@ -173,8 +142,16 @@ def test_all_ones_mask_would_leak():
     assert (right - leaky)[1, 17:25].abs().max() > 1e-3
 
 
-def varlen_reference(module, query, key, value, attention_mask, scaling=None, **bounds):
-    """Attend as a variable-length kernel does: document by document, told by the bounds alone."""
+def varlen_reference(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **bounds: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as a variable-length kernel does: document by document, by the bounds alone."""
     assert attention_mask is None
     assert bounds["max_length_q"] == max(bounds["cu_seq_lens_q"].diff().tolist())
     edges = bounds["cu_seq_lens_q"].tolist()
@@ -193,7 +170,7 @@ def varlen_reference(module, query, key, value, attention_mask, scaling=None, **
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bounds_reach_the_attention_of_every_layer_and_isolate(kind):
+def test_bounds_reach_the_attention_of_every_layer_and_isolate(kind: str) -> None:
     transformers.AttentionInterface.register("varlen_reference", varlen_reference)
     model, plain = tiny(kind, "varlen_reference").eval(), tiny(kind).eval()
     inputs = collate(PACKS, 2, VARLEN).on("cpu")

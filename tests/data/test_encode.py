@@ -1,12 +1,20 @@
-"""Labels: exactly the assistant's words and the tokens that end them."""
+"""Labels: the targets are exactly the assistant's words and the tokens that end them."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from superoffload.data.chat import answer_spans
-from superoffload.data.encode import IGNORED, Encoder, alpaca_prompt, plain_segments
+from superoffload.data.chat import Turns, answer_spans
+from superoffload.data.encode import IGNORED, Encoded, Encoder, alpaca_prompt, plain_segments
 from superoffload.data.formats import BadRow, Chat, Pair, Text
 from superoffload.errors import UserError
-from tests.data.conftest import make_tokenizer
+from superoffload.protocols import Tokenizer
+from tests.helpers.tokenizers import make_chat_tokenizer
+
+pytestmark = pytest.mark.unit
+
+Decode = Callable[[Encoded], list[str]]
 
 TURNS = Chat(
     (
@@ -21,13 +29,13 @@ CHATML = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-# Closes the last turn with another token than the others.
+# Closes the last turn with a different token.
 RETURNS = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
     "{% if loop.last and m.role == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-# Writes an empty reasoning into the last turn only and takes it out of earlier ones.
+# Writes an empty reasoning into the last turn only and removes it from earlier turns.
 THINKS = (
     "{% for m in messages %}<|start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
@@ -37,9 +45,9 @@ THINKS = (
 )
 # Its header opens a reasoning that the turns do not have.
 OPENS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-# No header, no end of turn but a line's end.
+# Has no header, and a newline as the only end of a turn.
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-# Trims, and writes its end of a turn before the next one.
+# Trims the content, and closes a turn only before the next one.
 TRIMS = (
     "{% for m in messages %}{% if not loop.first %}<eos>{% endif %}[{{ m.role }}]{{ m.content.strip() }}{% endfor %}"
 )
@@ -49,17 +57,11 @@ MARKS = (
 )
 
 
-def encoder(tokenizer, template="auto", train_on_prompt=False):
+def encoder(tokenizer: Tokenizer, template: str = "auto", train_on_prompt: bool = False) -> Encoder:
     return Encoder(tokenizer, template, train_on_prompt)
 
 
-def with_template(text):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = text
-    return tokenizer
-
-
-def test_pair_is_written_as_upstream_does_and_learns_to_stop(tokenizer, decoded_targets):
+def test_pair_is_written_as_upstream_does_and_learns_to_stop(tokenizer: Tokenizer, decoded_targets: Decode) -> None:
     pair = Pair("Name three colours.", "warm ones", "Red.")
     encoded = encoder(tokenizer)(pair)
     assert tokenizer.decode(encoded.input_ids) == (
@@ -69,7 +71,7 @@ def test_pair_is_written_as_upstream_does_and_learns_to_stop(tokenizer, decoded_
     assert "### Input" not in alpaca_prompt(Pair("q", " ", "a"))
 
 
-def test_answer_follows_the_prompts_own_tokens(tokenizer):
+def test_answer_follows_the_prompts_own_tokens(tokenizer: Tokenizer) -> None:
     pair = Pair("hello", "", "hi")
     encoded = encoder(tokenizer)(pair)
     prompt = tokenizer(alpaca_prompt(pair))["input_ids"]
@@ -77,24 +79,24 @@ def test_answer_follows_the_prompts_own_tokens(tokenizer):
     assert encoded.labels[: len(prompt)] == [IGNORED] * len(prompt)
 
 
-def test_padding_token_that_ends_sequences_still_counts():
-    tokenizer = make_tokenizer(pad_token="<eos>")
+def test_end_of_sequence_is_a_target_even_if_it_is_the_padding_token() -> None:
+    tokenizer = make_chat_tokenizer(pad_token="<eos>")
     assert encoder(tokenizer)(Pair("q", "", "a")).labels[-1] == tokenizer.eos_token_id
 
 
-def test_every_token_of_a_text_counts(tokenizer):
+def test_every_token_of_a_text_is_a_target(tokenizer: Tokenizer) -> None:
     encoded = encoder(tokenizer)(Text("hello"))
     assert encoded.labels == encoded.input_ids
     assert encoded.input_ids[-1] == tokenizer.eos_token_id
     assert encoded.target_tokens == len(encoded.input_ids) - 1
 
 
-def test_train_on_prompt_counts_all(tokenizer):
+def test_train_on_prompt_makes_every_token_a_target(tokenizer: Tokenizer) -> None:
     encoded = encoder(tokenizer, train_on_prompt=True)(Pair("q", "", "a"))
     assert encoded.labels == encoded.input_ids
 
 
-def test_truncation_keeps_the_head_of_the_answer(tokenizer):
+def test_truncation_keeps_the_start_of_the_answer(tokenizer: Tokenizer) -> None:
     encoded = encoder(tokenizer)(Pair("q", "", "red orange yellow"))
     cut = encoded.head(encoded.shortest + 1)
     assert cut.target_tokens == 2
@@ -103,7 +105,7 @@ def test_truncation_keeps_the_head_of_the_answer(tokenizer):
     assert encoded.head(encoded.shortest - 1).target_tokens == 0
 
 
-def test_plain_template(tokenizer, decoded_targets):
+def test_plain_template(tokenizer: Tokenizer, decoded_targets: Decode) -> None:
     encoded = encoder(tokenizer)(TURNS)
     assert tokenizer.decode(encoded.input_ids) == (
         "### System:\nBe brief.\n\n### User:\nhello\n\n### Assistant:\nhi there<eos>\n\n"
@@ -127,72 +129,75 @@ def test_plain_template(tokenizer, decoded_targets):
     ],
     ids=["chatml", "returns", "thinks", "opens", "bare", "trims", "marks", "marks_with_end"],
 )
-def test_every_turn_of_the_assistant_in_any_template(template, expected, decoded_targets):
-    encoded = encoder(with_template(template))(TURNS)
+def test_every_turn_of_the_assistant_in_any_template(
+    template: str, expected: list[str] | None, decoded_targets: Decode
+) -> None:
+    encoded = encoder(make_chat_tokenizer(template))(TURNS)
     found = decoded_targets(encoded)
     assert found == expected if expected else all(run == "hi there<|end|>\n" for run in found) and len(found) == 2
 
 
-def test_reasoning_of_the_last_turn_counts(decoded_targets):
+def test_reasoning_of_the_last_turn_is_a_target(decoded_targets: Decode) -> None:
     think = "<think>\nhm\n</think>\n\n"
     turns = [
         {**turn, "content": think + turn["content"]} if turn["role"] == "assistant" else turn for turn in TURNS.turns
     ]
-    encoded = encoder(with_template(THINKS))(Chat(tuple(turns)))
+    encoded = encoder(make_chat_tokenizer(THINKS))(Chat(tuple(turns)))
     assert decoded_targets(encoded) == ["hi there<|end|>", f"{think}hi there<|end|>"]
 
 
-def test_tokens_are_those_of_the_whole_rendered_text():
-    tokenizer = with_template(CHATML)
+def test_tokens_are_those_of_the_whole_rendered_text() -> None:
+    tokenizer = make_chat_tokenizer(CHATML)
     encoded = encoder(tokenizer)(TURNS)
     text = tokenizer.apply_chat_template(list(TURNS.turns), tokenize=False)
     assert encoded.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_answer_of_several_bytes_a_character(decoded_targets):
+def test_answer_of_several_bytes_a_character(decoded_targets: Decode) -> None:
     turns = Chat(({"role": "user", "content": "q"}, {"role": "assistant", "content": " \u00fc\U0001f600 "}))
-    assert decoded_targets(encoder(with_template(CHATML))(turns)) == [" \u00fc\U0001f600 <|end|>"]
+    assert decoded_targets(encoder(make_chat_tokenizer(CHATML))(turns)) == [" \u00fc\U0001f600 <|end|>"]
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "does not write its content|depends on"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "changes its content|depends on"),
         (CHATML.replace("{{ m.content }}", "{{ m.content[0] }}"), "cannot be found"),
         ("{{ messages | length }} {% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "2 times"),
         (MARKS.replace("{{ m.content }}{% endgen", "{% endgen"), "enclose nothing"),
     ],
 )
-def test_span_that_cannot_be_found_is_an_error(template, reason):
+def test_span_that_cannot_be_found_is_an_error(template: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason) as error:
-        encoder(with_template(template))(TURNS)
+        encoder(make_chat_tokenizer(template))(TURNS)
     assert "--chat_template plain" in str(error.value)
 
 
-def test_what_a_template_refuses_is_a_bad_row():
+def test_row_that_the_template_rejects_is_a_bad_row() -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     with pytest.raises(BadRow, match="no system"):
-        encoder(with_template(template))(TURNS)
+        encoder(make_chat_tokenizer(template))(TURNS)
 
 
-def test_template_that_needs_a_turn_is_no_obstacle():
+def test_template_may_reject_an_empty_conversation() -> None:
     template = "{% set first = messages[0].role %}{{ first[0] }}" + CHATML
     turns = [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "q"}]
 
-    def render(given, asks):
-        return (
-            with_template(template).apply_chat_template(list(given), tokenize=False, add_generation_prompt=asks)
-            if given
-            else ""
+    def render(given: Turns, add_generation_prompt: bool) -> str:
+        if not given:
+            return ""
+        tokenizer = make_chat_tokenizer(template)
+        return str(
+            tokenizer.apply_chat_template(list(given), tokenize=False, add_generation_prompt=add_generation_prompt)
         )
 
     text, spans = answer_spans(turns, render, ["<|end|>"])
     assert [text[a:b] for a, b in spans] == ["hi<|end|>"]
 
 
-def test_choice_of_the_template(tmp_path, decoded_targets):
+def test_choice_of_the_template(tmp_path: Path, decoded_targets: Decode) -> None:
     pair = Pair("q", "c", "a")
-    tokenizer = with_template(CHATML)
+    tokenizer = make_chat_tokenizer(CHATML)
     assert tokenizer.decode(encoder(tokenizer)(pair).input_ids).startswith("### Instruction")
     chat = tokenizer.decode(encoder(tokenizer, "tokenizer")(pair).input_ids)
     assert chat == "<|start|>user\nq\n\nc<|end|>\n<|start|>assistant\na<|end|>\n"
@@ -202,6 +207,6 @@ def test_choice_of_the_template(tmp_path, decoded_targets):
 
 
 @pytest.mark.parametrize("choice", ["tokenizer", "missing.jinja"])
-def test_template_that_cannot_be_had(tokenizer, choice):
+def test_missing_template(tokenizer: Tokenizer, choice: str) -> None:
     with pytest.raises(UserError, match=f"--chat_template {choice}"):
         encoder(tokenizer, choice)

@@ -2,28 +2,33 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from superoffload.commands import group
 from superoffload.data.preview import DIM, GREEN, RESET, shown
 from superoffload.errors import UserError
-from tests.data.conftest import make_tokenizer
+from superoffload.protocols import Tokenizer
+from tests.helpers.rows import WriteJsonLines
+
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def folder(tmp_path):
-    tokenizer = make_tokenizer()
+def folder(tmp_path: Path, tokenizer: Tokenizer) -> str:
+    """Write the tokenizer as a model folder."""
     tokenizer.save_pretrained(str(tmp_path / "model"))
     return str(tmp_path / "model")
 
 
-def preview(capsys, *arguments):
+def preview(capsys: Capture, *arguments: str) -> str:
     group.main(["preview", *arguments], standalone_mode=False)
     return capsys.readouterr().out
 
 
-def test_rows_and_statistics(capsys, folder, jsonl):
+@pytest.mark.unit
+def test_rows_and_statistics(capsys: Capture, folder: str, jsonl: WriteJsonLines) -> None:
     name = jsonl([{"instruction": "q", "output": f"answer {n}"} for n in range(9)])
     out = preview(capsys, "--model_name", folder, "--dataset_name", name, "-n", "2", "--batch_size", "2")
     assert out.count("--- row") == 2
@@ -32,13 +37,15 @@ def test_rows_and_statistics(capsys, folder, jsonl):
         assert word in out
 
 
-def test_held_out_rows_have_their_own_statistics(capsys, folder, jsonl):
+@pytest.mark.unit
+def test_held_out_rows_have_their_own_statistics(capsys: Capture, folder: str, jsonl: WriteJsonLines) -> None:
     name = jsonl([{"instruction": "q", "output": f"answer {n}"} for n in range(9)])
     out = preview(capsys, "--model_name", folder, "--dataset_name", name, "--eval_percentage", "20", "--no_packing")
     assert "Training rows" in out and "Held-out rows" in out and "not packed" in out
 
 
-def test_colours_and_plain_marks(tokenizer):
+@pytest.mark.unit
+def test_colours_and_plain_marks(tokenizer: Tokenizer) -> None:
     ids = tokenizer("hello you")["input_ids"]
     labels = [-100] * (len(ids) - 1) + ids[-1:]
     head, tail = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[-1:])
@@ -46,7 +53,7 @@ def test_colours_and_plain_marks(tokenizer):
     assert shown(ids, labels, tokenizer, colours=False) == f"{head}>>>{tail}<<<"
 
 
-def test_mistakes_are_one_line(folder, jsonl):
+def test_mistakes_are_one_line(folder: str, jsonl: WriteJsonLines) -> None:
     name = jsonl([{"a": 1}])
     command = [sys.executable, "-m", "superoffload.commands", "preview", "--model_name", folder, "--dataset_name", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -54,12 +61,13 @@ def test_mistakes_are_one_line(folder, jsonl):
     assert done.stderr.count("\n") == 1 and "known shape" in done.stderr and done.stderr.startswith("Error: ")
 
 
-def test_unknown_setting_is_refused(folder):
+@pytest.mark.unit
+def test_value_outside_its_limits_is_refused(folder: str) -> None:
     with pytest.raises(UserError, match="--max_length 3"):
         group.main(["preview", "--model_name", folder, "--max_length", "3"], standalone_mode=False)
 
 
-def test_deepspeed_is_not_imported(folder, jsonl):
+def test_deepspeed_is_not_imported(folder: str, jsonl: WriteJsonLines) -> None:
     name = jsonl([{"instruction": "q", "output": "a"}])
     code = (
         "import sys; from superoffload.commands import group; "

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the offload tests on another DeepSpeed: bash tests/offload/on_deepspeed.sh VERSION [pytest arguments]
-# The version is installed beside the environment, not into it, and removed afterwards.
+# The version is installed in a temporary folder, which is removed afterwards.
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then

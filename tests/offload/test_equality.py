@@ -1,18 +1,18 @@
 """Equality with ZeRO-Offload: parameters, gradients, moments, weights, steps, losses, norms, bit for bit.
 
-All cases of one world size run in one launch; each test looks at one of them.
+All cases of one world size run in one launch; each test checks one of them.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from offload_ranks import run_ranks
-from offload_training import Case, train
+
+from tests.helpers.offload_training import Case, train
+from tests.helpers.ranks import run_ranks
 
 WARMUP = {"warmup_min_lr": 0.0, "warmup_max_lr": 3e-3, "warmup_num_steps": 2}
 COSINE = {"type": "WarmupCosineLR", "params": {"total_num_steps": 10, "warmup_num_steps": 2}}
@@ -97,37 +97,29 @@ QUICK_ON_TWO_RANKS = (
 SLOW_ON_TWO_RANKS = tuple(n for n in CASES if n not in QUICK_ON_TWO_RANKS)
 
 
-def run_cases(names: list[str]) -> dict[str, dict[str, Any]]:
+def run_cases(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Train every case in both modes; runs on every rank."""
     return {n: {"zero": train(CASES[n], False), "ours": train(CASES[n], True)} for n in names}
 
 
-def launch(
-    factory: pytest.TempPathFactory, names: tuple[str, ...], world_size: int, timeout_s: float = 230.0
-) -> list[Any]:
-    """Return the results of the named cases on every rank, all from one launch."""
-    folder: Path = factory.mktemp("equality")
-    return run_ranks("test_equality:run_cases", folder, world_size=world_size, timeout_s=timeout_s, names=names)
+@pytest.fixture(scope="module")
+def one_rank() -> list[Any]:
+    return run_ranks(1, run_cases, QUICK_ON_ONE_RANK, timeout_s=230)
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return launch(tmp_path_factory, QUICK_ON_ONE_RANK, 1)
+def one_rank_slow() -> list[Any]:
+    return run_ranks(1, run_cases, SLOW_ON_ONE_RANK, timeout_s=230)
 
 
 @pytest.fixture(scope="module")
-def one_rank_slow(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return launch(tmp_path_factory, SLOW_ON_ONE_RANK, 1)
+def two_ranks() -> list[Any]:
+    return run_ranks(2, run_cases, QUICK_ON_TWO_RANKS, timeout_s=230)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return launch(tmp_path_factory, QUICK_ON_TWO_RANKS, 2)
-
-
-@pytest.fixture(scope="module")
-def two_ranks_slow(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return launch(tmp_path_factory, SLOW_ON_TWO_RANKS, 2, timeout_s=580.0)
+def two_ranks_slow() -> list[Any]:
+    return run_ranks(2, run_cases, SLOW_ON_TWO_RANKS, timeout_s=580)
 
 
 def assert_equal(zero: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -179,8 +171,8 @@ def test_cases_reach_what_they_are_meant_to_reach(one_rank: list[Any]) -> None:
     assert 0 < stats["clip-some"].clipped_steps < 10
     assert stats["clip-all"].clipped_steps == 10 and stats["clip-all"].accepted == 0
     assert results["fp16-overflow"]["ours"]["skipped"] > 0
-    assert stats["nan"].discarded_epochs == 2 and stats["nan"].steps == 8
-    assert stats["dropped-unclipped"].discarded_epochs == 2
+    assert stats["nan"].discarded_rounds == 2 and stats["nan"].steps == 8
+    assert stats["dropped-unclipped"].discarded_rounds == 2
     assert stats["lr-moved"].cancelled > 0 and stats["two-backwards"].cancelled > 0
     assert stats["gradient-set"].cancelled == 1
     assert stats["no-speculation"].speculated == 0

@@ -1,4 +1,4 @@
-"""When the optimizer is used, when not, and that nothing stays patched."""
+"""When the optimizer is used and when not; nothing stays patched."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.superoffload import superoffload_stage3
 
-from superoffload.offload import contract
 from superoffload.offload.install import installed, reason_unsupported
+from superoffload.offload.zero3 import contract
 
 CONFIG: dict[str, Any] = {
     "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
@@ -37,6 +37,7 @@ def test_a_fitting_configuration_has_no_reason() -> None:
     assert reason_unsupported(CONFIG, adam) is None
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -52,11 +53,12 @@ def test_a_fitting_configuration_has_no_reason() -> None:
         ("optimizer.params.torch_adam", True, "torch_adam"),
     ],
 )
-def test_the_reason_names_what_does_not_fit(path: str, value: Any, words: str) -> None:
+def test_the_reason_names_what_is_unsupported(path: str, value: Any, words: str) -> None:
     reason = reason_unsupported(changed(path, value))
     assert reason is not None and words in reason and "Adam moments" in reason and "\n" not in reason
 
 
+@pytest.mark.unit
 def test_another_optimizer_is_a_reason() -> None:
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     assert "SGD" in (reason_unsupported(CONFIG, sgd) or "")
@@ -71,6 +73,7 @@ def test_another_deepspeed_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no_such_name is missing" in (reason_unsupported(CONFIG) or "")
 
 
+@pytest.mark.unit
 def test_nothing_stays_patched() -> None:
     stock = superoffload_stage3.SuperOffloadOptimizer_Stage3
     with installed():
@@ -83,12 +86,13 @@ def test_nothing_stays_patched() -> None:
     assert superoffload_stage3.SuperOffloadOptimizer_Stage3 is stock
 
 
+@pytest.mark.unit
 def test_an_unsuitable_optimizer_falls_back_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from superoffload.offload import install
 
-    built = []
+    built: list[Any] = []
     monkeypatch.setattr(install, "DeepSpeedZeroOptimizer_Stage3", lambda *a, **k: built.append(a))
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     with installed(), caplog.at_level(logging.WARNING):

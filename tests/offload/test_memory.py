@@ -5,24 +5,24 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from offload_ranks import HERE, free_port, rank_environment, run_ranks
+
+from tests.helpers import offload_memory
+from tests.helpers.ranks import REPOSITORY, free_port, rank_environment, run_ranks
 
 MIB = 2**20
 
 
-def test_bytes_per_parameter(tmp_path: Path) -> None:
-    ours = run_ranks("offload_memory:measure", tmp_path, super_offload=True)[0]
-    zero = run_ranks("offload_memory:measure", tmp_path, super_offload=False)[0]
+def test_bytes_per_parameter() -> None:
+    (ours,) = run_ranks(1, offload_memory.measure, True)
+    (zero,) = run_ranks(1, offload_memory.measure, False)
     assert ours["planned"] == pytest.approx(18.0, rel=0.01)
     assert ours["arena"] == pytest.approx(18.0, rel=0.01)
-    # What stays private on the trainer's side is DeepSpeed's own: weights, gradient accumulation, buckets.
-    # ZeRO-Offload has the sixteen bytes of parameters, gradients and moments in there as well.
+    # The trainer's private memory is DeepSpeed's: weights, gradient accumulation, buckets. For ZeRO-Offload it also
+    # holds the sixteen bytes of parameters, gradients and moments.
     assert ours["trainer_private"] <= zero["trainer_private"] - 16.0 + 1.0
-    # Scratch and libraries; a copy of the fp32 state would be 100 MiB and more.
+    # Scratch memory and libraries; a copy of the fp32 state would be at least 100 MiB.
     assert ours["worker_private_bytes"] < 200 * MIB
 
 
@@ -33,17 +33,16 @@ def mount_works() -> bool:
 
 
 @pytest.mark.skipif(not mount_works(), reason="mounting a small /dev/shm is not allowed here")
-def test_one_mebibyte_of_dev_shm_is_enough(tmp_path: Path) -> None:
-    program = f"{sys.executable} {HERE / 'offload_ranks.py'}"
-    rank = f"{program} offload_memory:train_a_little {tmp_path / 'out.pt'} '{{}}'"
+def test_one_mebibyte_of_dev_shm_is_enough() -> None:
     mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f"{mount} && exec {rank}"],
+        ["unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} -m tests.helpers.offload_memory"],
         env=rank_environment(0, 1, free_port()),
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=150,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert torch.load(tmp_path / "out.pt") == "1024"
+    assert "/dev/shm holds 1024 KiB" in done.stdout

@@ -1,0 +1,52 @@
+"""The output folder of a run: created, writable, and used by one run at a time."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from superoffload import distributed
+from superoffload.errors import UserError
+from superoffload.log import logger
+
+
+def prepare(folder: str) -> None:
+    """Create the output folder and write to it once, so that a mistake shows before training and not after.
+
+    Raises `UserError` if the folder cannot be created or written.
+    """
+    probe = Path(folder) / f".probe_{distributed.rank()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+def lock(folder: str) -> int | None:
+    """Lock the output folder against other runs; the lock ends with this process, however it ends.
+
+    Returns the handle that holds the lock, None if the file system has no locks. Raises `UserError` if another run
+    holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(
+            f"--output_dir {folder}: another run is writing there; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): make sure that no other run writes there", folder, error.strerror)
+        os.close(handle)
+        return None
+    return handle
+
+
+def unlock(handle: int | None) -> None:
+    """Unlock the output folder at the end of a run."""
+    if handle is not None:
+        os.close(handle)

@@ -1,0 +1,32 @@
+"""The `superoffload` command: tools used before and after a run, one file per subcommand."""
+
+import sys
+
+import click
+
+from superoffload import cli
+from superoffload.commands.convert import convert
+from superoffload.commands.export import export
+from superoffload.commands.preview import preview
+from superoffload.commands.tiny import tiny
+from superoffload.errors import UserError
+
+
+@click.group(
+    context_settings={"max_content_width": 110},
+    commands=[preview, convert, export, tiny],
+    help="Tools used before and after a run of finetune_zero3.py.",
+)
+def group() -> None:
+    """Collect the subcommands."""
+
+
+def main() -> None:
+    """Run the command; a `UserError` is one line and exit status 2."""
+    try:
+        status = group.main(prog_name="superoffload", standalone_mode=False)
+    except click.ClickException as error:
+        cli.exit_with(UserError(" ".join(error.format_message().split())))
+    except UserError as error:
+        cli.exit_with(error)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,20 @@
+"""`superoffload convert`: a checkpoint for another number of ranks."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes at a time.")
+def convert(checkpoint: Path, target: Path, workers: int) -> None:
+    """Convert a checkpoint for any number of ranks.
+
+    CHECKPOINT is a folder global_stepN of a run, TARGET a new folder; resume from it with --resume TARGET.
+    """
+    from superoffload.checkpoint import convert as conversion
+
+    conversion.convert(checkpoint, target, workers)
+    click.echo(f"{target}: resume from it with --resume {target} on any number of ranks")

@@ -1,0 +1,23 @@
+"""`superoffload export`: a checkpoint as a Hugging Face model folder."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint_or_output_dir", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16, float32 or float16.")
+@click.option("--max_shard_size", default="5GB", show_default=True, help="Maximum size of a file of weights.")
+def export(checkpoint_or_output_dir: Path, target: Path, dtype: str, max_shard_size: str) -> None:
+    """Export a checkpoint as a model folder.
+
+    The first argument is the folder of one checkpoint (OUTPUT_DIR/global_stepN), or the output folder of a run, whose
+    latest checkpoint is used. TARGET is a new folder, which transformers, vLLM and others load.
+    """
+    from superoffload import log
+    from superoffload.export import weights
+
+    log.setup("INFO")
+    weights.export(checkpoint_or_output_dir, target, dtype, max_shard_size)

@@ -1,0 +1,53 @@
+"""`superoffload preview`: rows as the model will see them, and the statistics of a data set."""
+
+import sys
+from typing import Any
+
+import click
+
+from superoffload import cli, config
+
+GROUPS = {"model": config.ModelSettings, "data": config.DataSettings, "training": config.TrainingSettings}
+OPTIONS = ("model_name", "batch_size", "gradient_accumulation_steps", "seed")
+
+
+def _show(rows: int, **values: Any) -> None:
+    """Show rows as the model will see them.
+
+    Target tokens are marked. The statistics of the whole data set follow.
+    """
+    settings = config.build({**values, "output_dir": ""})
+    from superoffload import log
+    from superoffload.data import collate, loader
+    from superoffload.data.preview import shown_rows
+    from superoffload.model.tokenizer import load_tokenizer
+
+    log.setup("WARNING")
+    tokenizer = load_tokenizer(settings.model.model_name)
+    train, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
+    for line in shown_rows(train, tokenizer, rows, sys.stdout.isatty()):
+        click.echo(line)
+    parts = {"": train} if held_out is None else {"Training rows": train, "Held-out rows": held_out}
+    for title, part in parts.items():
+        layout = collate.choose_layout(settings.data, tokenizer.pad_token_id, False)
+        batches = loader.Batches(part, layout, settings.training, rank=0, world_size=1)
+        click.echo("\n".join(["", *([title] if title else []), *batches.statistics().lines()]))
+
+
+def _options() -> list[click.Parameter]:
+    """Derive the options from the settings: all of the data's, and those that determine the number of steps."""
+    rows = click.Option(
+        ["-n", "--rows"], type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show."
+    )
+    return [
+        rows,
+        *(
+            cli.option(spec)
+            for name, settings in GROUPS.items()
+            for spec in config.settings_of(settings)
+            if name == "data" or spec.name in OPTIONS
+        ),
+    ]
+
+
+preview = click.Command("preview", params=_options(), callback=_show, help=_show.__doc__)

@@ -1,0 +1,141 @@
+"""The files of an export beside its weights: configuration, generation settings, tokenizer, model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from superoffload import hub
+from superoffload.checkpoint.rank_files import RankFiles
+from superoffload.errors import UserError
+from superoffload.model import load
+from superoffload.model.tokenizer import load_tokenizer
+from superoffload.protocols import Model
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+             "*.tiktoken", "chat_template*", "additional_chat_templates")  # fmt: skip
+SETTINGS = (
+    "dataset_name", "dataset_percentage", "max_length", "train_on_prompt", "lr", "lr_scheduler", "warmup",
+    "weight_decay", "max_grad_norm", "batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed",
+)  # fmt: skip
+
+
+def empty_model(checkpoint: RankFiles) -> Model:
+    """Build the model of a checkpoint on the meta device, where weights take no memory.
+
+    Uses the configuration in the output folder, or else that of the model the run started from. Raises `UserError` if
+    neither can be read.
+    """
+    config = _config(checkpoint)
+    # Weights are exported as they were trained, so the quantization of the original no longer applies.
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise UserError(f"{checkpoint.output_dir}: transformers has no causal language model {config.model_type}")
+    # Not `from_config`: in the process of a run, that would shard the empty model over the ranks.
+    with torch.device("meta"):
+        return model_class(config)  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def _config(checkpoint: RankFiles) -> Any:
+    if (checkpoint.output_dir / CONFIG).is_file():
+        return load.load_config(str(checkpoint.output_dir))
+    name = checkpoint.config.get("model_name")
+    if not name:
+        raise UserError(f"{checkpoint.output_dir}: has no config.json; copy the original model's there")
+    try:
+        return load.load_config(name)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint.output_dir}: has no config.json, and the original cannot be read ({error})"
+        ) from error
+
+
+def write(folder: Path, model: Model, checkpoint: RankFiles, dtype: str) -> None:
+    """Write everything but the weights to `folder`."""
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    _write_generation_config(folder, model, checkpoint)
+    _write_tokenizer(folder, checkpoint)
+    (folder / "README.md").write_text(card(checkpoint, dtype), encoding="utf-8")
+
+
+def _write_generation_config(folder: Path, model: Model, checkpoint: RankFiles) -> None:
+    kept = checkpoint.output_dir / GENERATION_CONFIG
+    if kept.is_file():
+        shutil.copyfile(kept, folder / GENERATION_CONFIG)
+        return
+    try:
+        settings = transformers.GenerationConfig.from_pretrained(str(checkpoint.config.get("model_name")))
+    except (OSError, ValueError):
+        settings = model.generation_config
+    if settings is not None:
+        settings.to_json_file(folder / GENERATION_CONFIG)
+
+
+def _write_tokenizer(folder: Path, checkpoint: RankFiles) -> None:
+    """Copy the tokenizer's files; use the original model's tokenizer if the output folder has none."""
+    found = {path for pattern in TOKENIZER for path in checkpoint.output_dir.glob(pattern)}
+    if any(path.name.startswith("tokenizer") for path in found):
+        for path in sorted(found):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            else:
+                shutil.copyfile(path, folder / path.name)
+    elif checkpoint.config.get("model_name"):
+        load_tokenizer(checkpoint.config["model_name"]).save_pretrained(folder)
+    else:
+        raise UserError(f"{checkpoint.output_dir}: has no tokenizer; copy the original model's files there")
+
+
+def card(checkpoint: RankFiles, dtype: str) -> str:
+    """Return the model card: base model, data, settings, and the training loss."""
+    config, progress = checkpoint.config, checkpoint.progress
+    name, data = str(config.get("model_name", "")), str(config.get("dataset_name", ""))
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"base_model: {name}"] if _on_the_hub(name) else []
+    head += ["datasets:", f"- {data}"] if _on_the_hub(data) else []
+    loss = reached_loss(checkpoint.output_dir, progress.get("step"))
+    title = f"{Path(name).name or 'a model'}, fine-tuned (all weights) on {Path(data).name or 'unknown data'}"
+    lines = [*head, "---", "", f"# {title}", ""]
+    lines += [f"Trained with DeepSpeed ZeRO-3 with the optimizer on the host. The weights are in {dtype}.", ""]
+    lines += ["| | |", "| --- | --- |"]
+    rows: dict[str, Any] = {"base model": name, **{key: config.get(key) for key in SETTINGS}}
+    rows |= {"steps": progress.get("step"), "tokens trained on": progress.get("tokens") or None}
+    rows["training loss"] = None if loss is None else f"{loss:.4f}"
+    lines += [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
+    return "\n".join(lines) + "\n"
+
+
+def _on_the_hub(name: str) -> bool:
+    return name.count("/") == 1 and not hub.looks_like_path(name) and not Path(name).exists()
+
+
+def reached_loss(output_dir: Path, step: int | None) -> float | None:
+    """Return the last loss logged up to `step`, or else the final loss of a run that ended there; None if unknown."""
+    loss = None
+    for line in _lines(output_dir / "metrics.jsonl"):
+        if step is not None and line.get("step", step + 1) <= step and isinstance(line.get("loss"), float):
+            loss = line["loss"]
+    for summary in _lines(output_dir / "summary.json"):
+        if loss is None and summary.get("steps") == step:
+            loss = summary.get("final_loss")
+    return loss
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON, one object per file or per line; an unreadable file has none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        objects = [json.loads(text)] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [item for item in objects if isinstance(item, dict)]

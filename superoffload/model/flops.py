@@ -1,0 +1,91 @@
+"""Model shape and row lengths -> FLOPs. Pure; imports no torch.
+
+The convention is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): a token costs 6 FLOPs per
+parameter in a matrix product (2 forward, 4 backward), and attention costs, per layer, 12 * heads * head_dim FLOPs per
+pair of a query and a visible key. PaLM counts every pair of a row; a causal model computes half of them, and so does
+this module.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from superoffload.protocols import Model
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in configurations of transformers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What the FLOPs of a model depend on.
+
+    `active_parameters`: parameters multiplied for a token (in a mixture of experts, only those routed to).
+    `attention_width`: heads times head dimension. `attention_windows`: per layer, the number of positions visible to a
+    query, itself included; 0 if it sees all earlier positions.
+    """
+
+    active_parameters: int
+    attention_width: int
+    attention_windows: tuple[int, ...]
+
+
+def numel(parameter: Any) -> int:
+    """Return the number of elements of a parameter, even if ZeRO-3 holds only a part of it on this rank."""
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
+
+
+def count_parameters(model: Model) -> int:
+    """Return the number of elements of all parameters, tied ones counted once."""
+    return sum(numel(parameter) for parameter in model.parameters())
+
+
+def shape_of(model: Model) -> ModelShape:
+    """Read from a model what its FLOPs depend on.
+
+    Parameters of experts count in proportion to the experts per token. The input embedding is a lookup, not a product:
+    it counts only if it is tied to the output layer.
+    """
+    config = model.config.get_text_config()
+    experts = next((count for count in (getattr(config, key, None) for key in EXPERT_COUNTS) if count), 0)
+    per_token = getattr(config, "num_experts_per_tok", None) or experts
+    active_share = min(1.0, per_token / experts) if experts else 1.0
+    embedding = model.get_input_embeddings().weight
+    output = model.get_output_embeddings()
+    tied = output is not None and output.weight is embedding
+    active = sum(
+        numel(parameter) * (active_share if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+        if parameter is not embedding or tied
+    )
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or 0
+    return ModelShape(
+        active_parameters=int(active),
+        attention_width=heads * head_dim,
+        attention_windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
+    )
+
+
+def causal_pairs(length: int, window: int = 0) -> float:
+    """Count the query-key pairs of a row under a causal mask; length^2 / 2 without a window."""
+    if not window or length <= window:
+        return length * length / 2
+    return window * window / 2 + (length - window) * window
+
+
+def model_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
+    """Count the FLOPs of forward and backward over rows of these lengths, padding excluded."""
+    rows = list(lengths)
+    pairs = sum(
+        layers * sum(causal_pairs(length, window) for length in rows)
+        for window, layers in Counter(shape.attention_windows).items()
+    )
+    return 6.0 * shape.active_parameters * sum(rows) + 12.0 * shape.attention_width * pairs
+
+
+def hardware_flops(flops: float, recomputed: bool) -> float:
+    """Add the second forward of activation checkpointing: 8 FLOPs instead of 6."""
+    return flops * 4 / 3 if recomputed else flops

@@ -1,0 +1,73 @@
+"""Test whether a model keeps packed documents apart. It is tried when a run starts, not looked up in a list."""
+
+import numpy as np
+import torch
+
+from superoffload import distributed
+from superoffload.data.collate import Layout, collate
+from superoffload.errors import UserError
+from superoffload.log import logger
+from superoffload.protocols import Engine
+
+LENGTH = 24  # tokens per document, longer than the short convolutions of current models
+NOISE_FACTOR = 3
+TOLERANCE = {torch.float32: 1e-4}
+HALF_TOLERANCE = 1e-3
+
+
+def check(model_engine: Engine, layout: Layout) -> None:
+    """Raise `UserError` if a document in a pack changes with the document before it (collective).
+
+    Runs two packs of three documents. The first and the last document are the same in both packs, the one between them
+    differs. All shapes are equal, so a model that keeps documents apart computes the same last document twice. It also
+    computes the same first document twice, because it is causal: any difference there is numerical noise of the kernels
+    (a mixture of experts may order its tokens differently), which the last document may show too. Does nothing
+    without packing.
+    """
+    if not layout.packs:
+        return
+    changes = _changes(model_engine, layout)
+    config = model_engine.module.config
+    dtype = next(model_engine.module.parameters()).dtype
+    isolated = False
+    if changes is not None:
+        noise, leak = changes
+        isolated = leak <= NOISE_FACTOR * noise + TOLERANCE.get(dtype, HALF_TOLERANCE)
+    if distributed.all_ranks_ok(isolated):
+        return
+    what = f"{type(model_engine.module).__name__} with {config._attn_implementation} attention"
+    advice = "use --no_packing, or another --attn_implementation"
+    if changes is None:
+        raise UserError(f"--packing: {what} does not accept packed rows; {advice}")
+    raise UserError(
+        f"--packing: {what} lets a packed row see the one before it (its logits change by {leak:.1%}); {advice}"
+    )
+
+
+def _changes(model_engine: Engine, layout: Layout) -> tuple[float, float] | None:
+    """Return the relative change of the first and the last document's logits between the packs (collective).
+
+    Returns None if the model does not accept the inputs of a packed row.
+    """
+    vocabulary = int(model_engine.module.config.get_text_config().vocab_size)
+    rng = np.random.default_rng(0)
+    probe, between, other = (rng.integers(vocabulary, size=LENGTH) for _ in range(3))
+    was_training = model_engine.training
+    model_engine.eval()
+    results = []
+    try:
+        for middle in (between, other):
+            pack = [(document, document) for document in (probe, middle, probe)]
+            inputs = collate([pack], 1, layout).on(distributed.device())
+            del inputs["labels"]
+            with torch.no_grad():
+                results.append(model_engine(**inputs).logits[0, : 3 * LENGTH].float())
+    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+        logger.debug("The model rejected a packed row: %s", error)
+        return None
+    finally:
+        model_engine.train(was_training)
+    size = results[0].square().mean().sqrt()
+    # The median over a document's tokens: a near-tie between experts that resolves differently affects only a few.
+    changes = (results[0] - results[1]).square().mean(dim=-1).sqrt().unflatten(0, (3, LENGTH)).median(dim=1).values
+    return float(changes[0] / size), float(changes[2] / size)

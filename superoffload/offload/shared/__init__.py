@@ -1,0 +1,1 @@
+"""What both processes use: the arena, the messages, and pure arithmetic."""

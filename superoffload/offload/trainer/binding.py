@@ -1,0 +1,73 @@
+"""Bind the threads of this process to cores, and restore their masks."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from ..shared.affinity import Cores
+
+
+class TrainerBinding:
+    """Bind every thread of this process while at least one engine needs it; restore the masks afterwards.
+
+    The engines of a process share the binding: the first take() sets it, the last release() restores the masks.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._before: dict[int, set[int]] = {}
+        self._original: Cores | None = None
+
+    def available(self) -> Cores:
+        """Return the cores that this process may use, as they were before any binding by this class."""
+        with self._lock:
+            return self._original or tuple(sorted(os.sched_getaffinity(0)))
+
+    def take(self, cores: Cores) -> None:
+        """Restrict all current threads to `cores`; threads that start later inherit the mask."""
+        with self._lock:
+            self._holders += 1
+            if self._holders > 1:
+                return
+            self._original = tuple(sorted(os.sched_getaffinity(0)))
+            for thread in _thread_ids():
+                mask = _get(thread)
+                if mask is not None and _set(thread, set(cores)):
+                    self._before[thread] = mask
+
+    def release(self) -> None:
+        """Undo one take(). The last call restores the mask of every thread; newer threads get the original one."""
+        with self._lock:
+            if self._holders == 0:
+                return
+            self._holders -= 1
+            if self._holders or self._original is None:
+                return
+            for thread in _thread_ids():
+                _set(thread, self._before.get(thread, set(self._original)))
+            self._before, self._original = {}, None
+
+
+TRAINER_BINDING = TrainerBinding()
+"""The one binding of this process."""
+
+
+def _thread_ids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/task")]
+
+
+def _get(thread: int) -> set[int] | None:
+    try:
+        return os.sched_getaffinity(thread)
+    except ProcessLookupError:  # the thread has ended
+        return None
+
+
+def _set(thread: int, cores: set[int]) -> bool:
+    try:
+        os.sched_setaffinity(thread, cores)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

@@ -1,0 +1,53 @@
+"""What the coordinator records about the tasks it has sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..shared.messages import AdamHyper
+
+
+class Stage(Enum):
+    """Name the progress of one sub-group in this round."""
+
+    SPECULATING = "speculating"
+    SPECULATED = "speculated"
+    STEPPING = "stepping"
+    STEPPED = "stepped"
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """Hold what was asked for one sub-group in this round; `version` 0 marks a step without speculation."""
+
+    version: int
+    hyper: AdamHyper
+    anchor_step: int
+    factor: float
+    stage: Stage
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Count what happened since the start; times in seconds.
+
+    speculated, accepted, refused, cancelled: speculations. stepped_in_turn: speculations that became steps because
+    the norm was known before their turn. stepped_on_request: steps without an accepted speculation.
+    steps, clipped_steps, discarded_rounds: rounds by their end.
+    wait_s: the trainer's exposed wait for new weights in step(). commit_wait_s: its wait, during backward or
+    before a read, for the commits of the last step. busy_s: work in the optimizer process, by kind of reply.
+    """
+
+    speculated: int = 0
+    accepted: int = 0
+    refused: int = 0
+    stepped_in_turn: int = 0
+    stepped_on_request: int = 0
+    cancelled: int = 0
+    steps: int = 0
+    clipped_steps: int = 0
+    discarded_rounds: int = 0
+    wait_s: float = 0.0
+    commit_wait_s: float = 0.0
+    busy_s: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,70 @@
+"""Send speculations once the device has delivered the gradients that they read.
+
+On CUDA the copies of gradients to the host are asynchronous. A thread waits for the event of each sub-group and
+only then sends the task to the optimizer process. Accelerators without streams do not need this.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from ..shared.messages import Task
+from .process import OptimizerProcess, OptimizerProcessError
+
+
+class EventDispatcher:
+    """Own the thread. If the optimizer process has died, the next call from the trainer's own thread reports it."""
+
+    def __init__(self, process: OptimizerProcess, record_event: Callable[[], Any]) -> None:
+        """Start the thread; `record_event()` returns an event recorded on the current stream."""
+        self._process = process
+        self._record_event = record_event
+        self._queue: SimpleQueue[tuple[Any, Task] | None] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._in_flight = 0
+        self._failure: RuntimeError | None = None
+        self._thread = threading.Thread(target=self._run, name="superoffload-dispatch", daemon=True)
+        self._thread.start()
+
+    def send(self, task: Task) -> None:
+        """Send `task` after everything queued on the current stream so far has finished."""
+        with self._changed:
+            self._in_flight += 1
+        self._queue.put((self._record_event(), task))
+
+    def settle(self, relieve: Callable[[], None]) -> None:
+        """Wait until every task has been sent; call `relieve` meanwhile, so that the socket cannot fill up.
+
+        Raises the device's error if an event failed.
+        """
+        while not self._is_idle():
+            relieve()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """End the thread."""
+        self._queue.put(None)
+        self._thread.join(timeout=5.0)
+
+    def _is_idle(self) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._in_flight == 0, timeout=0.05)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            event, task = item
+            try:
+                event.synchronize()
+                self._process.send(task)
+            except OptimizerProcessError:
+                pass
+            except RuntimeError as error:  # a device error; OptimizerProcessError, caught above, is also a RuntimeError
+                self._failure = error
+            finally:
+                with self._changed:
+                    self._in_flight -= 1
+                    self._changed.notify_all()

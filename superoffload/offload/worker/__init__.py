@@ -1,0 +1,1 @@
+"""The optimizer process: receive a task, compute, reply."""

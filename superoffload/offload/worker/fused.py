@@ -1,0 +1,77 @@
+"""Speculate in one pass over memory, with a kernel of this package.
+
+DeepSpeed's op works in place: to speculate with it, parameters and moments must be copied before, and the new
+weights converted after. The kernel (fused.cpp) reads each array once. Its results must equal the op's bit for bit.
+The optimizer process checks that on a sample when it starts, and does not use the kernel if they differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from logging import getLogger
+from pathlib import Path
+
+import torch
+
+from ..shared.messages import Task
+from ..shared.state import SubGroupState
+
+_log = getLogger(__name__)
+
+NAME = "superoffload_fused"
+MULTIPLE = 16
+"""Elements. The kernel leaves the remainder to the op, whose scalar loop rounds as its compiler chose."""
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+
+
+class _Update(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "factor")),
+        *((name, ctypes.c_int32) for name in ("bias_correction", "adamw_mode")),
+        *((name, ctypes.c_int64) for name in ("anchor_step", "step")),
+    )
+
+
+def build() -> str | None:
+    """Compile the kernel unless that was done before, and return its path; if it fails, warn and return None."""
+    from torch.utils.cpp_extension import load
+
+    try:
+        path = load(NAME, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        _log.warning("The fused kernel cannot be compiled (%s); speculation takes a little longer", why)
+        return None
+    return str(path)
+
+
+class FusedSpeculation:
+    """Call the compiled kernel, for fp32 masters and moments and bf16 weights."""
+
+    def __init__(self, path: str, *, adamw_mode: bool) -> None:
+        """Load the kernel. Raises OSError if that fails."""
+        self._speculate = ctypes.CDLL(path).speculate
+        self._speculate.restype = None
+        self._adamw_mode = adamw_mode
+
+    @staticmethod
+    def serves(state: SubGroupState) -> bool:
+        """Return whether the kernel supports the precisions of a sub-group."""
+        fp32 = (state.parameters, state.gradients, state.exp_avg, state.exp_avg_sq)
+        return all(t.dtype is torch.float32 for t in fp32) and state.staging.dtype is torch.bfloat16
+
+    def speculate(self, task: Task, state: SubGroupState, chunk: slice) -> int:
+        """Write the staging region of a chunk, up to the last whole MULTIPLE; return how many elements were written."""
+        numel: int = (chunk.stop - chunk.start) // MULTIPLE * MULTIPLE
+        h = task.hyper
+        update = _Update(
+            *(h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, task.factor),
+            *(h.bias_correction, self._adamw_mode),
+            *(task.anchor_step, task.step),
+        )
+        tensors = (state.parameters, state.gradients, state.exp_avg, state.exp_avg_sq, state.staging)
+        addresses = (ctypes.c_void_p(t.data_ptr() + chunk.start * t.element_size()) for t in tensors)
+        self._speculate(ctypes.byref(update), ctypes.c_int64(numel), *addresses)
+        return numel

@@ -1,0 +1,143 @@
+"""The path of a gradient: from DeepSpeed's reduce bucket into the arena, and on to the coordinator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..settings import OffloadSettings
+from .partitions import ArenaPartitions
+from .service import OptimizerService
+from .surface import DsParameter, ZeroOptimizer, position
+
+PartitionGrads = Callable[[list[DsParameter], list[torch.Tensor]], list[torch.Tensor]]
+"""DeepSpeed's own partition_grads."""
+
+
+def gradient_factor(loss_scale: float, clip_grad: float, total_norm: torch.Tensor | None) -> float:
+    """Return what gradients are multiplied by, with the arithmetic of DeepSpeed's unscale_and_clip_grads.
+
+    total_norm: norm of the scaled gradients; None means a norm below the threshold.
+    """
+    combined_scale: torch.Tensor | float = loss_scale
+    if clip_grad > 0.0:
+        if total_norm is None:
+            clip = torch.ones((), dtype=torch.float32)
+        else:
+            clip = torch.clamp((total_norm / loss_scale + 1e-6) / clip_grad, min=1.0)
+        combined_scale = clip * loss_scale
+    return float(1.0 / combined_scale)
+
+
+class HostGradients:
+    """Write gradients of host sub-groups to the arena, and report them to the coordinator."""
+
+    def __init__(self, settings: OffloadSettings, partitions: ArenaPartitions, service: OptimizerService) -> None:
+        self._settings = settings
+        self._partitions = partitions
+        self._service = service
+        self._bypassed: set[int] = set()
+        """Parameters (by ds_id) whose gradient of this round is not in DeepSpeed's accumulation buffer."""
+
+    def partition(
+        self,
+        zero: ZeroOptimizer,
+        params: list[DsParameter],
+        partitions: list[torch.Tensor],
+        base: PartitionGrads,
+    ) -> list[torch.Tensor]:
+        """Move the gradients of one bucket to the host; in the last backward, speculate on complete sub-groups."""
+        boundary = zero.is_gradient_accumulation_boundary()
+        with self._partitions.own_access():
+            if boundary and zero.micro_step_id == 0 and self._can_bypass_accumulation(zero):
+                self._write_directly(zero, params, partitions)
+                buffers = []
+            else:
+                self.fill_accumulation_buffers(zero, params)
+                buffers = base(params, partitions)
+            if boundary:
+                self._report_arrivals(zero, params)
+        return buffers
+
+    @contextmanager
+    def writing(self, zero: ZeroOptimizer, param: DsParameter) -> Iterator[None]:
+        """Let DeepSpeed write one parameter's gradient inside the block, once no commit reads the old one any more."""
+        self._before_change(position(zero, param)[0])
+        with self._partitions.own_access():
+            yield
+
+    def fill_accumulation_buffers(self, zero: ZeroOptimizer, params: Iterable[DsParameter]) -> None:
+        """Copy bypassed gradients of this round to DeepSpeed's accumulation buffer, which is read or added to next."""
+        buffers = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for param in params:
+            if param.ds_id in self._bypassed:
+                self._bypassed.discard(param.ds_id)
+                buffers[param.ds_id].copy_(self._partitions.gradient(*position(zero, param)))
+
+    def drop_batch(self) -> None:
+        """Abandon the round if gradients are zeroed from outside, between backward and step."""
+        if not self._partitions.in_own_access and self._service.is_running:
+            self.abandon_round()
+
+    def abandon_round(self) -> None:
+        """Forget the speculations and gradients of this round."""
+        self._service.coordinator.discard()
+        self._bypassed.clear()
+
+    def end_round(self) -> None:
+        """Begin the next round."""
+        self._bypassed.clear()
+        self._service.coordinator.end_round()
+
+    def _can_bypass_accumulation(self, zero: ZeroOptimizer) -> bool:
+        """Return whether a step of one micro-batch may leave DeepSpeed's accumulation buffer unused.
+
+        fp16 may not, because the overflow check reads that buffer. Neither may masters of lower precision than
+        the sums, because the buffer could not be filled from them exactly afterwards.
+        """
+        exact = zero.master_weights_and_grads_dtype in (torch.float32, zero.gradient_accumulation_dtype)
+        return self._settings.direct_gradients and zero.dtype != torch.float16 and exact
+
+    def _write_directly(self, zero: ZeroOptimizer, params: list[DsParameter], partitions: list[torch.Tensor]) -> None:
+        """Write gradients straight to the flat gradients.
+
+        DeepSpeed would copy them to its accumulation buffer on the host, back to the device for the norm, and to
+        the host again: three transfers where one is enough.
+        """
+        for param, partition in zip(params, partitions, strict=True):
+            if param.partition_numel() * zero._get_param_partition_rank(param) < param.ds_numel:  # not only padding
+                unrounded = zero.gradient_accumulation_dtype in (torch.float32, partition.dtype)
+                if unrounded and partition.device.type == "cpu":
+                    self._write_on_host(zero, param, partition.view(-1))
+                else:
+                    gradient = partition.to(zero.gradient_accumulation_dtype).view(-1)
+                    zero._offload_grad_partition_at_boundary(param, gradient, {}, {})
+                zero._offload_boundary_param_ids.add(param.ds_id)
+                self._bypassed.add(param.ds_id)
+            if param.grad is not None and param.grad.device.type != "cpu":
+                param.grad.record_stream(torch.accelerator.current_stream())
+            param.grad = None
+
+    def _write_on_host(self, zero: ZeroOptimizer, param: DsParameter, partition: torch.Tensor) -> None:
+        """Convert a gradient while writing it and take its norm in place; DeepSpeed would copy for both."""
+        sub_group, offset, _ = position(zero, param)
+        self._before_change(sub_group)
+        gradient = self._partitions.gradient(sub_group, offset, partition.numel())
+        gradient.copy_(partition)
+        zero.norm_for_param_grads[zero.get_param_id(param)] = zero._constant_buffered_norm2(gradient)
+
+    def _before_change(self, sub_group: int) -> None:
+        if sub_group in self._partitions.host:
+            self._service.coordinator.gradient_changes(sub_group)
+
+    def _report_arrivals(self, zero: ZeroOptimizer, params: list[DsParameter]) -> None:
+        coordinator = self._service.coordinator
+        coordinator.pump()  # notices a dead optimizer process even if nothing has to be waited for
+        speculate = self._settings.speculate and coordinator.worth_speculating
+        factor = gradient_factor(zero.loss_scale, zero.clip_grad, None) if speculate else None
+        for param in params:
+            sub_group = position(zero, param)[0]
+            if sub_group in self._partitions.host:
+                coordinator.arrived(sub_group, zero.get_param_id(param), factor)

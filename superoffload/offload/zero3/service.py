@@ -1,0 +1,172 @@
+"""Construction and shutdown of the optimizer process, and the coordinator that talks to it."""
+
+from __future__ import annotations
+
+import socket
+import weakref
+from collections.abc import Callable, Mapping
+from logging import getLogger
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from ..settings import OffloadSettings
+from ..shared.affinity import Cores, Seat, share_of_rank, split_cores
+from ..shared.bias import ProductHistory
+from ..shared.messages import AdamHyper
+from ..trainer.binding import TRAINER_BINDING
+from ..trainer.bookkeeping import Statistics
+from ..trainer.coordinator import Coordinator
+from ..trainer.dispatch import EventDispatcher
+from ..trainer.pinning import page_lock, page_unlock
+from ..trainer.process import OptimizerProcess, OptimizerProcessError, WorkerSetup
+from ..worker import fused
+from .partitions import ArenaPartitions
+from .surface import CpuAdam, ZeroOptimizer
+
+_log = getLogger(__name__)
+
+# A parallel loop of the trainer is as slow as its slowest thread, so none of its threads should wait for a core.
+_NICENESS_ON_SHARED_CORES = 10
+
+
+class OptimizerService:
+    """Own the optimizer process and everything that must end with it.
+
+    Holds no reference to DeepSpeed's optimizer, which owns it: when that one is collected, the finalizer of this
+    object ends the process. The finalizer also runs at interpreter exit.
+    """
+
+    process: OptimizerProcess
+
+    def __init__(self, settings: OffloadSettings) -> None:
+        """Prepare; start() starts the process."""
+        self._settings = settings
+        self._coordinator: Coordinator | None = None
+        self._last_statistics = Statistics()
+
+    def start(self, zero: ZeroOptimizer, partitions: ArenaPartitions, optimizer_fraction: float) -> None:
+        """Start the optimizer process on its share of the cores (collective)."""
+        cores = split_cores(_cores_of_this_rank(), optimizer_fraction)
+        accelerator = get_accelerator()
+        on_cpu = accelerator.device_name() == "cpu"
+        bind = self._settings.bind_trainer if self._settings.bind_trainer is not None else not on_cpu
+        setup = self._worker_setup(zero, partitions, cores.optimizer, shares_cores=not bind)
+        pinned = page_lock(partitions.arena.transferred()) if zero.offload_optimizer_pin_memory else []
+        with partitions.hand_over() as arena_fd:
+            self.process = OptimizerProcess(setup, arena_fd)
+        if bind:
+            TRAINER_BINDING.take(cores.trainer)
+        dispatcher = None if accelerator.is_synchronized_device() else EventDispatcher(self.process, _record_event)
+        self._finalizer = weakref.finalize(self, _shut_down, self.process, dispatcher, pinned, bind)
+        coordinator = Coordinator(
+            self.process,
+            {i: len(zero.fp16_groups[i]) for i in partitions.host},
+            _hyper_reader(zero.optimizer, zero.sub_group_to_group_id),
+            ProductHistory.fresh(*zero.optimizer.defaults["betas"]),
+            self._settings.notice_interval_s,
+        )
+        if dispatcher is not None:
+            coordinator.send_speculation = dispatcher.send
+            coordinator.settle = lambda: dispatcher.settle(coordinator.pump)
+        self._coordinator = coordinator
+
+    def _worker_setup(
+        self, zero: ZeroOptimizer, partitions: ArenaPartitions, cores: Cores, *, shares_cores: bool
+    ) -> WorkerSetup:
+        op = zero.optimizer.ds_opt_adam
+        return WorkerSetup(
+            layout=partitions.arena.layout,
+            cores=cores,
+            op_name=op.__name__,
+            op_path=str(op.__file__),
+            fused_path=fused.build() if self._settings.fused and zero.dtype == torch.bfloat16 else None,
+            adamw_mode=bool(zero.optimizer.adam_w_mode),
+            chunk_numel=self._settings.chunk_numel_per_thread * len(cores),
+            niceness=_NICENESS_ON_SHARED_CORES if shares_cores else 0,
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether start() has been called and close() has not."""
+        return self._coordinator is not None
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """Return the coordinator. Raises RuntimeError after close()."""
+        if self._coordinator is None:
+            raise RuntimeError("this optimizer has been closed")
+        return self._coordinator
+
+    def check_running(self) -> None:
+        """Raise RuntimeError after close()."""
+        _ = self.coordinator
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return counts and times since the start; they remain available after close()."""
+        return self._coordinator.statistics if self._coordinator is not None else self._last_statistics
+
+    def flush(self) -> None:
+        """Wait until fp32 parameters, gradients and moments are those after the last step()."""
+        if self._coordinator is not None and self._coordinator.has_uncommitted:
+            self._coordinator.flush()
+
+    def close(self) -> None:
+        """Finish the last step, end the optimizer process, restore the cores. Safe to call twice."""
+        if self._coordinator is None:
+            return
+        try:
+            self.flush()
+        except OptimizerProcessError as error:
+            _log.warning("closing after a failure: %s", error)
+        self._last_statistics = self._coordinator.statistics
+        self._coordinator = None
+        self._finalizer()
+
+
+def _cores_of_this_rank() -> Cores:
+    """Return this rank's fair share of the cores that its host's ranks may use (collective)."""
+    mine = Seat(host=socket.gethostname(), cores=TRAINER_BINDING.available())
+    seats: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seats, mine)
+    return share_of_rank(seats, dist.get_rank())
+
+
+def _record_event() -> Any:
+    """Return an event recorded on the accelerator's current stream."""
+    event = get_accelerator().Event()
+    event.record()
+    return event
+
+
+def _hyper_reader(main: CpuAdam, group_of: Mapping[int, int]) -> Callable[[int], AdamHyper]:
+    """Return a function that reads the current hyper-parameters of a sub-group from its param group."""
+
+    def read(sub_group: int) -> AdamHyper:
+        group = main.param_groups[group_of[sub_group]]
+        beta1, beta2 = group["betas"]
+        return AdamHyper(
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            bias_correction=bool(group["bias_correction"]),
+        )
+
+    return read
+
+
+def _shut_down(process: OptimizerProcess, dispatcher: EventDispatcher | None, pinned: list[int], bound: bool) -> None:
+    """End everything that outlives Python references; do nothing in a forked child."""
+    if not process.belongs_to_this_process:
+        return
+    if dispatcher is not None:
+        dispatcher.close()
+    process.close()
+    page_unlock(pinned)
+    if bound:
+        TRAINER_BINDING.release()

@@ -1,0 +1,91 @@
+"""Build the optimizer, its schedule and DeepSpeed's engine."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+from superoffload.config import TrainingSettings
+from superoffload.ds_config import BETAS, DsConfig
+from superoffload.log import logger
+from superoffload.offload.install import installed
+from superoffload.offload.zero3.optimizer import SharedMemorySuperOffload
+from superoffload.protocols import Engine, Model
+from superoffload.training import schedule
+
+
+def create(model: Model, ds_config: DsConfig, training: TrainingSettings, total_steps: int) -> Engine:
+    """Wrap the partitioned model in DeepSpeed's engine, with AdamW on the host and the schedule (collective)."""
+    logger.info("Preparing DeepSpeed (the first start compiles its CPU Adam, about a minute)")
+    groups = parameter_groups(model, training.weight_decay)
+    optimizer = DeepSpeedCPUAdam(groups, lr=training.lr, betas=BETAS, weight_decay=training.weight_decay)
+    warmup = schedule.warmup_steps(total_steps, training.warmup)
+
+    def lr_scheduler(base: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(
+            base, lambda step: schedule.factor(training.lr_scheduler, step, warmup, total_steps)
+        )
+
+    with installed():
+        engine: Engine
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
+    logger.info("Optimizer: %s", _name(engine.optimizer))
+    _follow_schedule_on_device(engine.optimizer, optimizer)
+    engine.train()
+    return engine
+
+
+def parameter_groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into decayed ones and, without decay, norms and biases."""
+    decayed: list[Any] = []
+    plain: list[Any] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            (plain if dimensions < 2 or name.endswith("bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _name(zero_optimizer: Any) -> str:
+    """Name the optimizer that is in use; it can be another one than the ds_config asks for."""
+    if isinstance(zero_optimizer, SharedMemorySuperOffload):
+        return "SuperOffload, with its state in memory shared with the optimizer process"
+    return "DeepSpeed's SuperOffload" if hasattr(zero_optimizer, "superoffload_cpu_optimizer") else "ZeRO-Offload"
+
+
+def replay_adam_beta_powers(engine: Engine) -> None:
+    """Bring the running powers of Adam's betas, after a load, to their values in an uninterrupted run.
+
+    DeepSpeed's C++ Adam (csrc/includes/cpu_adam.h, IncrementStep) multiplies beta^t step by step, but recomputes the
+    power when the step jumps, as it does after a load; the two round differently. Updates of empty tensors, a few
+    microseconds each, repeat the multiplications.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", None)
+    if not isinstance(optimizer, DeepSpeedCPUAdam) or isinstance(engine.optimizer, SharedMemorySuperOffload):
+        return  # SharedMemorySuperOffload does this itself
+    last = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    empty = torch.empty(0)
+    group = optimizer.param_groups[0]
+    for step in range(1, last + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, empty, empty, empty, empty
+        )
+
+
+def _follow_schedule_on_device(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Make the device share of ZeRO-Offload's optimizer (ratio below 1) follow the schedule.
+
+    DeepSpeed builds that second optimizer from the first group's initial values and never updates them. The optimizer
+    of `superoffload.offload` updates its own.
+    """
+    device_share = getattr(zero_optimizer, "backup_optimizer", None)
+    if device_share is None or isinstance(zero_optimizer, SharedMemorySuperOffload):
+        return
+
+    def copy_lr(*_: Any) -> None:
+        for group, source in zip(device_share.param_groups, optimizer.param_groups, strict=True):
+            group["lr"] = source["lr"]
+
+    device_share.register_step_pre_hook(copy_lr)

@@ -1,0 +1,103 @@
+"""Evaluate during training: loss and perplexity of held-out rows, and generated answers to prompts."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from superoffload import distributed
+from superoffload.data.loader import Batches
+from superoffload.errors import UserError
+from superoffload.log import logger
+from superoffload.model import attention
+from superoffload.model.head import summed_loss
+from superoffload.protocols import Engine, Tokenizer
+
+SAMPLE_TOKENS = 64
+
+
+def read_prompts(path: str | None) -> tuple[str, ...]:
+    """Read `--sample_prompts`: one prompt per line, empty lines ignored; raises `UserError`."""
+    if path is None:
+        return ()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sample_prompts {path}: cannot be read ({error})") from error
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"--sample_prompts {path}: has no prompts")
+    return prompts
+
+
+class Evaluation:
+    """Evaluates held-out rows and prompts, either of which may be missing."""
+
+    def __init__(self, held_out: Batches | None, prompts: Sequence[Sequence[int]], every: int) -> None:
+        """Take the held-out rows, the prompts as token ids, and the number of steps between evaluations."""
+        self._held_out = held_out
+        self._prompts = prompts
+        self._every = every
+        self._done_at = -1
+
+    def due(self, step: int, last: bool) -> bool:
+        """Return whether to evaluate after a step: every `every` steps, and after the last one."""
+        if self._held_out is None and not self._prompts:
+            return False
+        return step != self._done_at and (last or (self._every > 0 and step % self._every == 0))
+
+    def run(self, model_engine: Engine, tokenizer: Tokenizer, step: int) -> dict[str, float]:
+        """Evaluate, log the results, and return the numbers by name (collective)."""
+        self._done_at = step
+        model_engine.eval()
+        numbers: dict[str, float] = {}
+        with torch.no_grad():
+            if self._held_out is not None:
+                numbers = held_out_loss(model_engine, self._held_out)
+                logger.info(
+                    "Step %d | Held-out loss: %.4f | Perplexity: %.3f | Target tokens: %d",
+                    step, numbers["eval_loss"], numbers["eval_perplexity"], numbers["eval_target_tokens"],
+                )  # fmt: skip
+            for prompt in self._prompts:
+                answer = generate(model_engine, tokenizer, prompt)
+                logger.info("Sample | %s | %s", tokenizer.decode(prompt), answer)
+        model_engine.train()
+        return numbers
+
+
+def held_out_loss(model_engine: Engine, held_out: Batches) -> dict[str, float]:
+    """Return loss and perplexity over all target tokens of the held-out rows (collective).
+
+    The sum of the tokens' losses over all ranks divided by their number, equal for any number of ranks.
+    """
+    device = distributed.device()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in held_out.held_out():
+        inputs = batch.on(device)
+        labels = inputs.pop("labels")
+        sums[0] += summed_loss(model_engine(**inputs).logits, labels)
+        sums[1] += batch.target_tokens
+    loss_sum, targets = distributed.all_reduce_sum(sums).tolist()
+    loss = loss_sum / targets
+    return {
+        "eval_loss": loss,
+        "eval_perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "eval_target_tokens": int(targets),
+    }
+
+
+def generate(model_engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
+    """Continue a prompt greedily (collective: every rank generates the same tokens and so runs the same forwards)."""
+    ids = torch.tensor([list(prompt)], device=distributed.device())
+    with attention.without_packs(model_engine.module):
+        tokens = model_engine.module.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=SAMPLE_TOKENS,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+        )
+    return str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))

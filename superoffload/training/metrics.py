@@ -1,0 +1,246 @@
+"""The numbers of a step, the summary of a run, and their log lines."""
+
+import contextlib
+import json
+import logging
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from superoffload import distributed
+from superoffload.config import Config
+from superoffload.data.collate import Batch
+from superoffload.log import logger
+from superoffload.model.flops import ModelShape, hardware_flops, model_flops
+from superoffload.training.progress import Progress, Saved
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """The speed over some steps: tokens per second of the whole job, TFLOP/s per device."""
+
+    step_time_s: float
+    tokens_per_s: float
+    target_tokens_per_s: float
+    padding_share: float
+    tflops_per_gpu: float
+    hardware_tflops_per_gpu: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """A logged step; loss and rates cover the steps since the previous logged one."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    rates: Rates
+
+    def line(self) -> str:
+        """Return the log line."""
+        rates = self.rates
+        return (
+            f"Step {self.step} | Loss: {self.loss:.4f} | LR: {self.lr:.2e} | Grad norm: {self.grad_norm:.3f} | "
+            f"Time: {rates.step_time_s * 1000:.0f}ms | TFLOPS/GPU: {rates.tflops_per_gpu:.2f} | "
+            f"Tokens/s: {rates.tokens_per_s:.0f} | Target tokens/s: {rates.target_tokens_per_s:.0f}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers by name, as in `metrics.jsonl`."""
+        values = asdict(self)
+        return {**{key: value for key, value in values.items() if key != "rates"}, **values["rates"]}
+
+
+@dataclass(slots=True)
+class _Work:
+    """What this rank did over some steps."""
+
+    steps: int = 0
+    time_s: float = 0.0
+    tokens: float = 0.0
+    target_tokens: float = 0.0
+    positions: float = 0.0
+    flops: float = 0.0
+
+    def add(self, other: "_Work") -> None:
+        """Add the work of more steps."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Meter:
+    """Counts and times each step without synchronising with the device.
+
+    A step costs some host arithmetic and one addition on the device; values are read back when a line is logged. The
+    host's clock follows the device, because offloading waits for each step's gradients.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        state: dict[str, Any] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Start counting; `state` is the result of `state()` in the resumed run, whose log interval continues."""
+        self._recomputed = config.model.activation_checkpointing
+        self._shape = shape
+        self._clock = clock
+        self._mark = clock()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
+        self._current, self._interval = _Work(), _Work()
+        self._steps: list[_Work] = []
+        self.last_loss = float("nan")
+        if state is not None:
+            self._interval = _Work(**state["interval"])
+            self._loss_sum += state["loss_sum"]
+            self.last_loss = state["last_loss"]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold so that a resumed run can log the current interval as a whole."""
+        return {
+            "interval": asdict(self._interval),
+            "loss_sum": self._loss_sum.item(),
+            "last_loss": self.last_loss,
+        }
+
+    def start(self) -> None:
+        """Start the clock of the next step."""
+        self._mark = self._clock()
+
+    def add(self, batch: Batch, loss_sum: torch.Tensor) -> None:
+        """Count one micro-batch; `loss_sum` is the detached sum of the losses of its target tokens."""
+        self._loss_sum += loss_sum
+        self._current.tokens += sum(batch.lengths)
+        self._current.target_tokens += batch.target_tokens
+        self._current.positions += batch.positions
+        self._current.flops += model_flops(self._shape, batch.lengths)
+
+    def end_step(self) -> None:
+        """Finish an optimizer step and record its time."""
+        now = self._clock()
+        self._current.steps, self._current.time_s = 1, now - self._mark
+        self._mark = now
+        self._steps.append(self._current)
+        self._interval.add(self._current)
+        self._current = _Work()
+
+    def read(self, progress: Progress, lr: float, grad_norm: float, steps_per_epoch: int) -> StepMetrics:
+        """Return the numbers of the steps since the last call (collective; waits for the device)."""
+        rates, loss_sum, targets = self._rates(self._interval, self._loss_sum)
+        self.last_loss = loss_sum / targets
+        self._interval = _Work()
+        self._loss_sum.zero_()
+        return StepMetrics(
+            step=progress.step,
+            epoch=progress.epoch + progress.step_in_epoch / steps_per_epoch,
+            loss=self.last_loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            rates=rates,
+        )
+
+    def _rates(self, work: _Work, loss_sum: torch.Tensor) -> tuple[Rates, float, float]:
+        """Sum some steps over all ranks (collective); return rates, sum of losses, number of target tokens."""
+        counted = [work.tokens, work.target_tokens, work.positions, work.flops]
+        sums = torch.cat([torch.tensor(counted, dtype=torch.float64, device=loss_sum.device), loss_sum[None]])
+        tokens, targets, positions, flops, losses = distributed.all_reduce_sum(sums).tolist()
+        tflops = flops / work.time_s / distributed.world_size() / 1e12
+        rates = Rates(
+            step_time_s=work.time_s / work.steps,
+            tokens_per_s=tokens / work.time_s,
+            target_tokens_per_s=targets / work.time_s,
+            padding_share=1 - tokens / positions,
+            tflops_per_gpu=tflops,
+            hardware_tflops_per_gpu=hardware_flops(tflops, self._recomputed),
+        )
+        return rates, losses, targets
+
+    def summary(self, warmup_steps: int) -> dict[str, Any]:
+        """Summarise the run without its first `warmup_steps` (collective).
+
+        A shorter run is measured over its last half, which the summary notes.
+        """
+        steps = len(self._steps)
+        if not steps:
+            return {"steps": 0, "final_loss": self.last_loss, **peak_memory()}
+        left_out = warmup_steps if steps > warmup_steps else steps // 2
+        measured = _Work()
+        for work in self._steps[left_out:]:
+            measured.add(work)
+        result: dict[str, Any] = {"steps": steps, "measured_steps": measured.steps}
+        if left_out != warmup_steps:
+            result["note"] = f"{steps} steps do not exceed --warmup_steps {warmup_steps}: measured over the last half"
+        result["final_loss"] = self.last_loss
+        rates, *_ = self._rates(measured, torch.zeros_like(self._loss_sum))
+        result["median_step_time_s"] = statistics.median(work.time_s for work in self._steps[left_out:])
+        result.update({key: value for key, value in asdict(rates).items() if key != "step_time_s"})
+        result.update(peak_memory())
+        return result
+
+
+def peak_memory() -> dict[str, int]:
+    """Measure the peak memory so far (collective): on one device, and on the host over all ranks.
+
+    A rank's host memory is its own peak of resident memory plus the unshared memory that its child processes hold now.
+    In superoffload mode one of them is the optimizer process, whose memory is at its peak from the first step on.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_host = torch.tensor([peak + _unshared_bytes_of_children()], dtype=torch.int64, device=distributed.device())
+    return {
+        "peak_device_bytes": distributed.peak_device_bytes(),
+        "peak_host_bytes": int(distributed.all_reduce_sum(on_host).item()),
+    }
+
+
+def _unshared_bytes_of_children() -> int:
+    total = 0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended, or access is denied
+            total += child.memory_full_info().uss
+    return total
+
+
+def report(summary: dict[str, Any], saved: Saved, folder: str) -> None:
+    """Write `summary.json` on rank 0 and log the last lines of the run."""
+    summary = {**summary, "checkpoint": str(saved.path) if saved.path else None, "checkpoint_note": saved.sentence}
+    if distributed.is_rank_0():
+        try:
+            (Path(folder) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            logger.error("summary.json could not be written: %s", error)
+    logger.info("Finished after %d steps, final loss %.4f", summary["steps"], summary["final_loss"])
+    if "note" in summary:
+        logger.info("%s", summary["note"])
+    if summary["steps"]:
+        _report_rates(summary)
+    logger.info(
+        "Peak memory: device %.2f GiB, host %.2f GiB",
+        summary["peak_device_bytes"] / GIB,
+        summary["peak_host_bytes"] / GIB,
+    )
+    logger.log(logging.ERROR if saved.failed else logging.INFO, "%s", saved.sentence)
+
+
+def _report_rates(summary: dict[str, Any]) -> None:
+    logger.info(
+        "Measured over %d steps: median step %.0f ms, %.0f tokens/s, %.0f target tokens/s, %.2f TFLOPS/GPU, "
+        "%.1f%% padding",
+        summary["measured_steps"],
+        summary["median_step_time_s"] * 1000,
+        summary["tokens_per_s"],
+        summary["target_tokens_per_s"],
+        summary["tflops_per_gpu"],
+        summary["padding_share"] * 100,
+    )

@@ -1,0 +1,48 @@
+"""How far a run has come, and how its last save ended."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """All that changes during a run, and what a checkpoint carries.
+
+    `step` counts finished optimizer steps, `epoch` finished passes over the data, `step_in_epoch` finished steps of the
+    current pass, `tokens` the tokens trained on over all ranks, padding excluded.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    tokens: int = 0
+
+    def advance(self, tokens: int) -> None:
+        """Count one more step and its tokens."""
+        self.step += 1
+        self.step_in_epoch += 1
+        self.tokens += tokens
+
+    def next_epoch(self) -> None:
+        """Start the next pass over the data."""
+        self.epoch += 1
+        self.step_in_epoch = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """How a save ended: the checkpoint's folder, None if there is none, and a sentence for the log."""
+
+    path: Path | None
+    sentence: str
+    failed: bool = False
+
+
+NOT_REQUESTED = Saved(None, "No checkpoint was saved: --save_checkpoint was not given")
+
+
+def saved_in(path: Path | None) -> Saved:
+    """Describe the outcome of a save that returned `path`, None for a failure."""
+    if path is None:
+        return Saved(None, "NO CHECKPOINT WAS SAVED: writing it failed, see the errors above", failed=True)
+    return Saved(path, f"Checkpoint saved in {path}")

@@ -1,0 +1,97 @@
+"""What belongs to one run, and its checkpoint and export."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from superoffload import distributed
+from superoffload.checkpoint import save
+from superoffload.config import Config
+from superoffload.data.loader import Batches
+from superoffload.errors import UserError
+from superoffload.export import weights
+from superoffload.log import logger
+from superoffload.protocols import Engine, Tokenizer
+from superoffload.training import progress as outcomes
+from superoffload.training.evaluation import Evaluation
+from superoffload.training.metrics import Meter
+from superoffload.training.progress import Progress, Saved
+from superoffload.training.run_control import RunControl
+from superoffload.training.tracking import Trackers
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """The parts of a run; `progress` and what follows `control` change during it."""
+
+    config: Config
+    engine: Engine
+    tokenizer: Tokenizer
+    batches: Batches
+    progress: Progress
+    meter: Meter
+    trackers: Trackers
+    evaluation: Evaluation
+    control: RunControl
+    saved: Saved = outcomes.NOT_REQUESTED
+    saved_step: int = -1
+    stopped: bool = False
+    failed: bool = False
+
+    @property
+    def last_step(self) -> int:
+        """Return the step after which the run ends."""
+        total = self.batches.total_steps
+        return min(total, self.config.measurement.bench_steps or total)
+
+    def restore_rng_and_check_data(self, path: Path, state: dict[str, Any]) -> None:
+        """Restore every RNG state from the checkpoint in `path`; nothing may draw between this and the next step.
+
+        Raises `UserError` if the data set has other rows than when the checkpoint was saved.
+        """
+        extent = self.batches.extent()
+        if state["data"] != extent and not self.config.checkpoint.resume_anyway:
+            raise UserError(
+                f"--dataset_name {self.config.data.dataset_name}: its rows have changed since {path} was saved "
+                f"(checkpoint has {state['data']}, this run has {extent}); --resume_anyway resumes with the new rows, "
+                "--resume none starts from the model"
+            )
+        self.saved, self.saved_step = Saved(path, f"Checkpoint of this step is in {path}"), self.progress.step
+        if self.progress.step >= self.last_step:
+            logger.info("Nothing is left to train: %s was saved after the last step", path)
+        distributed.restore_rng_state(state["random"])
+
+    def evaluate(self) -> None:
+        """Evaluate and track the numbers (collective)."""
+        numbers = self.evaluation.run(self.engine, self.tokenizer, self.progress.step)
+        if numbers:
+            self.trackers.log(self.progress.step, {"step": self.progress.step, **numbers})
+        self.meter.start()  # the evaluation's time belongs to no step
+
+    def export(self) -> None:
+        """Export the last step's checkpoint as a model folder on rank 0; the others wait without a collective."""
+        if self.saved.path is None or self.stopped:
+            return
+        with distributed.wait_without_collective("export"):
+            if distributed.is_rank_0():
+                target = Path(self.config.output.output_dir) / f"model_step{self.progress.step}"
+                try:
+                    weights.export(self.saved.path, target)
+                except UserError as error:
+                    logger.error("NO MODEL WAS EXPORTED: %s", error)
+                    self.failed = True
+
+    def save(self) -> None:
+        """Save a checkpoint of this step unless there is one (collective); `saved` describes the outcome."""
+        if self.saved_step == self.progress.step and not self.saved.failed:
+            return
+        extra = {
+            "data": self.batches.extent(),
+            "random": distributed.capture_rng_state(),
+            "meter": self.meter.state(),
+            "trackers": self.trackers.state(),
+        }
+        path = save.save(self.engine, self.tokenizer, self.config, asdict(self.progress), extra)
+        self.saved, self.saved_step = outcomes.saved_in(path), self.progress.step
+        self.failed = self.saved.failed
+        self.meter.start()  # the save's time belongs to no step

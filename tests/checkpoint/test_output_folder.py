@@ -1,0 +1,51 @@
+"""The output folder: created, written to, and locked."""
+
+import fcntl
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from superoffload.checkpoint import output_folder
+from superoffload.errors import UserError
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("folder", ["/proc/no/such/place", "/dev/null/below"])
+def test_an_output_folder_that_cannot_be_written(folder: str) -> None:
+    with pytest.raises(UserError, match=f"--output_dir {folder}: cannot be written"):
+        output_folder.prepare(folder)
+
+
+@pytest.mark.unit
+def test_preparing_leaves_no_file(tmp_path: Path) -> None:
+    output_folder.prepare(str(tmp_path / "a" / "b"))
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_read_only_disk(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match="cannot be written \\(Read-only file system\\)"):
+        output_folder.prepare(str(small_disk))
+
+
+@pytest.mark.unit
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    handle = output_folder.lock(str(tmp_path))
+    with pytest.raises(UserError, match=f"--output_dir {tmp_path}: another run is writing there"):
+        output_folder.lock(str(tmp_path))
+    output_folder.unlock(handle)
+    output_folder.unlock(output_folder.lock(str(tmp_path)))
+
+
+@pytest.mark.unit
+def test_a_file_system_without_locks_gets_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert output_folder.lock(str(tmp_path)) is None
+    assert f"{tmp_path} cannot be locked (Operation not supported)" in caplog.text
+    output_folder.unlock(None)

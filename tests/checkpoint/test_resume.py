@@ -1,0 +1,237 @@
+"""Runs that are interrupted and resumed: the real launcher, real signals, real files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from superoffload import config
+from superoffload.checkpoint import output_folder, resume
+from superoffload.errors import UserError
+from tests.helpers.ranks import REPOSITORY, environment, free_port, launch
+from tests.helpers.runs import damage, flags, logged, make_checkpoint
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """List every tensor of a loaded state, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for key in sorted(value, key=str) for tensor in tensors(value[key])]
+    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def states(out: Path) -> dict[str, list[torch.Tensor]]:
+    folder = out / (out / "latest").read_text()
+    return {
+        path.name: tensors(torch.load(path, weights_only=False)["optimizer_state_dict"])
+        for path in sorted(folder.glob("*_optim_states.pt"))
+    }
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(
+    ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    steps = ["--max_steps", "12"]  # packs of 128 tokens, clipped and accumulated
+    assert launch(ranks, *flags(model_folder, rows_file, whole, *steps, "--save_checkpoint")).returncode == 0
+    first = launch(ranks, *flags(model_folder, rows_file, parts, *steps, "--save_steps", "5", "--bench_steps", "7"))
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = launch(ranks, *flags(model_folder, rows_file, parts, *steps, "--save_checkpoint"))
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert f"Resuming from {parts / 'global_step5'}: step 5" in second.stderr
+
+    norms = [line["grad_norm"] for line in logged(whole) if "grad_norm" in line]
+    assert [line["step"] for line in logged(whole) if "eval_loss" in line] == [4, 8, 12]
+    assert min(norms) < 1.75 < max(norms)  # some steps are clipped, some are not
+    assert logged(parts) == logged(whole)
+    expected, found = states(whole), states(parts)
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        assert len(values) == len(found[name]) > 3
+        for left, right in zip(values, found[name], strict=True):
+            assert torch.equal(left, right), name
+
+
+def start(model: Path, rows: Path, out: Path, *more: str, ranks: int = 2) -> "subprocess.Popen[str]":
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command += [str(REPOSITORY / "finetune_zero3.py"), *flags(model, rows, out, *more)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(),
+                            start_new_session=True)  # fmt: skip
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """End every process of a run."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.communicate()
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if any("--local_rank" in word for word in child.cmdline())]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+def lines_of(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_signal_to_one_rank_saves_and_ends_the_run(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500")
+    try:
+        wait_for(lambda: lines_of(tmp_path) >= 2)
+        (tmp_path / "save_now").touch()
+        wait_for(lambda: not (tmp_path / "save_now").exists())
+        assert (tmp_path / "latest").exists()
+        ranks_of(process)[-1].send_signal(signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 0, err[-3000:]
+    step = int((tmp_path / "latest").read_text().removeprefix("global_step"))
+    assert f"Stopped by another rank's signal: saving after step {step}" in err
+    assert err.rstrip().splitlines()[-1].endswith(f"Checkpoint saved in {tmp_path / f'global_step{step}'}")
+
+
+def test_ctrl_c_saves(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """The terminal signals every process of the group, and the launcher then SIGTERMs all below each rank."""
+    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500", ranks=1)
+    try:
+        wait_for(lambda: lines_of(tmp_path) >= 2)
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: (tmp_path / "summary.json").exists(), timeout_s=25)
+        _, err = process.communicate(timeout=60)
+    finally:
+        end(process)
+    step = int((tmp_path / "latest").read_text().removeprefix("global_step"))
+    assert f"Stopped by SIGINT: saving after step {step}" in err
+    assert f"Checkpoint saved in {tmp_path / f'global_step{step}'}" in err
+
+
+def test_a_second_run_into_the_same_folder_is_refused(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500", ranks=1)
+    try:
+        wait_for(lambda: lines_of(tmp_path) >= 1)
+        second = launch(1, *flags(model_folder, rows_file, tmp_path))
+        assert second.returncode == 2
+        assert f"Error: --output_dir {tmp_path}: another run is writing there" in second.stderr
+    finally:
+        end(process)
+    wait_for(lambda: is_free(tmp_path), timeout_s=10)  # a killed run leaves no lock behind
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        output_folder.unlock(output_folder.lock(str(folder)))
+    except UserError:
+        return False
+    return True
+
+
+def find(out: Path, **values: Any) -> resume.Source | None:
+    given = {"model_name": "m", "output_dir": str(out), "resume": "auto", **values}
+    return resume.find(config.build(given))
+
+
+@pytest.fixture
+def two(tmp_path: Path, one_rank: None) -> tuple[Path, Path]:
+    return make_checkpoint(tmp_path, 3, 1.0), make_checkpoint(tmp_path, 6, 2.0)
+
+
+def test_nothing_to_resume(tmp_path: Path, one_rank: None) -> None:
+    assert find(tmp_path) is None
+    with pytest.raises(UserError, match="no complete checkpoint there"):
+        find(tmp_path, resume=str(tmp_path))
+
+
+def test_latest_is_used(two: tuple[Path, Path]) -> None:
+    source = find(two[0].parent)
+    assert source is not None
+    assert source.path == two[1]
+    named = find(two[0].parent, resume=str(two[0]))
+    assert named is not None
+    assert named.path == two[0]
+    assert find(two[0].parent, resume="none") is None
+
+
+@pytest.mark.parametrize("content", [None, "", "global_step99", "\xff\xfe"])
+def test_latest_that_leads_nowhere(content: str | None, two: tuple[Path, Path]) -> None:
+    latest = two[0].parent / "latest"
+    latest.unlink()
+    if content is not None:
+        latest.write_text(content, encoding="latin-1")
+    source = find(two[0].parent)
+    assert source is not None
+    assert source.path == two[1]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("short", "has 500 bytes instead of 1000"), ("flipped", "does not match its checksum"), ("gone", "No such")],
+)
+def test_a_damaged_file_is_named_and_the_older_checkpoint_used(
+    how: str, words: str, two: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(two[1], how)
+    source = find(two[0].parent)
+    assert source is not None
+    assert source.path == two[0]
+    assert f"{two[1]} cannot be used: zero_pp_rank_0_mp_rank_00_model_states.pt" in caplog.text
+    assert words in caplog.text
+    damage(two[0], how)
+    with pytest.raises(UserError, match="every checkpoint is damaged .*--resume none starts from the model"):
+        find(two[0].parent)
+    with pytest.raises(UserError, match=words):
+        find(two[0].parent, resume=str(two[1]))
+
+
+def test_a_checkpoint_without_its_manifest_is_not_used(two: tuple[Path, Path]) -> None:
+    (two[1] / "manifest.json").write_text("{")
+    source = find(two[0].parent)
+    assert source is not None
+    assert source.path == two[0]
+
+
+def test_a_different_run_is_not_resumed(two: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError) as raised:
+        find(two[0].parent, seed=1, max_length=64, log_interval=7)
+    assert f"{two[1]} belongs to a different run" in str(raised.value)
+    assert "--seed: checkpoint has 42, this run has 1" in str(raised.value)
+    assert "--max_length: checkpoint has 2048, this run has 64" in str(raised.value)
+    assert "log_interval" not in str(raised.value)
+    assert find(two[0].parent, seed=1, resume_anyway=True) is not None
+    assert "differ from the checkpoint's: --seed: checkpoint has 42, this run has 1" in caplog.text
+
+
+def test_another_number_of_ranks_is_refused(two: tuple[Path, Path]) -> None:
+    manifest = json.loads((two[1] / "manifest.json").read_text())
+    (two[1] / "manifest.json").write_text(json.dumps({**manifest, "world_size": 2}))
+    with pytest.raises(UserError, match="was saved by 2 ranks, this run has 1"):
+        find(two[0].parent, resume_anyway=True)
+
+
+def test_a_checkpoint_can_be_moved(two: tuple[Path, Path], tmp_path: Path) -> None:
+    moved = shutil.copytree(two[1], tmp_path / "elsewhere" / "global_step6")
+    source = find(tmp_path / "new", resume=str(moved))
+    assert source is not None
+    assert source.path == moved

@@ -1,0 +1,51 @@
+"""The files of an export beside its weights."""
+
+import json
+import os
+from pathlib import Path
+
+import transformers
+
+from superoffload.export import files, weights
+from tests.helpers.exports import STEPS, Trained, load
+
+
+def test_the_files_of_an_export(trained: dict[str, Trained], tmp_path: Path) -> None:
+    run = trained["llama"]
+    target = tmp_path / "new" / "target"
+    weights.export(run.output_dir / f"global_step{STEPS}", target)
+    assert set(os.listdir(target)) == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert os.listdir(tmp_path / "new") == ["target"]
+    described = json.loads((target / "config.json").read_text())
+    assert (described["dtype"], described["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
+    assert described["use_cache"] is True
+    assert transformers.AutoTokenizer.from_pretrained(target).eos_token == "<eos>"
+    assert transformers.GenerationConfig.from_pretrained(target).eos_token_id == 0
+
+
+def test_missing_files_come_from_the_original_model(damaged: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (damaged / name).unlink()
+    weights.export(damaged, tmp_path / "target")
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "target")) == 257
+    assert load(tmp_path / "target").config.num_hidden_layers == 2
+
+
+def test_the_model_card_names_data_settings_and_loss(damaged: Path, tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 5.0 - step} for step in range(1, STEPS + 3)]
+    (damaged / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"cut sho')
+    weights.export(damaged, tmp_path / "target")
+    card = (tmp_path / "target" / "README.md").read_text()
+    assert "datasets:\n- tatsu-lab/alpaca\n" in card
+    assert "| lr | 0.005 |" in card
+    assert f"| steps | {STEPS} |" in card
+    (damaged / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert files.reached_loss(damaged, STEPS) == 5.0 - STEPS  # of the checkpoint, not of the run's end
+    (damaged / "metrics.jsonl").unlink()
+    assert files.reached_loss(damaged, STEPS) is None
+    (damaged / "summary.json").write_text(json.dumps({"steps": STEPS, "final_loss": 1.25}))
+    assert files.reached_loss(damaged, STEPS) == 1.25
+    assert files.reached_loss(damaged, STEPS - 1) is None

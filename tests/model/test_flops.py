@@ -1,0 +1,75 @@
+"""FLOPs by hand, and compared with those that torch counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from superoffload.model.flops import (
+    ModelShape,
+    causal_pairs,
+    count_parameters,
+    hardware_flops,
+    model_flops,
+    numel,
+    shape_of,
+)
+from tests.helpers.models import make_model
+
+pytestmark = pytest.mark.unit
+
+
+def test_pairs_under_a_causal_mask() -> None:
+    assert causal_pairs(10) == 50
+    assert causal_pairs(10, window=100) == 50
+    assert causal_pairs(10, window=4) == 8 + 24
+
+
+def test_formula_by_hand() -> None:
+    shape = ModelShape(active_parameters=1000, attention_width=16, attention_windows=(0, 0))
+    assert model_flops(shape, [10]) == 6 * 1000 * 10 + 2 * 12 * 16 * 50
+    assert model_flops(shape, [10, 10]) == 2 * model_flops(shape, [10])
+    assert hardware_flops(6.0, recomputed=True) == 8.0
+    assert hardware_flops(6.0, recomputed=False) == 6.0
+
+
+def test_the_formula_agrees_with_counted_flops_of_a_real_model() -> None:
+    llama = make_model("llama", "float32")
+    llama.set_attn_implementation("eager")
+    length = 64
+    ids = torch.zeros((1, length), dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        llama(ids, attention_mask=None).logits.sum().backward()
+    shape = shape_of(llama)
+    # The eager kernel multiplies every pair of a row, masked or not: twice the causal half.
+    causal = model_flops(shape, [length]) - 6 * shape.active_parameters * length
+    expected = model_flops(shape, [length]) + causal
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_experts_count_in_proportion_to_the_experts_per_token() -> None:
+    changes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    sparse = make_model("qwen3_moe", "float32", **changes)
+    experts = sum(p.numel() for name, p in sparse.named_parameters() if ".experts." in name)
+    rest = sum(p.numel() for p in sparse.parameters()) - experts - sparse.get_input_embeddings().weight.numel()
+    assert experts > 0
+    assert shape_of(sparse).active_parameters == rest + experts // 4
+
+
+def test_tied_embeddings_count_once() -> None:
+    tied = make_model("llama", "float32", tie_word_embeddings=True)
+    total = sum(p.numel() for p in tied.parameters())
+    assert shape_of(tied).active_parameters == count_parameters(tied) == total
+    embedding = tied.get_input_embeddings().weight.numel()
+    assert count_parameters(make_model("llama", "float32")) == total + embedding
+
+
+def test_a_partitioned_parameter_has_all_its_elements() -> None:
+    whole, partitioned = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.empty(0))
+    partitioned.ds_numel = 12  # type: ignore[attr-defined]  # set by DeepSpeed
+    assert (numel(whole), numel(partitioned)) == (6, 12)
+
+
+def test_sliding_windows_are_read() -> None:
+    windowed = make_model("gpt_oss", "float32", num_local_experts=4, num_experts_per_tok=2, head_dim=8,
+                          sliding_window=16, layer_types=["sliding_attention", "full_attention"])  # fmt: skip
+    assert shape_of(windowed).attention_windows == (16, 0)

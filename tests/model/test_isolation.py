@@ -1,0 +1,86 @@
+"""Whether a model keeps packed documents apart is tested, not looked up in a list."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from superoffload import distributed
+from superoffload.errors import UserError
+from superoffload.model import isolation
+from tests.helpers.packs import PACKED, PADDED, VARLEN, tiny
+
+pytestmark = pytest.mark.unit
+
+
+class StandIn(torch.nn.Module):
+    """A stand-in for DeepSpeed's engine."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def make_engine(model: torch.nn.Module) -> Any:
+    return StandIn(model)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "all_ranks_ok", lambda ok: ok)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_models_that_isolate_pass(kind: str, dtype: torch.dtype, attention: str) -> None:
+    engine = make_engine(tiny(kind, attention).to(dtype))
+    engine.train()
+    isolation.check(engine, PACKED)
+    assert engine.training and engine.module.training
+
+
+class SeesAll(torch.nn.Module):
+    """A model whose attention mask hides nothing."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+        self.config = model.config
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> Any:
+        return self.inner(input_ids=input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_leaks_is_refused(dtype: torch.dtype) -> None:
+    engine = make_engine(SeesAll(tiny("llama")).to(dtype))
+    with pytest.raises(UserError, match=r"--packing: SeesAll with sdpa attention lets a packed row see .*--no_packing"):
+        isolation.check(engine, PACKED)
+    isolation.check(engine, PADDED)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+        transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+    ],
+    ids=["mamba", "bloom"],
+)
+def test_architectures_that_cannot_isolate_are_refused(config: Any) -> None:
+    torch.manual_seed(0)
+    engine = make_engine(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match=r"--packing: .*--no_packing"):
+        isolation.check(engine, PACKED)
+    assert engine.training
+
+
+def test_a_model_that_does_not_accept_the_documents_is_refused() -> None:
+    with pytest.raises(UserError, match=r"does not accept packed rows; use --no_packing"):
+        isolation.check(make_engine(SeesAll(tiny("llama"))), VARLEN)

@@ -1,0 +1,26 @@
+"""Records survive the conversion to bytes and back."""
+
+from __future__ import annotations
+
+import pytest
+
+from superoffload.offload.shared.messages import MAX_RECORD_BYTES, AdamHyper, Reply, ReplyKind, Task, TaskKind
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("kind", list(TaskKind))
+def test_task_round_trip(kind: TaskKind) -> None:
+    hyper = AdamHyper(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, bias_correction=False)
+    task = Task(kind=kind, sub_group=7, round=2**40, version=3, step=9, anchor_step=1, hyper=hyper, factor=1 / 3)
+    assert Task.unpack(task.pack()) == task
+
+
+@pytest.mark.parametrize("kind", list(ReplyKind))
+def test_reply_round_trip(kind: ReplyKind) -> None:
+    reply = Reply(kind=kind, sub_group=1, round=2, version=3, busy_s=0.25, text="no memory left")
+    assert Reply.unpack(reply.pack()) == reply
+
+
+def test_a_long_error_text_is_truncated_to_one_record() -> None:
+    assert len(Reply(kind=ReplyKind.ERROR, text="x" * 100_000).pack()) == MAX_RECORD_BYTES

@@ -1,0 +1,116 @@
+"""The arithmetic on one sub-group: a speculation equals the step that follows, and chunks change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from deepspeed.ops.op_builder import CPUAdamBuilder
+
+from superoffload.offload.shared.messages import AdamHyper, Task, TaskKind
+from superoffload.offload.shared.state import SubGroupState
+from superoffload.offload.worker import fused
+from superoffload.offload.worker.adam import SubGroupAdam
+
+HYPER = AdamHyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+
+
+def state(numel: int, master: torch.dtype, weights: torch.dtype) -> SubGroupState:
+    generator = torch.Generator().manual_seed(numel)
+    parameters, gradients, exp_avg, exp_avg_sq = (torch.rand(numel, generator=generator) for _ in range(4))
+    return SubGroupState(
+        parameters=parameters.to(master),
+        gradients=(gradients - 0.5).to(master),
+        exp_avg=exp_avg - 0.5,
+        exp_avg_sq=exp_avg_sq,
+        staging=torch.zeros(numel, dtype=weights),
+    )
+
+
+def task(kind: TaskKind, factor: float) -> Task:
+    return Task(kind=kind, step=4, hyper=HYPER, factor=factor)
+
+
+@pytest.mark.parametrize("numel", [1, 15, 1024, 1025, 5000])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize(("master", "weights"), [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize("adamw_mode", [True, False])
+def test_a_speculation_equals_the_step(
+    numel: int, factor: float, master: torch.dtype, weights: torch.dtype, adamw_mode: bool
+) -> None:
+    op = CPUAdamBuilder().load()
+    chunked = SubGroupAdam(op, adamw_mode=adamw_mode, chunk_numel=1024)
+    before, speculated, stepped, committed, whole = (state(numel, master, weights) for _ in range(5))
+    assert chunked.speculate(task(TaskKind.SPECULATE, factor), speculated, lambda: False)
+    for name in ("parameters", "gradients", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(speculated, name), getattr(before, name)), name
+    chunked.step(task(TaskKind.STEP, factor), stepped, stage=True)
+    chunked.step(task(TaskKind.COMMIT, factor), committed, stage=False)
+    SubGroupAdam(op, adamw_mode=adamw_mode, chunk_numel=1 << 20).step(task(TaskKind.STEP, factor), whole, stage=True)
+    assert torch.equal(speculated.staging, stepped.staging)
+    assert torch.equal(stepped.staging, stepped.parameters.to(weights))
+    assert committed.staging.eq(0).all()
+    for field in fields(SubGroupState):
+        assert torch.equal(getattr(stepped, field.name), getattr(whole, field.name)), field.name
+        if field.name != "staging":
+            assert torch.equal(getattr(stepped, field.name), getattr(committed, field.name)), field.name
+
+
+def test_an_abandoned_speculation_returns_false() -> None:
+    adam = SubGroupAdam(CPUAdamBuilder().load(), adamw_mode=True, chunk_numel=1024)
+    where = state(5000, torch.float32, torch.bfloat16)
+    answers = iter([False, False, True])
+    assert not adam.speculate(task(TaskKind.SPECULATE, 1.0), where, lambda: next(answers))
+    assert not list(answers)
+
+
+@pytest.fixture(scope="module")
+def kernel() -> str:
+    path = fused.build()
+    assert path is not None
+    return path
+
+
+@pytest.mark.parametrize("numel", [1, 16, 1000, 5000])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("adamw_mode", [True, False])
+def test_the_fused_kernel_gives_the_same_bits(
+    numel: int, factor: float, weight_decay: float, adamw_mode: bool, kernel: str
+) -> None:
+    op = CPUAdamBuilder().load()
+    plain, adam = (SubGroupAdam(op, adamw_mode=adamw_mode, chunk_numel=1024) for _ in range(2))
+    assert adam.adopt(fused.FusedSpeculation(kernel, adamw_mode=adamw_mode))
+    where = state(numel, torch.float32, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 60):
+        hyper = replace(HYPER, lr=1e-3 * step, weight_decay=weight_decay, bias_correction=step % 7 != 0)
+        asked = Task(kind=TaskKind.SPECULATE, step=step, anchor_step=0 if step < 40 else 40, hyper=hyper, factor=factor)
+        where.gradients.copy_(torch.randn(numel, generator=generator))
+        staging = []
+        for one in (plain, adam):
+            where.staging.zero_()
+            assert one.speculate(asked, where, lambda: False)
+            staging.append(where.staging.clone())
+        assert torch.equal(*staging)
+        adam.step(replace(asked, kind=TaskKind.COMMIT), where, stage=False)
+        assert torch.equal(staging[0], where.parameters.to(torch.bfloat16))
+
+
+def test_a_kernel_with_different_results_is_not_adopted(kernel: str) -> None:
+    adam = SubGroupAdam(CPUAdamBuilder().load(), adamw_mode=True, chunk_numel=1024)
+    assert not adam.adopt(fused.FusedSpeculation(kernel, adamw_mode=False))
+    where, plain = state(64, torch.float32, torch.bfloat16), state(64, torch.float32, torch.bfloat16)
+    adam.speculate(task(TaskKind.SPECULATE, 1.0), where, lambda: False)
+    adam.step(task(TaskKind.STEP, 1.0), plain, stage=True)
+    assert torch.equal(where.staging, plain.staging)
+
+
+def test_a_kernel_that_does_not_compile_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fused, "NAME", "superoffload_fused_broken")
+    monkeypatch.setattr(fused, "_FLAGS", ["-no-such-flag"])
+    assert fused.build() is None
+    assert "The fused kernel cannot be compiled" in caplog.text

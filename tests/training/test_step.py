@@ -1,0 +1,23 @@
+"""What a step holds, counted over all ranks."""
+
+import torch
+
+from superoffload import distributed
+from superoffload.data.collate import Batch
+from superoffload.training import step
+from tests.helpers.ranks import run_ranks
+
+
+def count_on_this_rank() -> list[float]:
+    """Count a step of two micro-batches, in which only rank 1 votes, to stop and not to save."""
+    rank = distributed.rank()
+    inputs = {"input_ids": torch.zeros((1, 32), dtype=torch.int64)}
+    batches = [Batch(inputs=inputs, lengths=(10 + rank, 3), target_tokens=targets) for targets in (5 + rank, 2)]
+    counts = step.count(batches, (float(rank == 1), 0.0))
+    assert all(value.dtype == torch.float64 and value.shape == () for value in counts)
+    return [value.item() for value in counts]
+
+
+def test_counts_are_sums_over_ranks_and_micro_batches() -> None:
+    targets, tokens = 7.0 + 8.0, 26.0 + 28.0
+    assert run_ranks(2, count_on_this_rank) == [[targets, tokens, 1.0, 0.0]] * 2
