@@ -1,4 +1,4 @@
-"""Fine-tune a language model with DeepSpeed ZeRO-3 and the optimizer on the host: the story of one run.
+"""Fine-tune a language model with DeepSpeed ZeRO-3 and the optimizer on the host: one run, from top to bottom.
 
 Started by the launcher: `deepspeed finetune_zero3.py --model_name ... --output_dir ...`. Slow imports happen inside
 `main`, so that `--help` and usage errors return immediately.
@@ -93,7 +93,7 @@ def main(config: "Config") -> int:
 
 
 def load_data(config: "Config", tokenizer: "Tokenizer", *, takes_documents: bool) -> "tuple[Batches, Evaluation]":
-    """Tokenise the rows, once per machine, and build the batches of training and of evaluation on this rank."""
+    """Tokenise the rows once per machine, and build this rank's batches for training and evaluation."""
     from superoffload import distributed, log
     from superoffload.data import collate, loader
     from superoffload.training.evaluation import Evaluation, read_prompts

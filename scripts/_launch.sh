@@ -14,7 +14,7 @@ usage() {
 Usage: bash $0 MODE [BATCH_SIZE] [more flags of finetune_zero3.py]
 
   MODE         superoffload or zerooffload
-  BATCH_SIZE   rows per micro-batch, summed over all devices (default $BATCH_SIZE)
+  BATCH_SIZE   rows or packs per micro-batch, summed over all devices (default $BATCH_SIZE)
 
 Environment variables:
   OUTPUT_DIR   output folder (default ./${recipe}_MODE_output)
@@ -80,7 +80,7 @@ if on BIND_CORES "$BIND_CORES"; then launch+=(--bind_cores_to_rank); fi
 if [[ -n ${HOSTFILE:-} ]]; then
     launch+=(--hostfile "$HOSTFILE")
 elif ((nodes > 1)); then
-    # The launcher reads the nodes from a file only. Without ssh their names are labels.
+    # The launcher reads the nodes only from a file. Without ssh, their names are mere labels.
     [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
         fail "NUM_NODES=$nodes also needs NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR (the address of node 0)"
     mkdir -p "$output_dir" || fail "OUTPUT_DIR=$output_dir: cannot create the folder"
@@ -125,7 +125,7 @@ if on USE_WANDB "$USE_WANDB"; then
     arguments+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_run_name "$WANDB_RUN_NAME-$mode")
 fi
 
-# Use the active environment, else the one that scripts/setup.sh created.
+# Use the active environment, or else the one that scripts/setup.sh created.
 if ! command -v deepspeed >/dev/null; then
     PATH="$repository/.venv/bin:$PATH"
     command -v deepspeed >/dev/null || fail "deepspeed is not installed; run: bash $repository/scripts/setup.sh"
@@ -146,8 +146,10 @@ fi
 # /dev/null because a background process that reads the terminal is stopped.
 force_after_s=3
 signals=0
+launcher=""
+pending="" # a signal that arrived before the launcher had a PID
 
-# Print the PIDs in the group whose command line has a rank. A zombie has an empty cmdline.
+# Print the PIDs of the launcher's ranks. A zombie has an empty cmdline, so it is not listed.
 ranks() {
     local process line group
     for process in /proc/[0-9]*; do
@@ -157,10 +159,14 @@ ranks() {
     done
 }
 
-# forward SIGNAL: send the first signal to the ranks; kill the group when another one comes later.
+# forward SIGNAL: send the first signal to the ranks; kill the group if another comes later.
 # shellcheck disable=SC2329  # called by the traps below
 forward() {
     local found
+    if [[ -z $launcher ]]; then
+        pending=$1
+        return
+    fi
     signals=$((signals + 1))
     if ((signals == 1)); then
         asked_at=$SECONDS
@@ -172,18 +178,17 @@ forward() {
     fi
 }
 
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM INT HUP
 set -m
 "${command[@]}" </dev/null &
 launcher=$!
 set +m
-trap 'forward USR1' USR1
-trap 'forward TERM' TERM INT HUP
-status=-1
-while ((status == -1)) || kill -0 "$launcher" 2>/dev/null; do # a trap interrupts the wait
-    status=0
-    wait "$launcher" || status=$?
-done
-while [[ -n $(ranks) ]]; do sleep 0.2; done # a scheduler signals the launcher too, which then exits before its ranks
+[[ -z $pending ]] || forward "$pending"
+while kill -0 "$launcher" 2>/dev/null; do sleep 0.2 || true; done # a trap would interrupt `wait`, whose status is then lost
+status=0
+wait "$launcher" || status=$?
+while [[ -n $(ranks) ]]; do sleep 0.2 || true; done # a scheduler signals the launcher too, which then exits before its ranks
 ((signals == 0)) || kill -s TERM -- "-$launcher" 2>/dev/null || true # children of the ranks, such as tokenising workers
 trap - USR1 TERM INT HUP
 # A recipe may define `afterwards`, which runs after a complete run.

@@ -1,1 +1,1 @@
-"""Full fine-tuning of large language models on one machine with ZeRO-3 and host offload."""
+"""Full fine-tuning of language models on one machine with ZeRO-3 and host offload."""

@@ -55,7 +55,7 @@ def option(spec: Field[Any]) -> click.Option:
     kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
     required = spec.default is MISSING
-    default: dict[str, Any] = {} if required else {"default": spec.default}  # a default of None counts as given
+    default: dict[str, Any] = {} if required else {"default": spec.default}  # click counts default=None as a default
     return click.Option(
         [f"--{spec.name}/--no_{spec.name}" if spec.type is bool and spec.default is True else f"--{spec.name}"],
         type=kind,

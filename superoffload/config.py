@@ -15,8 +15,8 @@ def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
     """Declare a setting: its help, its default, and its limits.
 
     `limits` may hold `minimum` and `maximum` (inclusive), `above` (exclusive), `choices` (a tuple), `several`
-    (the flag takes one or more values) and `shapes_run` (changing it makes a different run; checkpoints refuse to
-    resume). A setting without a default is a required flag.
+    (the flag takes one or more values) and `shapes_run` (changing it makes a different run, which does not
+    resume from the checkpoint). A setting without a default is a required flag.
     """
     metadata = {"help": help_text, **limits}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
@@ -81,7 +81,7 @@ class ModelSettings(Settings):
 
     model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
     attn_implementation: str = setting(
-        "Attention kernel; auto uses flash_attention_2 if it can run, else sdpa (in packs, document by document).",
+        "Attention kernel; auto uses flash_attention_2 if it can run, else sdpa (one document at a time in packs).",
         "auto",
         choices=("auto", "eager", "sdpa", "flash_attention_2"),
     )
@@ -108,12 +108,12 @@ class DataSettings(Settings):
         shapes_run=True,
     )
     columns: str | None = setting(
-        "Names of the columns if they differ, e.g. prompt=question,completion=answer.", None, shapes_run=True
+        "Column names, if they differ from the format's, e.g. prompt=question,completion=answer.", None, shapes_run=True
     )
     chat_template: str = setting(
-        "auto, tokenizer (its own template, for pairs too), plain, or a file that holds a Jinja template. auto uses "
-        "upstream's headings for pairs of prompt and answer, and for messages the tokenizer's template, or plain if "
-        "it has none.",
+        "auto, tokenizer (the tokenizer's own template), plain, or a file that holds a Jinja template. auto uses the "
+        "Alpaca template for pairs of prompt and answer, and the tokenizer's template for chats, or plain if it has "
+        "none.",
         "auto",
         shapes_run=True,
     )
@@ -125,12 +125,12 @@ class DataSettings(Settings):
     )
     train_on_prompt: bool = setting("Train on the tokens of the prompt too.", False, shapes_run=True)
     packing: bool = setting(
-        "Pack several rows into one of --max_length tokens; attention never crosses rows.",
+        "Pack rows into sequences of up to --max_length tokens; attention never crosses rows.",
         True,
         shapes_run=True,
     )
     padding: str = setting(
-        "Length of unpacked rows: the longest of the batch (a multiple of 8), or max_length, which disables packing.",
+        "Pad unpacked rows to the longest in the batch, or to --max_length, which disables packing.",
         "longest",
         choices=("longest", "max_length"),
         shapes_run=True,
@@ -166,11 +166,11 @@ class TrainingSettings(Settings):
     """Training."""
 
     lr: float = setting("Peak learning rate.", 1e-5, above=0, maximum=10, shapes_run=True)
-    batch_size: int = setting("Rows per device and micro-batch.", 1, minimum=1, shapes_run=True)
+    batch_size: int = setting("Rows (packs, if packed) per device and micro-batch.", 1, minimum=1, shapes_run=True)
     gradient_accumulation_steps: int = setting("Micro-batches per optimizer step.", 1, minimum=1, shapes_run=True)
     num_train_epochs: int = setting("Passes over the data.", 1, minimum=1, shapes_run=True)
     max_steps: int = setting(
-        "Stop after this many optimizer steps; 0: no limit. Sets the schedule's length.", 0, minimum=0, shapes_run=True
+        "Stop after this many optimizer steps and fit the schedule to them; 0: no limit.", 0, minimum=0, shapes_run=True
     )
     lr_scheduler: str = setting(
         "Learning rate schedule after the warm-up.",
@@ -207,9 +207,11 @@ class EvaluationSettings(Settings):
 class OffloadSettings(Settings):
     """Memory and DeepSpeed."""
 
-    deepspeed_config: str = setting("DeepSpeed JSON: where memory lives.", "configs/superoffload.json")
+    deepspeed_config: str = setting(
+        "DeepSpeed JSON: where weights and optimizer state are kept.", "configs/superoffload.json"
+    )
     offload_ratio: float = setting(
-        "Fraction of the optimizer's state and work that is on the host.", 1.0, minimum=0, maximum=1
+        "Fraction of the optimizer's state and work to keep on the host.", 1.0, minimum=0, maximum=1
     )
     sub_group_size: int = setting(
         "Parameters per sub-group of the optimizer, and elements per reduce bucket.", 400_000_000, minimum=1
@@ -222,10 +224,10 @@ class OffloadSettings(Settings):
 class OutputSettings(Settings):
     """Output."""
 
-    output_dir: str = setting("Folder for the checkpoint, the tokenizer, metrics.jsonl and summary.json.")
-    log_interval: int = setting("Steps between two log lines.", 1, minimum=1)
+    output_dir: str = setting("Folder for checkpoints, the tokenizer, metrics.jsonl and summary.json.")
+    log_interval: int = setting("Log every N steps.", 1, minimum=1)
     log_level: str = setting(
-        "Minimum severity of the messages shown.", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+        "Minimum severity of messages to show.", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     )
 
 
@@ -237,27 +239,27 @@ class CheckpointSettings(Settings):
     save_steps: int = setting("Save a checkpoint every N steps; 0: never.", 0, minimum=0)
     save_minutes: float = setting("Save a checkpoint every M minutes; 0: never.", 0.0, minimum=0)
     keep_checkpoints: int = setting("Number of complete checkpoints to keep; older ones are removed.", 2, minimum=1)
-    fail_on_checkpoint_error: bool = setting("Exit with status 3 if a checkpoint could not be saved.", False)
-    export: bool = setting("Export the last checkpoint as a model folder, OUTPUT_DIR/model_stepN.", False)
+    fail_on_checkpoint_error: bool = setting("Exit with status 3 if the last checkpoint or the export fails.", False)
+    export: bool = setting("Export the last checkpoint to OUTPUT_DIR/model_stepN; needs --save_checkpoint.", False)
     resume: str = setting(
         "auto: resume from the newest complete checkpoint in the output folder, or start from the model if there is "
-        "none; none: start from the model; or the folder of a checkpoint.",
+        "none; none: start from the model; or a checkpoint, or the output folder of a run.",
         "none",
     )
-    resume_anyway: bool = setting("Resume even if settings differ from those of the checkpoint.", False)
+    resume_anyway: bool = setting("Resume even if settings or data differ from the checkpoint's.", False)
 
     def __post_init__(self) -> None:
         """Check each value, and that --export has a checkpoint to export."""
         Settings.__post_init__(self)
         if self.export and not self.save_checkpoint:
-            raise UserError("--export: exports the last checkpoint; add --save_checkpoint")
+            raise UserError("--export: there is no checkpoint to export; add --save_checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementSettings(Settings):
     """Measurement."""
 
-    warmup_steps: int = setting("Number of first steps that the summary ignores.", 15, minimum=0)
+    warmup_steps: int = setting("Number of initial steps that the summary leaves out.", 15, minimum=0)
     bench_steps: int = setting(
         "Stop after this many steps and print the measurement; 0: train to the end.", 0, minimum=0
     )
@@ -330,7 +332,7 @@ def flat(config: Config) -> dict[str, Any]:
 def differences(config: Config, saved: dict[str, Any]) -> list[str]:
     """List the settings that make `config` a different run from the one that saved a checkpoint.
 
-    `saved` are the checkpoint's flat values; a setting that it lacks had its default. Each difference reads
+    `saved` holds the checkpoint's flat values; a setting that it lacks had its default. Each difference reads
     `--flag: checkpoint has ..., this run has ...`.
     """
     current = flat(config)

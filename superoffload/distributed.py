@@ -118,7 +118,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks, in place, on the device (collective); returns it."""
+    """Sum a tensor over all ranks, in place, on its device (collective); return it."""
     comm.all_reduce(values)
     return values
 

@@ -1,8 +1,8 @@
 """DeepSpeed's JSON and the flags -> the ds_config that `deepspeed.initialize` gets.
 
-The JSON says where memory lives, the flags say what is trained. Some values can be set by both. If the JSON has
-`"auto"` or no value, the flag decides. If the flag was not given, the JSON decides. If both are explicit and differ,
-that is an error that names both.
+The JSON says where weights and optimizer state are kept, the flags say what is trained. Some values can be set by both.
+If the JSON has `"auto"` or no value, the flag decides. If the flag was not given, the JSON decides. If both are
+explicit and differ, that is an error that names both.
 """
 
 import copy
@@ -75,7 +75,7 @@ def _check(ds_config: Any, name: str) -> None:
     if optimizer.get("type", "AdamW") not in ("Adam", "AdamW") or (betas != "auto" and tuple(betas) != BETAS):
         raise UserError(
             f"--deepspeed_config {name}: the optimizer must be AdamW with betas {BETAS}, the file has "
-            f"{optimizer.get('type')} with {betas}; remove its section optimizer"
+            f"{optimizer.get('type')} with {betas}; remove its optimizer section"
         )
     schedule = ds_config.get("scheduler", {})
     if schedule.get("type", "WarmupLR") not in SCHEDULES:

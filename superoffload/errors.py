@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Say in one line what is wrong, which value it was, and what to do.
+    """One line that says what is wrong, with which value, and what to do.
 
     `main()` prints it as `Error: ...` and exits with status 2, without a traceback.
     """

@@ -21,9 +21,9 @@ class _AboveProgressBar(logging.Handler):
 
 
 def setup(level: str) -> None:
-    """Send log records to stderr: from `level` on for rank 0, from ERROR on for the other ranks.
+    """Send log records to stderr: at `level` and above on rank 0, at ERROR and above on the other ranks.
 
-    A second call replaces the handler. Libraries log from WARNING on; with `--log_level DEBUG` their own levels hold.
+    A second call replaces the handler. Libraries log at WARNING and above, or at their own levels if `level` is DEBUG.
     """
     rank = int(os.environ.get("RANK", "0"))
     handler = _AboveProgressBar()

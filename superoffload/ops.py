@@ -1,7 +1,7 @@
 """Compiled operators, DeepSpeed's and our own: put the right ninja on PATH, remove locks of killed builds.
 
-ninja compiles an operator again if another version of ninja compiled it before, so this environment's ninja must come
-first on PATH, even if the environment is not activated. torch guards a build with a file named `lock`. If the building
+ninja compiles an operator again if another version of ninja compiled it before, so this environment's ninja must be on
+PATH, even if the environment is not activated. torch guards a build with a file named `lock`. If the building
 process is killed, nothing removes that file, and every later process that needs the operator waits forever, silently.
 """
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """A tokenizer of transformers."""
+    """A transformers tokenizer."""
 
     eos_token: str | None
     eos_token_id: int
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
 
 
 class Model(Protocol):
-    """A causal language model of transformers."""
+    """A transformers causal language model."""
 
     config: Any
     generation_config: Any

@@ -209,7 +209,7 @@ def write(folder: Path, seed: int = SEED) -> None:
 
 
 def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
-    """Return the model's greedy answer to each row, with all white space."""
+    """Return the model's greedy answer to each row, white space included."""
     answers: list[str] = []
     for start in range(0, len(rows), SCORE_BATCH_SIZE):
         prompts = [prompt_of(row) for row in rows[start : start + SCORE_BATCH_SIZE]]

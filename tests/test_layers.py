@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 
 PACKAGE = REPOSITORY / "superoffload"
 Row = Sequence[set[str]]
-"""Rooms side by side: none imports another. A room is a set of modules and folders."""
+"""A row lists rooms, sets of modules and folders, none of which imports another."""
 
 # From bottom to top: a module may import its own room and the rows listed before it.
 ROWS: list[Row] = [

@@ -28,11 +28,11 @@ READ_BYTES = 2**24
 
 Manifest = dict[str, Any]
 Entry = dict[str, Any]
-"""What the manifest says of one file: `bytes` and `xxh3_128`."""
+"""What the manifest says about one file: `bytes` and `xxh3_128`."""
 
 
 def tags(step: int) -> list[str]:
-    """List the names that a checkpoint of a step may have: the first that is free, so that none is overwritten."""
+    """List the possible names of a step's checkpoint; the first free one is used, so that none is overwritten."""
     return [f"global_step{step}", *(f"global_step{step}_{number}" for number in range(2, 1000))]
 
 
@@ -58,7 +58,7 @@ class HashedFile:
     """A file to write that is hashed on the way, so that its checksum does not need a second read.
 
     A context manager; on leaving without an error the file is on disk. It offers what `torch.save` needs of a file,
-    and no `fileno`, past which torch could write unseen.
+    but no `fileno`, through which torch could write data that is not hashed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,7 +74,7 @@ class HashedFile:
         return self._file.write(data)
 
     def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
+        """Flush buffered data to the operating system."""
         self._file.flush()
 
     def entry(self) -> Entry:
@@ -109,7 +109,7 @@ def begin(folder: Path) -> None:
 
 
 def build(config: dict[str, Any], progress: dict[str, int], world_size: int, files: dict[str, Entry]) -> Manifest:
-    """Build the manifest of a checkpoint; `config` are the flat settings of the run."""
+    """Build the manifest of a checkpoint; `config` holds the flat settings of the run."""
     return {
         "saved_at": time.time(),
         "world_size": world_size,
@@ -180,7 +180,7 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str:
 
 
 def require_intact(folder: Path) -> None:
-    """Raise `UserError` if a file of a checkpoint is damaged; without a manifest it cannot be verified."""
+    """Raise `UserError` if a checkpoint's file is damaged; without a manifest it cannot be verified, and passes."""
     manifest = read(folder)
     if manifest is not None and (found := damage(folder, manifest, manifest["files"])):
         raise UserError(f"{folder}: damaged: {found}; use another checkpoint")

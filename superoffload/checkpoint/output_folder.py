@@ -10,7 +10,7 @@ from superoffload.log import logger
 
 
 def prepare(folder: str) -> None:
-    """Create the output folder and write to it once, so that a mistake shows before training and not after.
+    """Create the output folder and write to it once, so that an error shows before training, not after.
 
     Raises `UserError` if the folder cannot be created or written.
     """

@@ -63,7 +63,7 @@ def read(source: Path) -> RankFiles:
     """
     folder, output_dir = locate(source)
     if manifest.is_incomplete(folder):
-        raise UserError(f"{folder}: incomplete, saving it was interrupted; use another checkpoint")
+        raise UserError(f"{folder}: incomplete: saving it was interrupted; use another checkpoint")
     known = sorted(folder.glob("*_model_states.pt"))
     if not known:
         raise UserError(f"{folder}: has no checkpoint (no file *_model_states.pt)")
@@ -147,7 +147,7 @@ def gather(lazy: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _pieces(lazy: Any) -> Iterator[torch.Tensor]:
-    """List the pieces of the mapped files that make up a tensor, in order."""
+    """Yield the pieces of the mapped files that make up a tensor, in order."""
     for flat_groups in lazy.flat_groups:
         start = 0
         for group in flat_groups:
@@ -159,7 +159,7 @@ def _pieces(lazy: Any) -> Iterator[torch.Tensor]:
 
 
 def _drop_pages(mapped: torch.Tensor) -> None:
-    """Evict a piece of a mapped file from memory; does nothing on systems that cannot."""
+    """Evict a piece of a mapped file from memory; does nothing on systems without madvise."""
     page = os.sysconf("SC_PAGE_SIZE")
     start = mapped.data_ptr() // page * page
     length = mapped.data_ptr() + mapped.nbytes - start

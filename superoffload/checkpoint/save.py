@@ -57,7 +57,7 @@ class _RecordingEngine:
         try:
             self.files[Path(path).name] = self._write(state_dict, Path(path))
         except (OSError, RuntimeError) as error:
-            # After a failed write torch's writer raises a RuntimeError of its own, which names no cause.
+            # After a failed write torch's writer raises a RuntimeError of its own, which does not name the cause.
             cause = error.__context__
             self.errors.append(cause if isinstance(cause, OSError) else error)
             Path(path).unlink(missing_ok=True)
@@ -185,7 +185,7 @@ def save_model_config(model: Model, folder: Path) -> None:
 
 
 def _remove_obsolete(folder: Path, tag: str, keep: int) -> None:
-    """Remove what a new complete checkpoint makes obsolete: remains of interrupted saves, and all but `keep`."""
+    """Remove what a new complete checkpoint makes obsolete: interrupted saves, and all but the newest `keep`."""
     for path in manifest.incomplete_checkpoints(folder):
         if path.name != tag:
             logger.warning("Removing %s: saving it was interrupted", path)

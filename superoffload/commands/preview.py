@@ -14,7 +14,7 @@ OPTIONS = ("model_name", "batch_size", "gradient_accumulation_steps", "seed")
 def _show(rows: int, **values: Any) -> None:
     """Show rows as the model will see them.
 
-    Target tokens are marked. The statistics of the whole data set follow.
+    Tokens in the loss (targets) are marked. Statistics of the whole data set follow.
     """
     settings = config.build({**values, "output_dir": ""})
     from superoffload import log
@@ -37,7 +37,7 @@ def _show(rows: int, **values: Any) -> None:
 def _options() -> list[click.Parameter]:
     """Derive the options from the settings: all of the data's, and those that determine the number of steps."""
     rows = click.Option(
-        ["-n", "--rows"], type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show."
+        ["-n", "--rows"], type=click.IntRange(min=0), default=3, show_default=True, help="Number of rows to show."
     )
     return [
         rows,

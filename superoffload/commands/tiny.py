@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @click.argument("output_dir", type=click.Path(exists=True, path_type=Path))
 def score(folder: Path, output_dir: Path) -> None:
-    """Compare the answers of the model in FOLDER and of the checkpoint in OUTPUT_DIR to the held-out rows."""
+    """Score the model in FOLDER and the checkpoint in OUTPUT_DIR on the held-out rows."""
     from superoffload import log
     from superoffload.export import weights
     from superoffload.model.load import load_whole

@@ -99,7 +99,7 @@ def _once(folder: Path, make: Callable[[Path], None]) -> None:
 
     The first rank of the machine fills it. The others poll for it, and fill it themselves only if nobody has held
     the lock for `PATIENCE_S`. If the first rank failed, they raise the same error then, unless the launcher has
-    ended them before.
+    ended them by then.
     """
     lock = FileLock(f"{folder}.lock")
     first = os.environ.get("LOCAL_RANK", "0") in ("0", "-1")

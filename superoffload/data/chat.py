@@ -42,14 +42,14 @@ def _rejected(error: jinja2.TemplateError) -> BadRow:
 def answer_spans(turns: Turns, render: Render, special: Sequence[str]) -> tuple[str, list[Span]]:
     """Render a conversation and find what the assistant says in it, for templates without generation marks.
 
-    Returns the text and one span of characters for each turn of the assistant. A span starts after the turn's
+    Returns the text and one span of characters for each assistant turn. A span starts after the turn's
     header. It includes the end-of-turn token (one of the texts `special`); if the template has none, the span ends
     where the turn ends.
 
     A turn starts where the conversation before it ends when rendered with the header for an answer. It ends where
     the conversation up to and including it ends. Both must be prefixes of the whole text, character by character.
     Some templates break this: they write the last turn differently (they leave out earlier reasoning, or close with
-    another token), or their header opens a reasoning that the turn does not have. Such a turn is rendered with a
+    another token), or their header opens a reasoning block that the turn does not have. Such a turn is rendered with a
     placeholder as its content, and the text around the placeholder must be the text around the turn.
 
     Raises `UserError` if neither works, or if the text found does not contain the turn's content.
@@ -133,10 +133,10 @@ def _not_found(index: int, reason: str) -> str:
 def marked_tokens(
     tokenizer: Tokenizer, template: str, turns: Turns, special: Sequence[str]
 ) -> tuple[list[int], list[bool]]:
-    """Tokenise with a template that marks its generation spans: the ids, and for each whether it is a target.
+    """Tokenise with a template that marks its generation spans; return the ids, and for each whether it is a target.
 
     If the marks leave out the end-of-turn token, it becomes a target as well. Raises `UserError` if nothing is
-    marked although there is a turn of the assistant.
+    marked although there is an assistant turn.
     """
     try:
         encoded = tokenizer.apply_chat_template(

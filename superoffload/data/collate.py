@@ -70,7 +70,7 @@ class Batch:
 def collate(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> Batch:
     """Make a batch of up to `size` packs of documents; without packing, a pack holds one document.
 
-    If there are fewer packs (in the last step of an epoch), the batch is filled up with rows whose labels are all
+    If there are fewer packs (in the last step of an epoch), the batch is filled with rows whose labels are all
     -100. Every rank then runs the same number of micro-batches of the same number of rows, and no row is trained on
     twice.
     """
@@ -103,7 +103,7 @@ def _padded(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> dict[s
     longest = max((len(ids) for pack in packs for ids, _ in pack), default=1)
     inputs = _blank(size, layout.max_length if layout.full_length else _rounded(longest), layout.pad_token_id)
     mask = torch.zeros_like(inputs["input_ids"])
-    mask[len(packs) :, 0] = 1  # a filler row attends to its first token, so that no softmax is over nothing
+    mask[len(packs) :, 0] = 1  # a filler row attends to its first token, so that no softmax is over an empty set
     for index, [(ids, labels)] in enumerate(packs):
         inputs["input_ids"][index, : len(ids)] = torch.as_tensor(ids)
         inputs["labels"][index, : len(ids)] = torch.as_tensor(labels)

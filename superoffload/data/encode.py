@@ -10,7 +10,7 @@ from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 
 IGNORED = -100  # the label of a token that is not a target
-VERSION = 2  # of the encoding in this file and formats.py, part of the cache's key; raise it when a row's tokens change
+VERSION = 2  # of the encoding in this file and formats.py, part of the cache's key; increase it if tokens change
 
 # The Alpaca template.
 INSTRUCTION = "### Instruction:\n"
@@ -58,7 +58,7 @@ def alpaca_prompt(pair: Pair) -> str:
 
 
 def as_chat(pair: Pair) -> Chat:
-    """Write a pair as a turn of the user and a turn of the assistant."""
+    """Write a pair as a user turn and an assistant turn."""
     asked = f"{pair.prompt}\n\n{pair.context}" if pair.context.strip() else pair.prompt
     return Chat(({"role": "user", "content": asked}, {"role": "assistant", "content": pair.answer}))
 
@@ -66,7 +66,7 @@ def as_chat(pair: Pair) -> Chat:
 def plain_segments(turns: Chat) -> list[tuple[str, bool]]:
     """Write turns under `### System:`, `### User:`, `### Tool:` and `### Assistant:`, separated by empty lines.
 
-    Returns texts and whether each is a target; every target is the content of one turn of the assistant.
+    Returns texts and whether each is a target; every target is the content of one assistant turn.
     """
     segments: list[tuple[str, bool]] = []
     given = ""
@@ -117,7 +117,7 @@ class Encoder:
     def prompt_ids(self, prompt: str, in_turns: bool) -> list[int]:
         """Tokenise a prompt as in a row of the training data, up to where the answer begins.
 
-        `in_turns` is whether the rows of the training data are chats; the prompt is then written as a user's turn.
+        `in_turns` is whether the rows of the training data are chats; the prompt is then written as a user turn.
         """
         pair = Pair(prompt=prompt, context="", answer="")
         turns = as_chat(pair)

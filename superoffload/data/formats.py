@@ -1,9 +1,9 @@
-"""Rows of every known shape -> prompts and answers; pure.
+"""Rows of every known format -> prompts and answers; pure.
 
-| shape             | columns                                     | targets                     |
+| format            | columns                                     | targets                     |
 | ----------------- | ------------------------------------------- | --------------------------- |
 | alpaca            | `instruction`, `output`, optionally `input` | the output                  |
-| messages          | `messages`: a list of `{role, content}`, or | every turn of the assistant |
+| messages          | `messages`: a list of `{role, content}`, or | every assistant turn        |
 |                   | `conversations`: a list of `{from, value}`  |                             |
 | prompt_completion | `prompt`, `completion`                      | the completion              |
 | text              | `text`                                      | every token                 |
@@ -17,7 +17,7 @@ from typing import Any
 from superoffload.config import parse_columns
 from superoffload.errors import UserError
 
-# The columns that a row of each shape must have. If a data set fits two shapes, the first one is used.
+# The columns that a row of each format must have. If a data set fits two formats, the first one is used.
 REQUIRED = {
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
@@ -45,7 +45,7 @@ ROLES = {
 
 
 class BadRow(Exception):
-    """Say what is wrong with one row, without its number, which the caller adds."""
+    """What is wrong with one row, without its number, which the caller adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ Conversation = Pair | Chat | Text
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The shape of a data set's rows: its name, and which column holds each part."""
+    """The format of a data set's rows: its name, and which column holds each part."""
 
     name: str
     columns: Mapping[str, str]
@@ -87,22 +87,22 @@ class Shape:
 
 
 def detect(found: Sequence[str], dataset_format: str, renamed: str | None) -> Shape:
-    """Recognise the shape of rows that have the columns `found`.
+    """Recognise the format of rows that have the columns `found`.
 
     `dataset_format` is `--dataset_format`, `renamed` is `--columns`. Raises `UserError`, which names the columns and
-    the known shapes, if no shape fits or if the columns are not those of `dataset_format`.
+    the known formats, if no format fits or if the columns are not those of `dataset_format`.
     """
     names = parse_columns(renamed)
     parts = {part for shape in REQUIRED for part in (*REQUIRED[shape], *OPTIONAL.get(shape, ()))}
     for part, column in names.items():
         if part not in parts and part not in ALSO_KNOWN_AS.values():
             raise UserError(
-                f"--columns {renamed}: no shape has a part {part}; the parts are {', '.join(sorted(parts))}"
+                f"--columns {renamed}: no format has a part {part}; the parts are {', '.join(sorted(parts))}"
             )
         if column not in found:
             raise UserError(f"--columns {renamed}: no column {column}; the columns are {_listed(found)}")
     names = {next((to for to, alias in ALSO_KNOWN_AS.items() if alias == part), part): c for part, c in names.items()}
-    # The parts that --columns names decide the shape, whatever other columns there are.
+    # The parts that --columns names decide the format, whatever other columns there are.
     parts_named = [shape for shape in REQUIRED if set(names) & set(REQUIRED[shape])]
     candidates = parts_named if dataset_format == "auto" else [dataset_format]
     for shape in candidates or REQUIRED:
@@ -116,7 +116,7 @@ def detect(found: Sequence[str], dataset_format: str, renamed: str | None) -> Sh
             f"name them with --columns, e.g. {REQUIRED[dataset_format][0]}={next(iter(found), 'column')}"
         )
     raise UserError(
-        f"--dataset_format auto: the columns {_listed(found)} match no known shape; known shapes are {KNOWN}; "
+        f"--dataset_format auto: the columns {_listed(found)} match no known format; known formats are {KNOWN}; "
         "name the columns with --columns, e.g. prompt=question,completion=answer"
     )
 
@@ -133,7 +133,7 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def read(row: Mapping[str, Any], shape: Shape) -> Conversation:
-    """Read a row of a known shape. Raises `BadRow` if a part is missing or of the wrong type."""
+    """Read a row of a known format. Raises `BadRow` if a part is missing or of the wrong type."""
     if shape.name == "messages":
         return Chat(_turns(shape.get(row, "messages")))
     if shape.name == "text":

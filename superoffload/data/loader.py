@@ -47,7 +47,7 @@ def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[Tokeni
     """
     count = max(1, round(len(rows) * percentage / 100))
     if count >= len(rows):
-        raise UserError(f"--eval_percentage {percentage:g}: of {len(rows)} rows none would be left to train on")
+        raise UserError(f"--eval_percentage {percentage:g}: none of the {len(rows)} rows would be left to train on")
     # A separate random stream, so that the held-out rows do not depend on the same numbers as the order of epoch 0.
     drawn = np.random.default_rng([seed, 2**32]).permutation(len(rows))
     return rows.select(np.sort(drawn[count:])), rows.select(np.sort(drawn[:count]))
@@ -62,7 +62,7 @@ class Batches:
     be entered at any step at the cost of one sort.
 
     Each step takes the next `world_size * accumulation * batch_size` packs. The last step of an epoch takes the
-    packs that are left, spread over ranks and micro-batches, and is filled up with rows that hold no targets. Every
+    packs that are left, spread over ranks and micro-batches, and is filled with rows that hold no targets. Every
     row appears once per epoch, and every rank runs the same number of micro-batches.
     """
 

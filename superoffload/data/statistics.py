@@ -66,7 +66,7 @@ class Statistics:
 
 
 def describe(rows: TokenizedRows, packs: packing.Packs, capacity: int, steps: int) -> Statistics:
-    """Return the statistics of rows and their packs of `capacity` tokens; 0 if rows are not packed."""
+    """Return the statistics of rows and their packs of `capacity` tokens, which is 0 if rows are not packed."""
     lengths = rows.lengths
     longest = int(lengths.max())
     width = -(-longest // BARS)

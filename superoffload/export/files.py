@@ -1,4 +1,4 @@
-"""The files of an export beside its weights: configuration, generation settings, tokenizer, model card."""
+"""The files of an export besides its weights: configuration, generation settings, tokenizer, model card."""
 
 import json
 import shutil

@@ -30,7 +30,7 @@ SMALL_FILES_BYTES = 64 * 2**20  # tokenizer and other small files, for the check
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors of the model that are converted together, e.g. fused experts that become single ones.
+    """Tensors of the model that are converted together, e.g. fused experts that are split into single ones.
 
     `sources` holds them by their names in the model, `targets` by their names in the files; all on the meta device,
     with the shape and dtype of the export.
@@ -122,14 +122,15 @@ def plan(model: Model, wanted: dict[str, torch.Tensor]) -> list[Group]:
     """Split the tensors into the smallest groups that transformers can convert to the form used on the hub.
 
     transformers fuses some weights when it loads a model (the experts of a sparse block become one tensor) and splits
-    them when it saves. Nearly always a tensor can be converted on its own; if not, a group is a layer.
+    them when it saves. Nearly always a tensor can be converted on its own; if not, a group is a layer or, at worst, the
+    whole model.
     """
     whole = _saved_form(model, wanted)
     for parts in ([{name: tensor} for name, tensor in wanted.items()], _layers(wanted)):
         try:
             groups = [Group(part, _saved_form(model, part)) for part in parts]
         except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError):
-            continue  # a conversion of transformers that needs more than this part
+            continue  # a conversion in transformers that needs more than this part
         made = [(name, tensor.shape) for group in groups for name, tensor in group.targets.items()]
         if sorted(made) == sorted((name, tensor.shape) for name, tensor in whole.items()):
             return groups

@@ -1,4 +1,4 @@
-"""Attention: choose the kernel, and attend to packs document by document if no kernel can."""
+"""Attention: choose the kernel; without flash attention, attend to packs document by document."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ SDPA_VARLEN = "sdpa_varlen"
 def choose(settings: ModelSettings, config: Any, ds_config: DsConfig, packs: bool) -> str | None:
     """Choose the attention implementation for transformers; None leaves the choice to the model (sdpa or eager).
 
-    Raises `UserError` if flash_attention_2 was requested and is not available.
+    Raises `UserError` if flash_attention_2 was requested and cannot run.
     """
     installed = is_flash_attn_2_available()
     suitable = get_accelerator().device_name() == "cuda" and dtype_name(ds_config) != "float32"

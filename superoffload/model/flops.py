@@ -13,7 +13,7 @@ from typing import Any
 
 from superoffload.protocols import Model
 
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in configurations of transformers
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in transformers configurations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,5 +87,5 @@ def model_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
 
 
 def hardware_flops(flops: float, recomputed: bool) -> float:
-    """Add the second forward of activation checkpointing: 8 FLOPs instead of 6."""
+    """Add the second forward of activation checkpointing: 8 FLOPs per parameter and token instead of 6."""
     return flops * 4 / 3 if recomputed else flops

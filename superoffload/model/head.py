@@ -1,4 +1,4 @@
-"""The loss of causal language modelling, as a sum, so that a step can weigh all its target tokens equally."""
+"""The loss of causal language modelling, as a sum, so that a step can weight all its target tokens equally."""
 
 import torch
 from torch.nn import functional

@@ -1,4 +1,4 @@
-"""Test whether a model keeps packed documents apart. It is tried when a run starts, not looked up in a list."""
+"""Test whether a model keeps packed documents apart, by running it at the start, not by a list of architectures."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Load the model: configuration checked first, weights born sharded, leaf modules set."""
+"""Load the model: check its configuration, shard its weights as they load, set leaf modules."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ def load_config(name: str) -> Any:
 
 
 def load_whole(folder: Path) -> tuple[Model, Tokenizer]:
-    """Load a model and its tokenizer, all of it in this process and in fp32."""
+    """Load a model in fp32, unsharded in this process, and its tokenizer."""
     hide_bars_of_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), load_tokenizer(str(folder))

@@ -19,7 +19,7 @@ this package moves the work on them to a second process, so that it overlaps wit
     | P, gradients G, Adam moments M and V (fp32), new low-precision weights S (bf16)   |
     +-----------------------------------------------------------------------------------+
 
-1. A *round* is what lies between two optimizer steps.
+1. A *round* is everything between two optimizer steps.
 2. In the last backward of a round DeepSpeed reduces gradients bucket by bucket, and `HostGradients` writes each into
    region G of its sub-group.
 3. Once all gradients of a sub-group have arrived, the coordinator sends SPECULATE: the optimizer process reads P, G, M
@@ -34,12 +34,12 @@ this package moves the work on them to a second process, so that it overlaps wit
    (checkpoints, DeepSpeed's accessors) wait for all commits.
 10. If either process dies, the other sees the end of the socket: the trainer raises, the optimizer process exits.
 
-The rooms, in the order of their dependencies (shared -> worker | trainer -> zero3 -> install):
+The subpackages, in dependency order (shared -> worker | trainer -> zero3 -> install):
 
     shared/      the arena's layout, the messages, and pure arithmetic that both processes use
     worker/      the optimizer process: receive a task, compute, reply
     trainer/     the trainer's side: what to ask and when, the process handle, cores, page-locking; no DeepSpeed
-    zero3/       the subclass of DeepSpeed's ZeRO-3 optimizer; the only room that touches DeepSpeed's private names
+    zero3/       the subclass of DeepSpeed's ZeRO-3 optimizer; the only place that touches its private names
     install.py   puts that subclass where DeepSpeed looks for it; settings.py holds the choices
 
 Nothing here imports from the surrounding package.

@@ -27,7 +27,7 @@ from .zero3 import contract
 
 _log = getLogger(__name__)
 
-LOSS = "its checkpoints lack the Adam moments, clipping turns its overlap off, a dead worker is noticed only after 60 s"
+LOSS = "its checkpoints lack the Adam moments, clipping disables its overlap, a dead worker goes unnoticed for 60 s"
 """The disadvantages of DeepSpeed's own SuperOffload."""
 
 
@@ -58,7 +58,7 @@ def installed(settings: OffloadSettings | None = None) -> Iterator[None]:
     """Let `super_offload: true` select this package's optimizer for every engine built inside the block.
 
     If the optimizer cannot be used, a warning says why, and DeepSpeed's own class is built instead; on an
-    accelerator that this class does not support, plain ZeRO-Offload, which is slower but complete.
+    accelerator that this class does not support, plain ZeRO-Offload.
     """
     seam = importlib.import_module(contract.SEAM_MODULE)
     stock = getattr(seam, contract.SEAM_NAME)
@@ -79,7 +79,7 @@ def _builder(stock: Callable[..., Any], settings: OffloadSettings | None) -> Cal
         if get_accelerator().device_name() == "cuda":
             _log.warning("%s", why)
             return stock(module, init_optimizer, *args, **kwargs)
-        _log.warning("%s That class needs CUDA, so plain ZeRO-Offload is used, which is slower but complete.", why)
+        _log.warning("%s That class needs CUDA, so plain ZeRO-Offload is used, whose checkpoints are complete.", why)
         return DeepSpeedZeroOptimizer_Stage3(module, init_optimizer, *args, **kwargs)
 
     return build

@@ -1,4 +1,4 @@
-"""What can be chosen about the offload engine beyond DeepSpeed's own JSON."""
+"""Settings of the offload engine that DeepSpeed's JSON does not have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadSettings:
-    """Hold the choices that change speed, never numbers.
+    """Choices that affect speed, never results.
 
     speculate: compute new weights during backward. If off, every sub-group is stepped once the norm is known.
     bind_trainer: restrict the trainer to its share of the cores. None decides by accelerator: on a GPU the

@@ -17,7 +17,7 @@ from superoffload.training import schedule
 
 def create(model: Model, ds_config: DsConfig, training: TrainingSettings, total_steps: int) -> Engine:
     """Wrap the partitioned model in DeepSpeed's engine, with AdamW on the host and the schedule (collective)."""
-    logger.info("Preparing DeepSpeed (the first start compiles its CPU Adam, about a minute)")
+    logger.info("Preparing DeepSpeed (the first start compiles its CPU Adam, which takes about a minute)")
     groups = parameter_groups(model, training.weight_decay)
     optimizer = DeepSpeedCPUAdam(groups, lr=training.lr, betas=BETAS, weight_decay=training.weight_decay)
     warmup = schedule.warmup_steps(total_steps, training.warmup)
@@ -37,7 +37,7 @@ def create(model: Model, ds_config: DsConfig, training: TrainingSettings, total_
 
 
 def parameter_groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into decayed ones and, without decay, norms and biases."""
+    """Split the trainable parameters into those with weight decay and those without: norms and biases."""
     decayed: list[Any] = []
     plain: list[Any] = []
     for name, parameter in model.named_parameters():
@@ -49,7 +49,7 @@ def parameter_groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _name(zero_optimizer: Any) -> str:
-    """Name the optimizer that is in use; it can be another one than the ds_config asks for."""
+    """Name the optimizer that is in use, which may not be the one that the ds_config asks for."""
     if isinstance(zero_optimizer, SharedMemorySuperOffload):
         return "SuperOffload, with its state in memory shared with the optimizer process"
     return "DeepSpeed's SuperOffload" if hasattr(zero_optimizer, "superoffload_cpu_optimizer") else "ZeRO-Offload"

@@ -93,7 +93,7 @@ class Meter:
         state: dict[str, Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Start counting; `state` is the result of `state()` in the resumed run, whose log interval continues."""
+        """Start counting; `state` is the result of `state()` of the run being resumed, whose log interval continues."""
         self._recomputed = config.model.activation_checkpointing
         self._shape = shape
         self._clock = clock

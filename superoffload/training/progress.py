@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """All that changes during a run, and what a checkpoint carries.
+    """How far a run has come, as every checkpoint records it.
 
     `step` counts finished optimizer steps, `epoch` finished passes over the data, `step_in_epoch` finished steps of the
     current pass, `tokens` the tokens trained on over all ranks, padding excluded.

@@ -22,7 +22,7 @@ from superoffload.training.tracking import Trackers
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """The parts of a run; `progress` and what follows `control` change during it."""
+    """The parts of a run; `progress` and the fields after `control` change during it."""
 
     config: Config
     engine: Engine

@@ -2,7 +2,7 @@
 
 SIGTERM and SIGUSR1, which schedulers send before they kill a job, and Ctrl-C ask for a checkpoint and a stop; a second
 signal a few seconds later ends the process at once. A file `OUTPUT_DIR/save_now` and `--save_minutes` ask for a
-checkpoint. A rank only records what it was asked; at the end of each step the ranks decide together.
+checkpoint. A rank only records what it was asked; the ranks decide together, once per step.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What one optimizer step holds, counted over all ranks before its first backward."""
+"""Count what one optimizer step holds, over all ranks, before its first backward."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from superoffload.data.collate import Batch
 class StepCounts(NamedTuple):
     """Sums over all ranks and micro-batches of a step: float64 `[]` each, left on the device until read.
 
-    `target_tokens` weigh the loss, `tokens` leave padding out. `stop_votes` and `save_votes` are the ranks that were
-    asked to stop and to save.
+    The loss is divided by `target_tokens`; `tokens` excludes padding. `stop_votes` and `save_votes` count the ranks
+    that were asked to stop and to save.
     """
 
     target_tokens: torch.Tensor

@@ -60,7 +60,7 @@ def _heading(key: str) -> str:
 
 
 class Wandb:
-    """A run of Weights & Biases; with WANDB_MODE=offline nothing leaves this machine."""
+    """A Weights & Biases run; with WANDB_MODE=offline nothing leaves this machine."""
 
     def __init__(self, config: Config, run_id: str | None) -> None:
         """Start a run, or resume the one with the given id."""

@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kind", choices=SHAPES, default="llama")
     parser.add_argument("--max_shard_size", default="150MB")
-    parser.add_argument("--folder", help="Where to make the checkpoint (about 4 GB); default: the system's.")
+    parser.add_argument("--folder", help="Parent of the checkpoint, about 4 GB; default: the temporary folder.")
     parser.add_argument("--part", choices=["make", "measure"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part == "make":

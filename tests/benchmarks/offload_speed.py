@@ -34,8 +34,8 @@ ROOT = HERE.parents[1]
 MODES = ("ours", "stock", "zero")
 MODE_NAMES = {"ours": "this package", "stock": "DeepSpeed SuperOffload", "zero": "ZeRO-Offload"}
 CLIPPING = {"off": 0.0, "rare": 2.0, "always": 0.5}
-# Without these, glibc decides in each process which large buffers it returns to the system. A backward takes half as
-# long again in a process that returns them.
+# Without these, glibc decides in each process which large buffers it returns to the system. A backward takes 1.5 times
+# as long in a process that returns them.
 STEADY_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 PARTS = ("forward_s", "backward_s", "optimizer_s", "step_s")
 
@@ -165,7 +165,7 @@ class Bench:
         return float(self.engine.optimizer.clip_grad)
 
     def step(self) -> dict[str, float]:
-        """Make one optimizer step; return the times of its parts in seconds."""
+        """Take one optimizer step; return the times of its parts in seconds."""
         forward = backward = optimizer = 0.0
         started = self._now()
         for _ in range(self.accumulation):
@@ -295,7 +295,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Medians in milliseconds; ratios are medians over interleaved rounds (below 1: this package is faster).",
         "",
-        "| case | clipping | mode | forward | backward | optimizer | step | ours / this |",
+        "| case | clipping | mode | forward | backward | optimizer | step | this package / mode |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in report["cases"]:

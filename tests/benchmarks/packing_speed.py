@@ -210,7 +210,7 @@ def report(found: dict[str, Any]) -> str:
 def main() -> None:
     """Run all measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="alpaca_en_demo.json")
+    parser.add_argument("--data", type=Path, required=True, help="Alpaca rows, such as alpaca_en_demo.json")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--curve_steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=52_000)

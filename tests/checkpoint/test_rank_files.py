@@ -47,7 +47,7 @@ def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
 def test_an_interrupted_save_is_an_error(tmp_path: Path) -> None:
     folder = write_states(tmp_path / "global_step3").parent
     (folder / "incomplete").touch()
-    with pytest.raises(UserError, match=f"{folder}: incomplete, saving it was interrupted; use another checkpoint"):
+    with pytest.raises(UserError, match=f"{folder}: incomplete: saving it was interrupted; use another checkpoint"):
         rank_files.read(folder)
 
 

@@ -1,4 +1,4 @@
-"""Recognising and reading rows of every shape."""
+"""Recognising and reading rows of every format."""
 
 from typing import Any
 

@@ -58,7 +58,7 @@ def test_mistakes_are_one_line(folder: str, jsonl: WriteJsonLines) -> None:
     command = [sys.executable, "-m", "superoffload.commands", "preview", "--model_name", folder, "--dataset_name", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "known shape" in done.stderr and done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1 and "no known format" in done.stderr and done.stderr.startswith("Error: ")
 
 
 @pytest.mark.unit

@@ -96,7 +96,7 @@ def empty_checkpoint(folder: Path) -> str:
 
 def saving_was_interrupted(folder: Path) -> str:
     (folder / f"global_step{STEPS}" / "incomplete").touch()
-    return "incomplete, saving it was interrupted; use another checkpoint"
+    return "incomplete: saving it was interrupted; use another checkpoint"
 
 
 def weight_flipped(folder: Path) -> str:

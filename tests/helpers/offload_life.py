@@ -109,7 +109,7 @@ class Continue(logging.Handler):
         self.pid = pid
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "is alive, stopped or slow" in record.getMessage():
+        if "is alive, but stopped or slow" in record.getMessage():
             say(record.getMessage())
             os.kill(self.pid, signal.SIGCONT)
 

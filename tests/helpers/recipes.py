@@ -46,7 +46,7 @@ def program(path: Path, commands: str) -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """Make a folder for PATH with a `deepspeed` that writes its arguments to `$SEEN`, one a line, and exits with 7."""
+    """Make a folder for PATH whose `deepspeed` writes its arguments to `$SEEN`, one per line, and exits with 7."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program(folder / "deepspeed", 'for word in "$@"; do printf "%s\\n" "$word"; done > "$SEEN"; exit 7')

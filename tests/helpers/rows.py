@@ -29,7 +29,7 @@ class WriteJsonLines(Protocol):
 
 
 def pairs(count: int = 6, answer: str = "yes") -> list[dict[str, str]]:
-    """Make rows of the shape prompt_completion."""
+    """Make rows of the format prompt_completion."""
     return [{"prompt": f"question {n}", "completion": answer} for n in range(count)]
 
 

@@ -90,7 +90,7 @@ def test_an_optimizer_process_out_of_memory_says_so() -> None:
 def test_a_stopped_optimizer_process_is_waited_for_and_reported() -> None:
     status, output = play("stopped")
     assert status == 0, output[-3000:]
-    assert "is alive, stopped or slow" in output
+    assert "is alive, but stopped or slow" in output
     assert "FINISHED equal=True" in output
 
 

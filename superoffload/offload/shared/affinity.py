@@ -10,7 +10,7 @@ Cores = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Describe where a rank runs: its host, and the cores that its launcher allows."""
+    """Where a rank runs: its host, and the cores that its launcher allows."""
 
     host: str
     cores: Cores
@@ -18,7 +18,7 @@ class Seat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreSplit:
-    """Hold the cores of the two processes of one rank. They overlap only if the rank has a single core."""
+    """The cores of a rank's two processes. They overlap only if the rank has a single core."""
 
     trainer: Cores
     optimizer: Cores

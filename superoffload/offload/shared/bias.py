@@ -5,7 +5,7 @@ a running float32 product, and restarts it from pow(beta, t) whenever the betas 
 call or t jumps. The two methods round differently. Results must equal ZeRO-Offload's bit for bit, in whatever
 order sub-groups are computed and however many speculations are discarded. Therefore the trainer tracks what
 ZeRO-Offload's object would hold and sends, with each task, the step at which the product was last restarted: its
-*anchor*. Anchor 0 is the product of a run without interruption.
+*anchor*. Anchor 0 means the product of a run without interruption.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def as_float32(value: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductHistory:
-    """Hold what determines the next product: the last step, its betas, and the step at which the product started."""
+    """What determines the next product: the last step, its betas, and the step at which the product started."""
 
     step: int = 0
     betas: tuple[float, float] = (0.0, 0.0)

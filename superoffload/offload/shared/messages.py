@@ -18,7 +18,7 @@ MAX_RECORD_BYTES = 8192
 
 
 class TaskKind(IntEnum):
-    """Name what the trainer asks for.
+    """What the trainer asks for.
 
     SPECULATE: write the new low-precision weights to the staging region and nothing else. Becomes a STEP if
         DECIDE for its round arrives first.
@@ -40,7 +40,7 @@ class TaskKind(IntEnum):
 
 
 class ReplyKind(IntEnum):
-    """Name what the optimizer process reports; every SPECULATE, STEP and COMMIT gets one reply.
+    """What the optimizer process reports; every SPECULATE, STEP and COMMIT gets one reply.
 
     The text of READY, if any, is a warning; the text of ERROR says what failed.
     """
@@ -55,7 +55,7 @@ class ReplyKind(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamHyper:
-    """Hold the hyper-parameters of one update, as DeepSpeed's param group holds them at that moment."""
+    """The hyper-parameters of one update, as DeepSpeed's param group holds them at that moment."""
 
     lr: float
     beta1: float
@@ -70,7 +70,7 @@ NO_HYPER = AdamHyper(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Hold one message of the trainer.
+    """One message from the trainer.
 
     step: the Adam step number t of this update, 1 for the first.
     anchor_step: the step at which the running product beta^t starts (see bias.py).
@@ -132,7 +132,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """Hold one message of the optimizer process; `busy_s` is the time that the task took there, in seconds."""
+    """One message from the optimizer process; `busy_s` is the time that the task took there, in seconds."""
 
     kind: ReplyKind
     sub_group: int = -1

@@ -31,7 +31,7 @@ KINDS = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "staging")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """Locate one tensor in the arena: offset in bytes, number of elements, dtype by its torch name."""
+    """The location of one tensor in the arena: offset in bytes, number of elements, dtype by its torch name."""
 
     offset: int
     numel: int
@@ -45,7 +45,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubGroupShape:
-    """Describe a sub-group: its number of elements and the precision of its parts."""
+    """A sub-group's number of elements and the precision of its parts."""
 
     numel: int
     master: torch.dtype
@@ -55,7 +55,7 @@ class SubGroupShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaLayout:
-    """Hold the location of every region, `regions[sub_group][kind]`. Pure, and equal in both processes."""
+    """The location of every region, `regions[sub_group][kind]`. Pure, and equal in both processes."""
 
     regions: dict[int, dict[str, Region]]
     nbytes: int
@@ -99,7 +99,7 @@ class ArenaLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubGroupState:
-    """Hold the five flat tensors of one sub-group, each with a storage of its own.
+    """The five flat tensors of one sub-group, each with a storage of its own.
 
     The separate storage lets torch.save write that piece of the arena and not its neighbours.
     """
@@ -112,7 +112,7 @@ class SubGroupState:
 
 
 class Arena:
-    """Hold the tensors of one mapping of the shared file; they keep the mapping alive."""
+    """The tensors of one mapping of the shared file; they keep the mapping alive."""
 
     def __init__(self, layout: ArenaLayout, fd: int) -> None:
         """Map `fd`, which must be at least `layout.nbytes` long. The caller still owns `fd`."""
@@ -144,7 +144,7 @@ class Arena:
         self.sub_groups.clear()
 
     def transferred(self) -> Sequence[torch.Tensor]:
-        """Return the tensors that are copied between host and device, those worth page-locking."""
+        """Return the tensors that are copied between host and device, and so are worth page-locking."""
         return [t for s in self.sub_groups.values() for t in (s.gradients, s.staging) if t.numel()]
 
 

@@ -9,7 +9,7 @@ from ..shared.affinity import Cores
 
 
 class TrainerBinding:
-    """Bind every thread of this process while at least one engine needs it; restore the masks afterwards.
+    """Binds every thread of this process while at least one engine needs it; restores the masks afterwards.
 
     The engines of a process share the binding: the first take() sets it, the last release() restores the masks.
     """

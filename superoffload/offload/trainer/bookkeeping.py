@@ -9,7 +9,7 @@ from ..shared.messages import AdamHyper
 
 
 class Stage(Enum):
-    """Name the progress of one sub-group in this round."""
+    """How far one sub-group has come in this round."""
 
     SPECULATING = "speculating"
     SPECULATED = "speculated"
@@ -19,7 +19,7 @@ class Stage(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class Work:
-    """Hold what was asked for one sub-group in this round; `version` 0 marks a step without speculation."""
+    """What was requested for one sub-group in this round; `version` 0 marks a step without speculation."""
 
     version: int
     hyper: AdamHyper
@@ -30,7 +30,7 @@ class Work:
 
 @dataclass(slots=True)
 class Statistics:
-    """Count what happened since the start; times in seconds.
+    """Counts since the start, and times in seconds.
 
     speculated, accepted, refused, cancelled: speculations. stepped_in_turn: speculations that became steps because
     the norm was known before their turn. stepped_on_request: steps without an accepted speculation.

@@ -1,6 +1,6 @@
 """The trainer's side of an optimizer step. Knows sub-groups and tasks; knows nothing of DeepSpeed.
 
-A *round* is what lies between two optimizer steps. In a round every sub-group passes through
+A *round* is everything between two optimizer steps. In a round every sub-group passes through
 
     idle -> speculating -> speculated -> uploaded -> committing -> idle      the usual case
     idle -> speculating -> stepped -> uploaded -> idle                        the norm was known before its turn
@@ -45,7 +45,7 @@ class Channel(Protocol):
 
 
 class Coordinator:
-    """Decide what the optimizer process computes, and keep track of what it has done."""
+    """Decides what the optimizer process computes, and keeps track of what it has done."""
 
     def __init__(
         self,
@@ -339,7 +339,7 @@ class Coordinator:
             waited = time.perf_counter() - started
             if waited // self._notice_interval_s > waited_before // self._notice_interval_s:
                 _log.warning(
-                    "%s for %.0f s; the optimizer process (pid %d) is alive, stopped or slow",
+                    "%s for %.0f s; the optimizer process (pid %d) is alive, but stopped or slow",
                     doing,
                     waited,
                     self._process.pid,

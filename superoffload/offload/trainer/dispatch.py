@@ -16,7 +16,7 @@ from .process import OptimizerProcess, OptimizerProcessError
 
 
 class EventDispatcher:
-    """Own the thread. If the optimizer process has died, the next call from the trainer's own thread reports it."""
+    """Owns the thread. If the optimizer process has died, the next call from the trainer's own thread reports it."""
 
     def __init__(self, process: OptimizerProcess, record_event: Callable[[], Any]) -> None:
         """Start the thread; `record_event()` returns an event recorded on the current stream."""

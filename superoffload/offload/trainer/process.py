@@ -32,7 +32,7 @@ class OptimizerProcessError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSetup:
-    """Hold what the optimizer process needs at its start.
+    """What the optimizer process needs when it starts.
 
     op_name, op_path: the compiled cpu_adam module that the trainer has loaded.
     fused_path: the compiled kernel of worker/fused.py; None to run without it.
@@ -65,7 +65,7 @@ class WorkerSetup:
 
 
 class OptimizerProcess:
-    """Own the child process and the trainer's end of the socket.
+    """Owns the child process and the trainer's end of the socket.
 
     `send` may be called from several threads, `receive` from one.
     """
@@ -149,7 +149,7 @@ class OptimizerProcess:
         return reply
 
     def is_alive(self) -> bool:
-        """Return whether the process runs or is stopped by a signal."""
+        """Return whether the process exists, running or stopped by a signal."""
         return not self._closed and self._child.poll() is None
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ def load_op(name: str, path: str) -> Any:
 
 
 class BetaProducts:
-    """Set the running beta^t of the C++ object to what a task needs (see bias.py)."""
+    """Sets the running beta^t of the C++ object to what a task needs (see bias.py)."""
 
     def __init__(self, op: Any) -> None:
         self._op = op
@@ -66,7 +66,7 @@ class BetaProducts:
 
 
 class SubGroupAdam:
-    """Compute speculations and steps, chunk by chunk, so that what was just written is still in cache."""
+    """Computes speculations and steps, chunk by chunk, so that what was just written is still in cache."""
 
     def __init__(self, op: Any, *, adamw_mode: bool, chunk_numel: int) -> None:
         """Create the compiled op's one object; `adamw_mode` False means L2 instead of decoupled weight decay."""
@@ -78,7 +78,7 @@ class SubGroupAdam:
         self._fused: FusedSpeculation | None = None
 
     def adopt(self, fused: FusedSpeculation) -> bool:
-        """Speculate with the kernel from now on if it equals the op on a sample; return whether it does."""
+        """Speculate with the kernel from now on if its results on a sample equal the op's; return whether they do."""
         generator = torch.Generator().manual_seed(0)
         parameters, gradients, exp_avg, exp_avg_sq = torch.randn(4, _SAMPLE_NUMEL, generator=generator)
         sample = SubGroupState(

@@ -1,7 +1,7 @@
 """Speculate in one pass over memory, with a kernel of this package.
 
-DeepSpeed's op works in place: to speculate with it, parameters and moments must be copied before, and the new
-weights converted after. The kernel (fused.cpp) reads each array once. Its results must equal the op's bit for bit.
+DeepSpeed's op works in place: to speculate with it, parameters and moments must first be copied, and the new
+weights then converted. The kernel (fused.cpp) reads each array once. Its results must equal the op's bit for bit.
 The optimizer process checks that on a sample when it starts, and does not use the kernel if they differ.
 """
 
@@ -35,7 +35,7 @@ class _Update(ctypes.Structure):
 
 
 def build() -> str | None:
-    """Compile the kernel unless that was done before, and return its path; if it fails, warn and return None."""
+    """Compile the kernel unless it is already compiled, and return its path; if it fails, warn and return None."""
     from torch.utils.cpp_extension import load
 
     try:
@@ -48,7 +48,7 @@ def build() -> str | None:
 
 
 class FusedSpeculation:
-    """Call the compiled kernel, for fp32 masters and moments and bf16 weights."""
+    """Calls the compiled kernel, for fp32 masters and moments and bf16 weights."""
 
     def __init__(self, path: str, *, adamw_mode: bool) -> None:
         """Load the kernel. Raises OSError if that fails."""

@@ -33,7 +33,7 @@ class TrainerGone(Exception):
 
 
 class Inbox:
-    """Receive tasks; apply DECIDE, CANCEL and DROP immediately, queue the others in order."""
+    """Receives tasks; applies DECIDE, CANCEL and DROP immediately, and queues the others in order."""
 
     def __init__(self, sock: socket.socket, trainer_pid: int) -> None:
         self._sock = sock
@@ -88,7 +88,7 @@ class Inbox:
 
 
 class Worker:
-    """Execute tasks."""
+    """Executes tasks."""
 
     def __init__(self, inbox: Inbox, adam: SubGroupAdam, sub_groups: dict[int, SubGroupState]) -> None:
         self._inbox = inbox

@@ -1,1 +1,1 @@
-"""DeepSpeed's ZeRO-3 optimizer over shared memory; the only room that touches DeepSpeed's private names."""
+"""DeepSpeed's ZeRO-3 optimizer over shared memory; the only place that touches DeepSpeed's private names."""

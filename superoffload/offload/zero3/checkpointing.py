@@ -28,7 +28,7 @@ PRODUCT_HISTORY_KEY = "superoffload_beta_products"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamStateBook:
-    """Locate the Adam state of each sub-group.
+    """Where the Adam state of each sub-group is kept.
 
     flats: DeepSpeed's flat fp32 parameters, the keys of both optimizers' `state`.
     host: the arena's tensors of the sub-groups that the CPU steps.

@@ -1,8 +1,8 @@
 """The private names of DeepSpeed that this package depends on, and a check that they exist.
 
 The check reads DeepSpeed's source with `ast`, because decorators hide the signatures of the live functions. It
-returns what does not hold; `install` then keeps DeepSpeed's own class. A new DeepSpeed release is supported if the
-check finds nothing and the test suite passes on it.
+returns what does not hold; `install` then falls back. A new DeepSpeed release is supported if the check finds nothing
+and the test suite passes on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from deepspeed.accelerator import get_accelerator
 
 FIRST_SUPPORTED = (0, 19, 8)
-"""Older versions do not call `_loss_scale_update_and_overflow_cleanup` in `step`; before 0.19.3 more is missing."""
+"""Older versions do not call `_loss_scale_update_and_overflow_cleanup` in `step`; versions before 0.19.3 lack more."""
 
 TESTED_VERSIONS = ("0.19.8",)
 
@@ -32,7 +32,7 @@ ENGINE_MODULE = "deepspeed.runtime.engine"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """Describe a method of the base class: its first arguments, and what it is used for."""
+    """A method of the base class: its first arguments, and what it is used for."""
 
     arguments: tuple[str, ...]
     why: str

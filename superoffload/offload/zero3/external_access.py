@@ -25,7 +25,7 @@ from .surface import DsParameter, ZeroOptimizer, position
 
 
 class ExternalAccess:
-    """Order reads and writes from outside against the work of the optimizer process."""
+    """Orders reads and writes from outside against the work of the optimizer process."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ExternalAccess:
         load_moments: bool,
         base: Callable[[dict[str, Any], bool], None],
     ) -> None:
-        """Load a state dict by `base`, then move the moments to where they belong."""
+        """Load a state dict with `base`, then move the moments to where they belong."""
         self.before_replacement()
         base(state_dict, load_moments)
         if load_moments:

@@ -32,7 +32,7 @@ def gradient_factor(loss_scale: float, clip_grad: float, total_norm: torch.Tenso
 
 
 class HostGradients:
-    """Write gradients of host sub-groups to the arena, and report them to the coordinator."""
+    """Writes gradients of host sub-groups to the arena, and reports them to the coordinator."""
 
     def __init__(self, settings: OffloadSettings, partitions: ArenaPartitions, service: OptimizerService) -> None:
         self._settings = settings

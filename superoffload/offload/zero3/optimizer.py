@@ -29,7 +29,7 @@ from .surface import DsParameter
 
 
 class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # DeepSpeed is untyped
-    """Step ZeRO-3's host sub-groups in another process, over shared memory, speculating during backward.
+    """Steps ZeRO-3's host sub-groups in another process, over shared memory, speculating during backward.
 
     The objects that hooks delegate to hold no reference to this one; hooks pass it where it is needed.
     """
@@ -102,7 +102,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
     # ------------------------------------------------------------------------------------------- step
 
     def step(self, closure: None = None) -> None:
-        """Make one optimizer step, or skip it on overflow (collective)."""
+        """Take one optimizer step, or skip it on overflow (collective)."""
         self._service.check_running()
         with self._partitions.own_access():
             super().step(closure)

@@ -13,7 +13,7 @@ from .surface import CpuAdam, ZeroOptimizer
 
 
 class ArenaPartitions:
-    """Own the arena and the flat tensors; know whether a read of them comes from DeepSpeed's own step."""
+    """Owns the arena and the flat tensors; knows whether a read of them comes from DeepSpeed's own step."""
 
     def __init__(self) -> None:
         self.flats: list[torch.Tensor] = []

@@ -33,7 +33,7 @@ _NICENESS_ON_SHARED_CORES = 10
 
 
 class OptimizerService:
-    """Own the optimizer process and everything that must end with it.
+    """Owns the optimizer process and everything that must end with it.
 
     Holds no reference to DeepSpeed's optimizer, which owns it: when that one is collected, the finalizer of this
     object ends the process. The finalizer also runs at interpreter exit.

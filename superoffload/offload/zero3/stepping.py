@@ -1,4 +1,4 @@
-"""The optimizer step: host sub-groups by the optimizer process, the device share by DeepSpeed's own code."""
+"""The optimizer step: host sub-groups in the optimizer process, the device share in DeepSpeed's own code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FOLLOWED = ("lr", "betas", "eps", "weight_decay")
 
 
 class HostStep:
-    """Make the steps of all host sub-groups in one step() of DeepSpeed."""
+    """Steps all host sub-groups in one step() of DeepSpeed."""
 
     def __init__(self, partitions: ArenaPartitions, service: OptimizerService, book: AdamStateBook) -> None:
         self._partitions = partitions
@@ -31,7 +31,7 @@ class HostStep:
             self._service.coordinator.decide(clipped, unclipped)
 
     def step(self, zero: ZeroOptimizer, sub_group: int, base: Callable[[int], None]) -> None:
-        """Step a device sub-group by `base`; the first host sub-group collects the new weights of all of them."""
+        """Step a device sub-group with `base`; the first host sub-group collects the new weights of all of them."""
         if sub_group not in self._partitions.host:
             self._align_device_group(zero.sub_group_to_group_id[sub_group])
             base(sub_group)
@@ -41,7 +41,7 @@ class HostStep:
             self._book.set_steps(coordinator.steps)
 
     def reassign(self, zero: ZeroOptimizer, sub_group: int, base: Callable[[int], None]) -> None:
-        """Let the parameters show the new weights; a host sub-group's have been uploaded by now."""
+        """Point the parameters to the new weights; a host sub-group's have been uploaded by now."""
         if sub_group in self._partitions.host:
             zero._unflatten_partitioned_parameters(sub_group)
         else:

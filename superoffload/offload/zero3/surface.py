@@ -1,4 +1,4 @@
-"""The part of DeepSpeed that this room uses, as types. contract.py checks that every name exists."""
+"""The part of DeepSpeed that this subpackage uses, as types. contract.py checks that every name exists."""
 
 from __future__ import annotations
 
