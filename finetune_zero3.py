@@ -121,7 +121,7 @@ def train(run: "Run") -> None:
             for micro_batches in run.batches.epoch(progress.epoch, progress.step_in_epoch):
                 lr = run.engine.get_lr()[0]
                 counts = train_step(run, micro_batches)
-                progress.advance(int(counts.tokens))
+                progress.advance(counts.tokens)
 
                 if progress.step % config.output.log_interval == 0 or progress.step == run.last_step:
                     grad_norm = float(run.engine.get_global_grad_norm())
@@ -134,7 +134,7 @@ def train(run: "Run") -> None:
                 if counts.stop_votes:
                     log.logger.warning("Stopped by %s: saving after step %d", control.stopped_by, progress.step)
                     run.stopped = True
-                elif control.wants_save(progress.step, float(counts.save_votes)):
+                elif control.wants_save(progress.step, counts.save_votes):
                     run.save()
                     control.saved()
                 if run.stopped or progress.step == run.last_step:
@@ -156,16 +156,17 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
     engine = run.engine
     # DeepSpeed divides the loss by the number of micro-batches and averages gradients over the ranks.
     undo_averaging = run.config.training.gradient_accumulation_steps * distributed.world_size()
-    counts = step.count(micro_batches, run.control.votes())
+    sums = step.sum_over_ranks(micro_batches, run.control.votes())
+    target_tokens = sums[0]
     for batch in micro_batches:
         inputs = batch.on(engine.device)
         labels = inputs.pop("labels")
         loss_sum = summed_loss(engine(**inputs).logits, labels)
-        engine.backward(loss_sum * (undo_averaging / counts.target_tokens).float())
+        engine.backward(loss_sum * (undo_averaging / target_tokens).float())
         engine.step()
         run.meter.add(batch, loss_sum.detach())
     run.meter.end_step()
-    return counts
+    return step.read(sums)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN", "WANDB_MODE"):
+for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE", "HF_TOKEN"):
     os.environ.pop(name, None)
 
 from tests.helpers import models  # noqa: E402 - imports what reads the environment

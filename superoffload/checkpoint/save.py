@@ -99,8 +99,7 @@ def save(
     complete = all(outcome["ok"] for outcome in outcomes)
     if complete and distributed.is_rank_0():
         files = {name: entry for outcome in outcomes for name, entry in outcome["files"].items()}
-        described = manifest.build(settings.flat(config), progress, distributed.world_size(), files)
-        errors = _attempt(lambda: manifest.publish(folder, tag, described))
+        errors = _attempt(lambda: _publish(folder, tag, state, files))
         _log_errors(errors)
     if not distributed.all_ranks_ok(complete and not errors):
         if distributed.local_rank() == 0:
@@ -109,6 +108,11 @@ def save(
     if distributed.is_rank_0():
         _log_errors(_attempt(lambda: _remove_obsolete(folder, tag, config.checkpoint.keep_checkpoints)))
     return folder / tag
+
+
+def _publish(folder: Path, tag: str, state: dict[str, Any], files: dict[str, manifest.Entry]) -> None:
+    described = manifest.build(state["config"], state["progress"], distributed.world_size(), files)
+    manifest.publish(folder, tag, described)
 
 
 def _log_errors(errors: list[Exception]) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command("convert")
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Parallel processes.")
-def convert(checkpoint: Path, target: Path, workers: int) -> None:
-    """Convert a checkpoint so that any number of ranks can resume from it.
+def command(checkpoint: Path, target: Path, workers: int) -> None:
+    """Convert a checkpoint for any number of ranks.
 
     CHECKPOINT is a folder global_stepN of a run, TARGET a new folder; resume from it with --resume TARGET.
     """

@@ -5,12 +5,12 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command("export")
 @click.argument("checkpoint_or_output_dir", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dtype", default="bfloat16", show_default=True, help="Weight dtype: bfloat16, float32 or float16.")
 @click.option("--max_shard_size", default="5GB", show_default=True, help="Maximum size of a weight file.")
-def export(checkpoint_or_output_dir: Path, target: Path, dtype: str, max_shard_size: str) -> None:
+def command(checkpoint_or_output_dir: Path, target: Path, dtype: str, max_shard_size: str) -> None:
     """Export a checkpoint as a Hugging Face model folder.
 
     The first argument is the folder of one checkpoint (OUTPUT_DIR/global_stepN), or the output folder of a run, whose

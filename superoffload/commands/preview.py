@@ -50,4 +50,4 @@ def _options() -> list[click.Parameter]:
     ]
 
 
-preview = click.Command("preview", params=_options(), callback=_show, help=_show.__doc__)
+command = click.Command("preview", params=_options(), callback=_show, help=_show.__doc__)

@@ -9,22 +9,22 @@ import click
 from superoffload import tiny as example
 
 
-@click.group()
-def tiny() -> None:
+@click.group("tiny")
+def command() -> None:
     """Create and score the small example.
 
     Two CPU cores train it in minutes: bash scripts/finetune_tiny_cpu.sh superoffload
     """
 
 
-@tiny.command()
+@command.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def write(folder: Path) -> None:
     """Write a small random model, its tokenizer and generated rows to FOLDER."""
     example.write(folder)
 
 
-@tiny.command()
+@command.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @click.argument("output_dir", type=click.Path(exists=True, path_type=Path))
 def score(folder: Path, output_dir: Path) -> None:

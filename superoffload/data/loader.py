@@ -104,8 +104,8 @@ class Batches:
         per_step = self._training.batch_size * accumulation * self._world_size
         for step in range(start, self.steps_per_epoch):
             # Dealt out one pack at a time, so that an incomplete last step is spread over ranks and micro-batches.
-            mine = order[step * per_step : (step + 1) * per_step][self._rank :: self._world_size]
-            yield [self._batch(mine[micro::accumulation], members) for micro in range(accumulation)]
+            own = order[step * per_step : (step + 1) * per_step][self._rank :: self._world_size]
+            yield [self._batch(own[micro::accumulation], members) for micro in range(accumulation)]
 
     def held_out(self) -> Iterator[Batch]:
         """Yield this rank's batches of one pass in a fixed order, for evaluation; every rank has the same number.

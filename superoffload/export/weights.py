@@ -84,8 +84,8 @@ def _check_target(target: Path) -> None:
 
 def _check_space(target: Path, size: int) -> None:
     """Raise `UserError` if the disk has no space for `size` bytes of weights."""
-    place = next(folder for folder in target.parents if folder.exists())
-    free = shutil.disk_usage(place).free
+    existing = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(existing).free
     if free < size + SMALL_FILES_BYTES:
         raise UserError(
             f"{target}: needs {(size + SMALL_FILES_BYTES) / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations import HfDeepSpeedConfig
 
 from superoffload.config import ModelSettings
@@ -100,6 +99,8 @@ def _set_leaf_modules(model: Model, requested: str | None) -> None:
     found = [name for name in _class_names(model) if SPARSE_BLOCK.search(name)]
     leaves = [requested] if requested else _outermost(model, found)
     if leaves:
+        from deepspeed.utils import set_z3_leaf_modules  # only here: an export loads no DeepSpeed
+
         set_z3_leaf_modules(model, leaves)
         logger.info("ZeRO-3 leaf modules: %s", ", ".join(leaves))
 

@@ -16,6 +16,7 @@ PROGRAM = "import importlib, sys; importlib.import_module(sys.argv[1]); print(*s
         ("superoffload.checkpoint.manifest", {"torch", "deepspeed", "transformers"}),
         ("superoffload.checkpoint.convert", {"torch", "deepspeed", "transformers"}),
         ("superoffload.checkpoint.rank_files", {"deepspeed", "transformers"}),
+        ("superoffload.export.weights", {"deepspeed"}),
         ("superoffload.commands", {"torch", "deepspeed", "transformers"}),
     ],
 )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -135,6 +136,14 @@ def tokenizer_cannot_be_written(engine: Engine, output_dir: Path) -> Sabotage:
 
 
 @contextmanager
+def manifest_cannot_be_built(engine: Engine, output_dir: Path) -> Iterator[None]:
+    """Let rank 0 find a library that was not installed as a package, such as a source checkout."""
+    error = PackageNotFoundError("deepspeed") if distributed.rank() == 0 else None
+    with mock.patch.object(manifest, "version", side_effect=error):
+        yield
+
+
+@contextmanager
 def tag_folder_cannot_be_made(engine: Engine, output_dir: Path) -> Iterator[None]:
     if distributed.rank() == 0:
         (output_dir / "global_step9").symlink_to("/proc/no_such_folder/below")
@@ -168,6 +177,7 @@ SABOTAGES = {
     "writer_breaks_on_rank_0": (0, "PytorchStreamWriter failed writing file"),
     "state_cannot_be_collected_on_rank_1": (1, "no memory for the state"),
     "conversion_script_cannot_be_written": (0, "zero_to_fp32.py"),
+    "manifest_cannot_be_built": (0, "No package metadata was found for deepspeed"),
     "latest_cannot_be_replaced": (0, "latest.partial"),
     "tokenizer_cannot_be_written": (0, "Is a directory (os error 21)"),  # the library names no file
     "tag_folder_cannot_be_made": (0, "global_step9"),

@@ -66,6 +66,6 @@ def call(script: Path, stand_in: Path, *arguments: str, **env: str) -> "subproce
 
 def seen(stand_in: Path) -> tuple[list[str], list[str]]:
     """Return the arguments that the stand-in received: the launcher's own, and the training script's."""
-    words = (stand_in.parent / "seen").read_text().splitlines()
-    place = words.index(str(REPOSITORY / "finetune_zero3.py"))
-    return words[:place], words[place + 1 :]
+    arguments = (stand_in.parent / "seen").read_text().splitlines()
+    script = arguments.index(str(REPOSITORY / "finetune_zero3.py"))
+    return arguments[:script], arguments[script + 1 :]

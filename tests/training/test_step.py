@@ -8,16 +8,16 @@ from superoffload.training import step
 from tests.helpers.ranks import run_ranks
 
 
-def count_on_this_rank() -> list[float]:
+def count_on_this_rank() -> step.StepCounts:
     """Count a step of two micro-batches, in which only rank 1 votes, to stop and not to save."""
     rank = distributed.rank()
     inputs = {"input_ids": torch.zeros((1, 32), dtype=torch.int64)}
     batches = [Batch(inputs=inputs, lengths=(10 + rank, 3), target_tokens=targets) for targets in (5 + rank, 2)]
-    counts = step.count(batches, (float(rank == 1), 0.0))
-    assert all(value.dtype == torch.float64 and value.shape == () for value in counts)
-    return [value.item() for value in counts]
+    sums = step.sum_over_ranks(batches, (float(rank == 1), 0.0))
+    assert sums.dtype == torch.float64
+    return step.read(sums)
 
 
 def test_counts_are_sums_over_ranks_and_micro_batches() -> None:
-    targets, tokens = 7.0 + 8.0, 26.0 + 28.0
-    assert run_ranks(2, count_on_this_rank) == [[targets, tokens, 1.0, 0.0]] * 2
+    counts = step.StepCounts(target_tokens=7 + 8, tokens=26 + 28, stop_votes=1, save_votes=0)
+    assert run_ranks(2, count_on_this_rank) == [counts] * 2

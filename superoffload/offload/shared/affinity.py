@@ -31,9 +31,9 @@ def share_of_rank(seats: Sequence[Seat], rank: int) -> Cores:
     cores divide them into contiguous runs (neighbouring numbers share caches and memory) whose lengths differ
     by at most one. If there are fewer cores than ranks, several ranks share a core.
     """
-    mine = seats[rank]
-    sharers = [r for r, seat in enumerate(seats) if seat == mine]
-    cores, count, index = sorted(mine.cores), len(sharers), sharers.index(rank)
+    own = seats[rank]
+    sharers = [r for r, seat in enumerate(seats) if seat == own]
+    cores, count, index = sorted(own.cores), len(sharers), sharers.index(rank)
     if len(cores) < count:
         return (cores[index % len(cores)],)
     start, stop = index * len(cores) // count, (index + 1) * len(cores) // count

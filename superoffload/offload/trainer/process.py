@@ -148,10 +148,6 @@ class OptimizerProcess:
             raise OptimizerProcessError(f"the SuperOffload optimizer process (pid {self.pid}) {reply.text}")
         return reply
 
-    def is_alive(self) -> bool:
-        """Return whether the process exists, running or stopped by a signal."""
-        return not self._closed and self._child.poll() is None
-
     def close(self) -> None:
         """End the process and wait for it. Safe to call twice, from finalizers, and in forked children."""
         if self._closed or not self.belongs_to_this_process:

@@ -241,7 +241,8 @@ def _cpu_adam_problems() -> list[str]:
 
 
 def _parameter_problems() -> list[str]:
-    assigned = _assigned_on("param", _tree(PARAMETER_MODULE))
+    attributes = [node for node in ast.walk(_tree(PARAMETER_MODULE)) if isinstance(node, ast.Attribute)]
+    assigned = {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
     return [f"{PARAMETER_MODULE} no longer sets {a} on parameters" for a in PARAMETER_ATTRIBUTES if a not in assigned]
 
 

@@ -129,9 +129,9 @@ class OptimizerService:
 
 def _cores_of_this_rank() -> Cores:
     """Return this rank's fair share of the cores that its host's ranks may use (collective)."""
-    mine = Seat(host=socket.gethostname(), cores=TRAINER_BINDING.available())
+    own = Seat(host=socket.gethostname(), cores=TRAINER_BINDING.available())
     seats: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seats, mine)
+    dist.all_gather_object(seats, own)
     return share_of_rank(seats, dist.get_rank())
 
 

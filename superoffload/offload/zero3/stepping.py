@@ -54,10 +54,11 @@ class HostStep:
 
     def _align_device_group(self, group_id: int) -> None:
         """Give the device share's Adam the current hyper-parameters of the main one."""
-        if self._book.backup is not None:
-            main, group = self._book.main.param_groups[group_id], self._book.backup.param_groups[group_id]
-            group.update({key: main[key] for key in _FOLLOWED})
-            group["decoupled_weight_decay"] = bool(self._book.main.adam_w_mode)
+        if self._book.backup is None:
+            raise RuntimeError("DeepSpeed has a share of the optimizer on the device, but no optimizer for it")
+        main, group = self._book.main.param_groups[group_id], self._book.backup.param_groups[group_id]
+        group.update({key: main[key] for key in _FOLLOWED})
+        group["decoupled_weight_decay"] = bool(self._book.main.adam_w_mode)
 
 
 def _separate_device_groups(book: AdamStateBook) -> None:
