@@ -1,5 +1,6 @@
 """Whether a model keeps packed documents apart is tested, not looked up in a list."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,29 @@ def test_models_that_isolate_pass(kind: str, dtype: torch.dtype, attention: str)
     engine.train()
     isolation.check(engine, PACKED)
     assert engine.training and engine.module.training
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["finite", "with a NaN"])
+def test_the_change_is_the_median_and_needs_no_operation_that_is_not_deterministic(
+    broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same value as torch's median along a dimension, which raises on CUDA under `--deterministic`."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 3 * isolation.LENGTH, 64, generator=rng)
+    if broken:
+        logits[1, 0, 2] = torch.nan
+    spread = (logits[0, 0] - logits[1, 0]).square().mean(dim=-1).sqrt().unflatten(0, (3, isolation.LENGTH))
+    expected = spread.median(dim=1).values / logits[0].square().mean().sqrt()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("median CUDA with indices output does not have a deterministic implementation")
+
+    answers = iter(logits)
+    engine = make_engine(tiny("llama"))
+    monkeypatch.setattr(StandIn, "forward", lambda *_, **__: SimpleNamespace(logits=next(answers)))
+    monkeypatch.setattr(torch.Tensor, "median", refuse)
+    changes = isolation._changes(engine, PACKED)
+    assert changes == pytest.approx((float(expected[0]), float(expected[2])), rel=0, abs=0, nan_ok=True)
 
 
 class SeesAll(torch.nn.Module):
