@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-REGION_ALIGNMENT_BYTES = 1 << 12
+REGION_ALIGNMENT_BYTES = max(1 << 16, mmap.PAGESIZE)
 SUB_GROUP_ALIGNMENT_BYTES = 1 << 21
 KINDS = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "staging")
 
@@ -64,8 +64,8 @@ class ArenaLayout:
     def plan(shapes: dict[int, SubGroupShape]) -> ArenaLayout:
         """Place the sub-groups one after another.
 
-        Regions start on a page, so that they can be page-locked one by one; sub-groups start on 2 MiB, so that
-        huge pages are possible.
+        Regions share no page, whether it has 4 KiB or the 64 KiB that some ARM hosts use, so that they can be
+        page-locked one by one; sub-groups start on 2 MiB, so that huge pages are possible.
         """
         offset = 0
         regions: dict[int, dict[str, Region]] = {}
