@@ -32,7 +32,7 @@ def buffers(numel: int) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], A
     shape = SubGroupShape(numel=numel, master=torch.float32, moments=torch.float32, weights=torch.bfloat16)
     arena, descriptor = Arena.create(ArenaLayout.plan({0: shape}))
     os.close(descriptor)
-    locked = page_lock(arena.transferred())
+    locked = page_lock(arena.transferred(), "cuda")
     ours = arena.sub_groups[0]
     kinds = {
         "arena, page-locked in place": (ours.gradients, ours.staging),
@@ -68,7 +68,7 @@ def measure(numel: int, rounds: int) -> dict[str, dict[str, float]]:
             if number:
                 rates[kind]["to host"].append(gradients.nbytes / down / 1e9)
                 rates[kind]["to device"].append(weights.nbytes / up / 1e9)
-    page_unlock(locked)
+    page_unlock(locked, torch.cuda.synchronize)
     arena.release()
     return {kind: {way: statistics.median(values) for way, values in ways.items()} for kind, ways in rates.items()}
 

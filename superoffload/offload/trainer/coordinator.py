@@ -70,8 +70,10 @@ class Coordinator:
         self.statistics = Statistics()
         self.send_speculation: Callable[[Task], None] = self._send
         """Sends a speculation; replaced where gradients arrive asynchronously."""
+        self.gradients_queued: Callable[[], None] = lambda: None
+        """Called when gradients have been queued for copying to the host; replaced together with `settle`."""
         self.settle: Callable[[], None] = lambda: None
-        """Called before a decision: returns once every speculation has been sent."""
+        """Called before a decision: returns once every speculation has been sent and every gradient has arrived."""
         self._round = 0
         self._version = 0
         self._uncommitted: set[int] = set()

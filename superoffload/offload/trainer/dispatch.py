@@ -1,7 +1,8 @@
 """Send speculations once the device has delivered the gradients that they read.
 
 On CUDA the copies of gradients to the host are asynchronous. A thread waits for the event of each sub-group and
-only then sends the task to the optimizer process. Accelerators without streams do not need this.
+only then sends the task to the optimizer process. Before a decision, the trainer itself waits for all gradients,
+because sub-groups without a speculation are stepped then. Accelerators without streams do not need this.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ from queue import SimpleQueue
 from typing import Any
 
 from ..shared.messages import Task
-from .process import OptimizerProcess, OptimizerProcessError
+from .coordinator import Channel
+from .process import OptimizerProcessError
 
 
 class EventDispatcher:
     """Owns the thread. If the optimizer process has died, the next call from the trainer's own thread reports it."""
 
-    def __init__(self, process: OptimizerProcess, record_event: Callable[[], Any]) -> None:
-        """Start the thread; `record_event()` returns an event recorded on the current stream."""
+    def __init__(self, process: Channel, record_event: Callable[[], Any], set_device: Callable[[], None]) -> None:
+        """Start the thread.
+
+        record_event: returns an event recorded on the current stream. set_device: makes the rank's device current in
+        the calling thread; a new thread starts on device 0, and waiting there would open a context on that device.
+        """
         self._process = process
         self._record_event = record_event
+        self._set_device = set_device
+        self._gradient_events: list[Any] = []
         self._queue: SimpleQueue[tuple[Any, Task] | None] = SimpleQueue()
         self._changed = threading.Condition()
         self._in_flight = 0
@@ -35,15 +43,23 @@ class EventDispatcher:
             self._in_flight += 1
         self._queue.put((self._record_event(), task))
 
-    def settle(self, relieve: Callable[[], None]) -> None:
-        """Wait until every task has been sent; call `relieve` meanwhile, so that the socket cannot fill up.
+    def gradients_queued(self) -> None:
+        """Note that copies of gradients to the host have been queued on the current stream."""
+        self._gradient_events.append(self._record_event())
 
-        Raises the device's error if an event failed.
+    def settle(self, relieve: Callable[[], None]) -> None:
+        """Wait until every task has been sent and every gradient has arrived, speculated or not.
+
+        Calls `relieve` meanwhile, so that the socket cannot fill up. Gradients are those noted by gradients_queued
+        and those on the current stream. Raises the device's error if an event failed.
         """
         while not self._is_idle():
             relieve()
         if self._failure is not None:
             raise self._failure
+        for event in (*self._gradient_events, self._record_event()):
+            event.synchronize()
+        self._gradient_events.clear()
 
     def close(self) -> None:
         """End the thread."""
@@ -55,6 +71,10 @@ class EventDispatcher:
             return self._changed.wait_for(lambda: self._in_flight == 0, timeout=0.05)
 
     def _run(self) -> None:
+        try:
+            self._set_device()
+        except RuntimeError as error:
+            self._failure = error
         while (item := self._queue.get()) is not None:
             event, task = item
             try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterable
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +14,13 @@ import torch
 _log = getLogger(__name__)
 
 
-def page_lock(tensors: Iterable[torch.Tensor]) -> list[int]:
+def page_lock(tensors: Iterable[torch.Tensor], device_type: str) -> list[int]:
     """Register the tensors' memory with CUDA; return the addresses for page_unlock.
 
-    Does nothing without CUDA. A region that cannot be locked stays pageable, with a warning: its copies are
-    slower, the results are the same.
+    device_type: that of the accelerator in use; does nothing unless it is "cuda". A region that cannot be locked stays
+    pageable, with a warning: its copies are slower, the results are the same.
     """
-    if not torch.cuda.is_available():
+    if device_type != "cuda":
         return []
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     locked = []
@@ -29,12 +32,47 @@ def page_lock(tensors: Iterable[torch.Tensor]) -> list[int]:
             _log.warning(
                 "page-locking %.1f MiB failed (%s): copies of this region will be slower; check `ulimit -l`",
                 tensor.nbytes / 2**20,
-                error,
+                _take(error, runtime),
             )
     return locked
 
 
-def page_unlock(addresses: Iterable[int]) -> None:
-    """Undo page_lock."""
+def page_unlock(addresses: list[int], synchronize: Callable[[], None]) -> None:
+    """Undo page_lock, once `synchronize()` has waited for every copy of the device that may still use the memory."""
+    if not addresses:
+        return
+    try:
+        synchronize()
+    except RuntimeError as failure:  # the device copies nothing any more
+        _log.warning("the device failed before its pages were unlocked: %s", failure)
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        error = runtime.cudaHostUnregister(address)
+        if int(error) != 0:
+            _log.warning("unlocking pages failed (%s)", _take(error, runtime))
+
+
+def _take(error: Any, runtime: Any) -> str:
+    """Return the name and text of an error, and clear it.
+
+    The CUDA runtime keeps the last error of a thread until cudaGetLastError is called. torch does that after it has
+    launched a kernel, and would raise the old error there. torch.cuda.cudart() offers neither that function nor the
+    name of an error, so both come from the library that torch has loaded.
+    """
+    text = f"{runtime.cudaGetErrorString(error)} ({int(error)})"
+    libraries = _loaded_runtimes()
+    for library in libraries:
+        library.cudaGetLastError()
+    if not libraries:  # linked statically: let a kernel raise it, which clears it too
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")
+        return text
+    libraries[0].cudaGetErrorName.restype = ctypes.c_char_p
+    return f"{libraries[0].cudaGetErrorName(int(error)).decode()}: {text}"
+
+
+def _loaded_runtimes() -> list[Any]:
+    """Return every CUDA runtime library that this process has loaded, usually one."""
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    paths = [line.split(maxsplit=5)[5] for line in mapped if "libcudart" in line]
+    return [ctypes.CDLL(path) for path in dict.fromkeys(paths)]

@@ -25,6 +25,8 @@ BASE_CLASS = "DeepSpeedZeroOptimizer_Stage3"
 CPU_ADAM_MODULE = "deepspeed.ops.adam.cpu_adam"
 CPU_ADAM_CLASS = "DeepSpeedCPUAdam"
 PARAMETER_MODULE = "deepspeed.runtime.zero.partition_parameters"
+GATHER_MODULE = "deepspeed.runtime.zero.parameter_offload"
+GATHER_CLASS = "DeepSpeedZeRoOffload"
 SEAM_MODULE = "deepspeed.runtime.superoffload.superoffload_stage3"
 SEAM_NAME = "SuperOffloadOptimizer_Stage3"
 ENGINE_MODULE = "deepspeed.runtime.engine"
@@ -122,6 +124,7 @@ ATTRIBUTES_SET: Mapping[str, frozenset[str]] = {
 
 ATTRIBUTES: tuple[str, ...] = (
     "optimizer",
+    "parameter_offload",
     "backup_optimizer",
     "partial_offload",
     "master_weights_and_grads_dtype",
@@ -142,6 +145,9 @@ ATTRIBUTES: tuple[str, ...] = (
     "__param_id_to_grad_partition",
 )
 """Attributes that the base class assigns on self. Python mangles the last with the name of the class."""
+
+GATHER_ATTRIBUTES: tuple[str, ...] = ("__allgather_stream",)
+"""Attributes that DeepSpeedZeRoOffload assigns on self. Python mangles the name with that of the class."""
 
 CPU_ADAM_ATTRIBUTES: tuple[str, ...] = ("ds_opt_adam", "fp32_optimizer_states", "adam_w_mode")
 """Attributes that DeepSpeedCPUAdam assigns on self."""
@@ -184,7 +190,7 @@ def problems() -> list[str]:
     found += [f"{BASE_CLASS}.{name} is missing" for name in INHERITED if not hasattr(base, name)]
     accelerator = get_accelerator()
     found += [f"accelerator.{name} is missing" for name in ACCELERATOR_ATTRIBUTES if not hasattr(accelerator, name)]
-    return [*found, *_cpu_adam_problems(), *_parameter_problems(), *_seam_problems()]
+    return [*found, *_gather_problems(), *_cpu_adam_problems(), *_parameter_problems(), *_seam_problems()]
 
 
 def _tree(module: str) -> ast.Module:
@@ -226,6 +232,11 @@ def _attribute_problems(methods: Mapping[str, ast.FunctionDef]) -> list[str]:
         found += [f"{BASE_CLASS}.{name} also sets {attribute}" for attribute in sorted(surplus)]
     assigned = _assigned_in_class(methods)
     return found + [f"{BASE_CLASS} no longer sets {a}" for a in ATTRIBUTES if a not in assigned]
+
+
+def _gather_problems() -> list[str]:
+    assigned = _assigned_in_class(_methods(GATHER_MODULE, GATHER_CLASS))
+    return [f"{GATHER_CLASS} no longer sets {a}" for a in GATHER_ATTRIBUTES if a not in assigned]
 
 
 def _cpu_adam_problems() -> list[str]:

@@ -135,6 +135,8 @@ class HostGradients:
     def _report_arrivals(self, zero: ZeroOptimizer, params: list[DsParameter]) -> None:
         coordinator = self._service.coordinator
         coordinator.pump()  # notices a dead optimizer process even if nothing has to be waited for
+        if self._partitions.host:
+            coordinator.gradients_queued()
         speculate = self._settings.speculate and coordinator.worth_speculating
         factor = gradient_factor(zero.loss_scale, zero.clip_grad, None) if speculate else None
         for param in params:

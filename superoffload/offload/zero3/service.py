@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from logging import getLogger
 from typing import Any
 
@@ -54,13 +55,18 @@ class OptimizerService:
         on_cpu = accelerator.device_name() == "cpu"
         bind = self._settings.bind_trainer if self._settings.bind_trainer is not None else not on_cpu
         setup = self._worker_setup(zero, partitions, cores.optimizer, shares_cores=not bind)
-        pinned = page_lock(partitions.arena.transferred()) if zero.offload_optimizer_pin_memory else []
+        transferred = partitions.arena.transferred() if zero.offload_optimizer_pin_memory else []
+        pinned = page_lock(transferred, accelerator.device_name())
         with partitions.hand_over() as arena_fd:
             self.process = OptimizerProcess(setup, arena_fd)
         if bind:
             TRAINER_BINDING.take(cores.trainer)
-        dispatcher = None if accelerator.is_synchronized_device() else EventDispatcher(self.process, _record_event)
-        self._finalizer = weakref.finalize(self, _shut_down, self.process, dispatcher, pinned, bind)
+        device = accelerator.current_device()
+        dispatcher = None
+        if not accelerator.is_synchronized_device():
+            dispatcher = EventDispatcher(self.process, record_event, partial(accelerator.set_device, device))
+        unpin = partial(page_unlock, pinned, partial(accelerator.synchronize, device))
+        self._finalizer = weakref.finalize(self, _shut_down, self.process, dispatcher, unpin, bind)
         coordinator = Coordinator(
             self.process,
             {i: len(zero.fp16_groups[i]) for i in partitions.host},
@@ -70,6 +76,7 @@ class OptimizerService:
         )
         if dispatcher is not None:
             coordinator.send_speculation = dispatcher.send
+            coordinator.gradients_queued = dispatcher.gradients_queued
             coordinator.settle = lambda: dispatcher.settle(coordinator.pump)
         self._coordinator = coordinator
 
@@ -135,9 +142,15 @@ def _cores_of_this_rank() -> Cores:
     return share_of_rank(seats, dist.get_rank())
 
 
-def _record_event() -> Any:
-    """Return an event recorded on the accelerator's current stream."""
-    event = get_accelerator().Event()
+def record_event() -> Any:
+    """Return an event recorded on the accelerator's current stream.
+
+    Whoever waits for it sleeps, if the accelerator has such events, because the trainer has few cores.
+    """
+    try:
+        event = get_accelerator().Event(blocking=True)
+    except TypeError:
+        event = get_accelerator().Event()
     event.record()
     return event
 
@@ -160,13 +173,15 @@ def _hyper_reader(main: CpuAdam, group_of: Mapping[int, int]) -> Callable[[int],
     return read
 
 
-def _shut_down(process: OptimizerProcess, dispatcher: EventDispatcher | None, pinned: list[int], bound: bool) -> None:
+def _shut_down(
+    process: OptimizerProcess, dispatcher: EventDispatcher | None, unpin: Callable[[], None], bound: bool
+) -> None:
     """End everything that outlives Python references; do nothing in a forked child."""
     if not process.belongs_to_this_process:
         return
     if dispatcher is not None:
         dispatcher.close()
     process.close()
-    page_unlock(pinned)
+    unpin()
     if bound:
         TRAINER_BINDING.release()

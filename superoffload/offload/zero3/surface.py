@@ -31,6 +31,12 @@ class CpuAdam(Protocol):
     state: dict[torch.Tensor, dict[str, Any]]
 
 
+class ParameterOffload(Protocol):
+    """DeepSpeedZeRoOffload, which gathers the parameters; its stream is None if the accelerator has no streams."""
+
+    _DeepSpeedZeRoOffload__allgather_stream: Any
+
+
 class ZeroOptimizer(Protocol):
     """DeepSpeedZeroOptimizer_Stage3 with optimizer offload to the CPU.
 
@@ -38,6 +44,7 @@ class ZeroOptimizer(Protocol):
     """
 
     optimizer: CpuAdam
+    parameter_offload: ParameterOffload
     dtype: torch.dtype
     master_weights_and_grads_dtype: torch.dtype
     gradient_accumulation_dtype: torch.dtype

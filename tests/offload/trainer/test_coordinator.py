@@ -93,6 +93,19 @@ def test_an_accepted_speculation_is_uploaded_then_committed(setup: Setup) -> Non
     assert setup.coordinator.steps == {0: 1, 1: 1}
 
 
+@pytest.mark.parametrize("speculate", [True, False])
+@pytest.mark.parametrize("end", ["decide", "discard"])
+def test_the_end_of_a_round_waits_for_its_gradients_first(setup: Setup, speculate: bool, end: str) -> None:
+    setup.backward(speculate)
+    sent_before: list[int] = []
+    setup.coordinator.settle = lambda: sent_before.append(len(setup.process.tasks))
+    if end == "decide":
+        setup.coordinator.decide(FACTOR, FACTOR)
+    else:
+        setup.coordinator.discard()
+    assert sent_before == [2 if speculate else 0]  # neither DECIDE nor STEP nor DROP has been sent
+
+
 def test_a_clipped_step_is_repeated_with_the_factor(setup: Setup) -> None:
     setup.backward()
     setup.step(CLIPPED)
