@@ -77,25 +77,26 @@ class SubGroupAdam:
         self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._fused: FusedSpeculation | None = None
 
-    def adopt(self, fused: FusedSpeculation) -> bool:
-        """Speculate with the kernel from now on if its results on a sample equal the op's; return whether they do."""
-        generator = torch.Generator().manual_seed(0)
-        parameters, gradients, exp_avg, exp_avg_sq = torch.randn(4, _SAMPLE_NUMEL, generator=generator)
-        sample = SubGroupState(
-            parameters=parameters,
-            gradients=gradients,
-            exp_avg=exp_avg,
-            exp_avg_sq=exp_avg_sq.square(),
-            staging=torch.zeros(_SAMPLE_NUMEL, dtype=torch.bfloat16),
-        )
-        self.speculate(_SAMPLE_TASK, sample, lambda: False)
-        expected = sample.staging.clone()
-        self._fused = fused
-        sample.staging.zero_()
-        self.speculate(_SAMPLE_TASK, sample, lambda: False)
-        if not torch.equal(sample.staging, expected):
-            self._fused = None
-        return self._fused is not None
+    def adopt(self, *kernels: FusedSpeculation) -> bool:
+        """Speculate with the first kernel whose results on a sample equal the op's; return whether there is one.
+
+        Compares parameters and moments in fp32 too: most differences in the last bits do not survive the rounding of
+        the sample's weights to bf16.
+        """
+        expected = _sample()
+        self.step(_SAMPLE_TASK, expected, stage=True)
+        for kernel in kernels:
+            speculated, stepped = _sample(), _sample()
+            self._fused = kernel
+            self.speculate(_SAMPLE_TASK, speculated, lambda: False)
+            written = kernel.step(_SAMPLE_TASK, stepped)
+            if torch.equal(speculated.staging, expected.staging) and all(
+                torch.equal(getattr(stepped, name)[:written], getattr(expected, name)[:written])
+                for name in ("parameters", "exp_avg", "exp_avg_sq")
+            ):
+                return True
+        self._fused = None
+        return False
 
     def speculate(self, task: Task, state: SubGroupState, abandoned: Callable[[], bool]) -> bool:
         """Write the weights after this update to the staging region; leave parameters and moments unchanged.
@@ -161,3 +162,16 @@ class SubGroupAdam:
         if key not in self._scratch:
             self._scratch[key] = torch.empty(self._chunk_numel, dtype=source.dtype)
         return self._scratch[key][: source.numel()].copy_(source)
+
+
+def _sample() -> SubGroupState:
+    """Return a small sub-group, with the same values at every call."""
+    generator = torch.Generator().manual_seed(0)
+    parameters, gradients, exp_avg, exp_avg_sq = torch.randn(4, _SAMPLE_NUMEL, generator=generator)
+    return SubGroupState(
+        parameters=parameters,
+        gradients=gradients,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq.square(),
+        staging=torch.zeros(_SAMPLE_NUMEL, dtype=torch.bfloat16),
+    )

@@ -1,8 +1,9 @@
 // A speculation in one pass over memory: scale the gradient, apply Adam, and write the resulting bf16 weights.
 //
-// Every operation and every rounding is that of the vector loop of DeepSpeed's cpu_adam (csrc/includes/cpu_adam.h), so
-// the results are equal bit for bit. Multiply-adds are fused only where std::fma is written, which -ffp-contract=off
-// ensures.
+// Every operation and every rounding is that of the vector loop of DeepSpeed's cpu_adam, so the results are equal bit for
+// bit. It has two such loops, which round the moments differently: Step_AVX in csrc/includes/cpu_adam.h, for AVX and NEON,
+// and sve_adam_update in csrc/includes/sve.h. Multiply-adds are fused only where std::fma is written, which
+// -ffp-contract=off ensures.
 
 #include <cmath>
 #include <cstdint>
@@ -13,7 +14,7 @@ extern "C" {
 // Has the same fields as _Update in fused.py.
 struct Update {
     float lr, beta1, beta2, eps, weight_decay, factor;
-    int32_t bias_correction, adamw_mode;
+    int32_t bias_correction, adamw_mode, sve;
     int64_t anchor_step, step;
 };
 
@@ -45,11 +46,20 @@ struct Coefficients {
     }
 };
 
-inline float updated(const Coefficients& c, float parameter, float gradient, float exp_avg, float exp_avg_sq)
+// value * beta + gradient * (1 - beta): AVX and NEON round the first product, SVE the second.
+template <bool sve>
+inline float moment(float value, float beta, float gradient, float one_minus_beta)
+{
+    return sve ? std::fma(value, beta, gradient * one_minus_beta) : std::fma(gradient, one_minus_beta, value * beta);
+}
+
+// Returns the new parameter and updates the moments. (GCC does not vectorise a loop over a struct of the three.)
+template <bool sve>
+inline float updated(const Coefficients& c, float parameter, float gradient, float& exp_avg, float& exp_avg_sq)
 {
     gradient = c.coupled > 0 ? std::fma(parameter, c.decay, gradient) : gradient;
-    exp_avg = std::fma(gradient, c.one_minus_beta1, exp_avg * c.beta1);
-    exp_avg_sq = std::fma(gradient * gradient, c.one_minus_beta2, exp_avg_sq * c.beta2);
+    exp_avg = moment<sve>(exp_avg, c.beta1, gradient, c.one_minus_beta1);
+    exp_avg_sq = moment<sve>(exp_avg_sq, c.beta2, gradient * gradient, c.one_minus_beta2);
     const float direction = exp_avg / std::fma(std::sqrt(exp_avg_sq), c.root_correction, c.eps);
     parameter = c.decoupled > 0 ? std::fma(parameter, c.decay, parameter) : parameter;
     return std::fma(direction, c.step_size, parameter);
@@ -64,17 +74,44 @@ inline uint16_t bfloat16(float value)
     return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
 }
 
+template <bool sve>
+void write_staging(const Update& update, int64_t numel, const float* parameters, const float* gradients,
+                   const float* exp_avg, const float* exp_avg_sq, uint16_t* staging)
+{
+    const Coefficients shared(update);
+#pragma omp parallel
+    {
+        const Coefficients c = shared;
+#pragma omp for simd schedule(static)
+        for (int64_t i = 0; i < numel; ++i) {
+            float m = exp_avg[i], v = exp_avg_sq[i];
+            staging[i] = bfloat16(updated<sve>(c, parameters[i], gradients[i] * c.factor, m, v));
+        }
+    }
+}
+
+template <bool sve>
+void update_in_place(const Update& update, int64_t numel, float* parameters, const float* gradients, float* exp_avg,
+                     float* exp_avg_sq)
+{
+    const Coefficients c(update);
+    for (int64_t i = 0; i < numel; ++i)
+        parameters[i] = updated<sve>(c, parameters[i], gradients[i] * c.factor, exp_avg[i], exp_avg_sq[i]);
+}
+
 }  // namespace
 
 extern "C" void speculate(const Update* update, int64_t numel, const float* parameters, const float* gradients,
                           const float* exp_avg, const float* exp_avg_sq, uint16_t* staging)
 {
-    const Coefficients shared(*update);
-#pragma omp parallel
-    {
-        const Coefficients c = shared;
-#pragma omp for simd schedule(static)
-        for (int64_t i = 0; i < numel; ++i)
-            staging[i] = bfloat16(updated(c, parameters[i], gradients[i] * c.factor, exp_avg[i], exp_avg_sq[i]));
-    }
+    (update->sve ? write_staging<true> : write_staging<false>)(*update, numel, parameters, gradients, exp_avg, exp_avg_sq,
+                                                               staging);
+}
+
+// The same arithmetic, with all of its fp32 results: for the comparison with cpu_adam when the process starts.
+extern "C" void step(const Update* update, int64_t numel, float* parameters, const float* gradients, float* exp_avg,
+                     float* exp_avg_sq)
+{
+    (update->sve ? update_in_place<true> : update_in_place<false>)(*update, numel, parameters, gradients, exp_avg,
+                                                                   exp_avg_sq);
 }

@@ -2,14 +2,18 @@
 
 DeepSpeed's op works in place: to speculate with it, parameters and moments must first be copied, and the new
 weights then converted. The kernel (fused.cpp) reads each array once. Its results must equal the op's bit for bit.
-The optimizer process checks that on a sample when it starts, and does not use the kernel if they differ.
+The optimizer process checks that on a sample when it starts, for each arithmetic that the kernel has, and does not use
+the kernel if all differ.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
+from enum import Enum
 from logging import getLogger
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,10 +30,17 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 
 
+class Arithmetic(Enum):
+    """Whose roundings the kernel repeats: those of DeepSpeed's loop for AVX and NEON, or of its loop for SVE."""
+
+    AVX = "AVX"
+    SVE = "SVE"
+
+
 class _Update(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "factor")),
-        *((name, ctypes.c_int32) for name in ("bias_correction", "adamw_mode")),
+        *((name, ctypes.c_int32) for name in ("bias_correction", "adamw_mode", "sve")),
         *((name, ctypes.c_int64) for name in ("anchor_step", "step")),
     )
 
@@ -50,11 +61,13 @@ def build() -> str | None:
 class FusedSpeculation:
     """Calls the compiled kernel, for fp32 masters and moments and bf16 weights."""
 
-    def __init__(self, path: str, *, adamw_mode: bool) -> None:
+    def __init__(self, path: str, *, adamw_mode: bool, arithmetic: Arithmetic) -> None:
         """Load the kernel. Raises OSError if that fails."""
-        self._speculate = ctypes.CDLL(path).speculate
-        self._speculate.restype = None
+        library = ctypes.CDLL(path)
+        self._speculate, self._step = library.speculate, library.step
+        self._speculate.restype = self._step.restype = None
         self._adamw_mode = adamw_mode
+        self.arithmetic = arithmetic
 
     @staticmethod
     def serves(state: SubGroupState) -> bool:
@@ -64,14 +77,25 @@ class FusedSpeculation:
 
     def speculate(self, task: Task, state: SubGroupState, chunk: slice) -> int:
         """Write the staging region of a chunk, up to the last whole MULTIPLE; return how many elements were written."""
+        tensors = (state.parameters, state.gradients, state.exp_avg, state.exp_avg_sq, state.staging)
+        return self._call(self._speculate, task, tensors, chunk)
+
+    def step(self, task: Task, state: SubGroupState) -> int:
+        """Update parameters and moments in place, up to the last whole MULTIPLE; return how many were updated.
+
+        On one core, and without scaling the stored gradients: for comparisons only.
+        """
+        tensors = (state.parameters, state.gradients, state.exp_avg, state.exp_avg_sq)
+        return self._call(self._step, task, tensors, slice(0, state.parameters.numel()))
+
+    def _call(self, function: Any, task: Task, tensors: Iterable[torch.Tensor], chunk: slice) -> int:
         numel: int = (chunk.stop - chunk.start) // MULTIPLE * MULTIPLE
         h = task.hyper
         update = _Update(
             *(h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, task.factor),
-            *(h.bias_correction, self._adamw_mode),
+            *(h.bias_correction, self._adamw_mode, self.arithmetic is Arithmetic.SVE),
             *(task.anchor_step, task.step),
         )
-        tensors = (state.parameters, state.gradients, state.exp_avg, state.exp_avg_sq, state.staging)
         addresses = (ctypes.c_void_p(t.data_ptr() + chunk.start * t.element_size()) for t in tensors)
-        self._speculate(ctypes.byref(update), ctypes.c_int64(numel), *addresses)
+        function(ctypes.byref(update), ctypes.c_int64(numel), *addresses)
         return numel

@@ -132,14 +132,15 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
 
     from ..shared.state import Arena, ArenaLayout
     from .adam import SubGroupAdam, load_op
-    from .fused import FusedSpeculation
+    from .fused import Arithmetic, FusedSpeculation
 
     torch.set_num_threads(len(setup["cores"]))
     try:
         op = load_op(setup["op_name"], setup["op_path"])
         arena = Arena(ArenaLayout.from_json(setup["layout"]), arena_fd)
         adam = SubGroupAdam(op, adamw_mode=setup["adamw_mode"], chunk_numel=setup["chunk_numel"])
-        fused = FusedSpeculation(setup["fused_path"], adamw_mode=setup["adamw_mode"]) if setup["fused_path"] else None
+        path, mode = setup["fused_path"], setup["adamw_mode"]
+        kernels = [FusedSpeculation(path, adamw_mode=mode, arithmetic=a) for a in Arithmetic] if path else []
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sock.send(Reply(kind=ReplyKind.ERROR, text=f"could not start: {error!r}").pack())
         raise
@@ -147,7 +148,7 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
     inbox = Inbox(sock, setup["trainer_pid"])
     worker = Worker(inbox, adam, arena.sub_groups)
     warning = ""
-    if fused is not None and not adam.adopt(fused):
+    if kernels and not adam.adopt(*kernels):
         warning = "the fused kernel is not used because its results differ from DeepSpeed's cpu_adam on this CPU"
     sock.send(Reply(kind=ReplyKind.READY, text=warning).pack())
     while True:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
@@ -11,7 +16,8 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from superoffload.offload.shared.messages import AdamHyper, Task, TaskKind
 from superoffload.offload.shared.state import SubGroupState
 from superoffload.offload.worker import fused
-from superoffload.offload.worker.adam import SubGroupAdam
+from superoffload.offload.worker.adam import _SAMPLE_TASK, SubGroupAdam, _sample
+from tests.helpers.ranks import REPOSITORY
 
 HYPER = AdamHyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 
@@ -72,6 +78,10 @@ def kernel() -> str:
     return path
 
 
+def kernels(path: str, adamw_mode: bool) -> list[fused.FusedSpeculation]:
+    return [fused.FusedSpeculation(path, adamw_mode=adamw_mode, arithmetic=a) for a in fused.Arithmetic]
+
+
 @pytest.mark.parametrize("numel", [1, 16, 1000, 5000])
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -81,7 +91,7 @@ def test_the_fused_kernel_gives_the_same_bits(
 ) -> None:
     op = CPUAdamBuilder().load()
     plain, adam = (SubGroupAdam(op, adamw_mode=adamw_mode, chunk_numel=1024) for _ in range(2))
-    assert adam.adopt(fused.FusedSpeculation(kernel, adamw_mode=adamw_mode))
+    assert adam.adopt(*kernels(kernel, adamw_mode))
     where = state(numel, torch.float32, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 60):
@@ -100,11 +110,90 @@ def test_the_fused_kernel_gives_the_same_bits(
 
 def test_a_kernel_with_different_results_is_not_adopted(kernel: str) -> None:
     adam = SubGroupAdam(CPUAdamBuilder().load(), adamw_mode=True, chunk_numel=1024)
-    assert not adam.adopt(fused.FusedSpeculation(kernel, adamw_mode=False))
+    assert not adam.adopt(*kernels(kernel, adamw_mode=False))
     where, plain = state(64, torch.float32, torch.bfloat16), state(64, torch.float32, torch.bfloat16)
     adam.speculate(task(TaskKind.SPECULATE, 1.0), where, lambda: False)
     adam.step(task(TaskKind.STEP, 1.0), plain, stage=True)
     assert torch.equal(where.staging, plain.staging)
+
+
+class SveOp:
+    """A stand-in for the compiled op: DeepSpeed's source of its SVE loop, without an SVE processor."""
+
+    def __init__(self, folder: Path) -> None:
+        source = REPOSITORY / "tests/helpers/sve/update.cpp"
+        includes = [source.parent, Path(deepspeed.__file__).parent / "ops/csrc/includes"]
+        built = folder / "update.so"
+        command: list[str | Path] = [
+            "c++",
+            "-O2",
+            "-std=c++17",
+            "-march=native",
+            "-ffp-contract=off",
+            "-shared",
+            "-fPIC",
+            "-o",
+            built,
+        ]
+        subprocess.run([*command, *(f"-I{folder}" for folder in includes), source], check=True)
+        self._update = ctypes.CDLL(str(built)).update
+        self._update.restype = None
+        self._adamw_mode = True
+
+    def create_adam(self, optimizer: int, *defaults: float) -> None:
+        self._adamw_mode = bool(defaults[5])
+
+    def adam_update(self, optimizer: int, step: int, *arguments: Any) -> None:
+        *floats, bias_correction, parameters, gradients, exp_avg, exp_avg_sq = arguments
+        tensors = (parameters, gradients, exp_avg, exp_avg_sq)
+        self._update(
+            ctypes.c_int64(step), *map(ctypes.c_float, floats), bias_correction, self._adamw_mode,
+            ctypes.c_int64(parameters.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sve_op(tmp_path_factory: pytest.TempPathFactory) -> SveOp:
+    return SveOp(tmp_path_factory.mktemp("sve"))
+
+
+@pytest.mark.parametrize("numel", [1, 1000, 5000])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("adamw_mode", [True, False])
+def test_the_fused_kernel_gives_the_bits_of_the_sve_loop(
+    numel: int, factor: float, weight_decay: float, adamw_mode: bool, kernel: str, sve_op: SveOp
+) -> None:
+    adam = SubGroupAdam(sve_op, adamw_mode=adamw_mode, chunk_numel=1024)
+    avx, sve = kernels(kernel, adamw_mode)
+    assert not adam.adopt(avx)
+    assert adam.adopt(avx, sve)
+    where, stepped = (state(numel, torch.float32, torch.bfloat16) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 20):
+        hyper = replace(HYPER, lr=1e-3 * step, weight_decay=weight_decay, bias_correction=step % 7 != 0)
+        asked = Task(kind=TaskKind.SPECULATE, step=step, hyper=hyper, factor=factor)
+        for one in (where, stepped):
+            one.gradients.copy_(torch.randn(numel, generator=generator.manual_seed(step)))
+        assert adam.speculate(asked, where, lambda: False)
+        written = sve.step(asked, stepped)
+        adam.step(replace(asked, kind=TaskKind.COMMIT), where, stage=False)
+        assert torch.equal(where.staging, where.parameters.to(torch.bfloat16))
+        for name in ("parameters", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(getattr(stepped, name)[:written], getattr(where, name)[:written]), (step, name)
+            getattr(stepped, name).copy_(getattr(where, name))
+
+
+def test_the_other_arithmetic_is_told_apart_by_the_state_and_not_by_the_weights_in_bf16(kernel: str) -> None:
+    adam = SubGroupAdam(CPUAdamBuilder().load(), adamw_mode=True, chunk_numel=1024)
+    _, sve = kernels(kernel, adamw_mode=True)
+    speculated, stepped, expected = (_sample() for _ in range(3))
+    sve.speculate(_SAMPLE_TASK, speculated, slice(0, 4096))
+    sve.step(_SAMPLE_TASK, stepped)
+    adam.step(_SAMPLE_TASK, expected, stage=True)
+    assert torch.equal(speculated.staging[:4096], expected.staging[:4096])
+    assert stepped.exp_avg[:4096].ne(expected.exp_avg[:4096]).float().mean() > 0.1
+    assert not adam.adopt(sve)
 
 
 def test_a_kernel_that_does_not_compile_is_not_used(
