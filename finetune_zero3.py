@@ -157,16 +157,15 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
     # DeepSpeed divides the loss by the number of micro-batches and averages gradients over the ranks.
     undo_averaging = run.config.training.gradient_accumulation_steps * distributed.world_size()
     sums = step.sum_over_ranks(micro_batches, run.control.votes())
-    target_tokens = sums[0]
     for batch in micro_batches:
         inputs = batch.on(engine.device)
         labels = inputs.pop("labels")
         loss_sum = summed_loss(engine(**inputs).logits, labels)
-        engine.backward(loss_sum * (undo_averaging / target_tokens).float())
+        engine.backward(loss_sum * (undo_averaging / sums.target_tokens).float())
         engine.step()
         run.meter.add(batch, loss_sum.detach())
     run.meter.end_step()
-    return step.read(sums)
+    return sums.read()
 
 
 if __name__ == "__main__":

@@ -112,6 +112,26 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+class HostCopy:
+    """A tensor on its way from the device to the host; it arrives once the device has done what was queued before."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        """Queue the copy."""
+        self._values = values
+        self._arrival: Any = None
+        if not get_accelerator().is_synchronized_device():
+            self._values = torch.empty(values.shape, dtype=values.dtype).pin_memory()
+            self._values.copy_(values, non_blocking=True)
+            self._arrival = get_accelerator().Event()
+            self._arrival.record()
+
+    def tolist(self) -> Any:
+        """Return the values, once they have arrived."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._values.tolist()
+
+
 def barrier() -> None:
     """Wait for all ranks (collective)."""
     comm.barrier()

@@ -63,8 +63,11 @@ class Batch:
         return int(self.inputs["input_ids"].numel())
 
     def on(self, device: torch.device | str) -> dict[str, Any]:
-        """Return the inputs with every tensor on `device`."""
-        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in self.inputs.items()}
+        """Return the inputs with every tensor on `device`, without waiting for the device."""
+        values = self.inputs.items()
+        return {
+            name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in values
+        }
 
 
 def collate(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> Batch:

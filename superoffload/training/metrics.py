@@ -1,7 +1,6 @@
 """The numbers of a step, the summary of a run, and their log lines."""
 
 import contextlib
-import json
 import logging
 import resource
 import statistics
@@ -20,6 +19,7 @@ from superoffload.data.collate import Batch
 from superoffload.log import logger
 from superoffload.model.flops import ModelShape, hardware_flops, model_flops
 from superoffload.training.progress import Progress, Saved
+from superoffload.training.tracking import to_json
 
 GIB = 2**30
 
@@ -217,7 +217,7 @@ def report(summary: dict[str, Any], saved: Saved, folder: str) -> None:
     summary = {**summary, "checkpoint": str(saved.path) if saved.path else None, "checkpoint_note": saved.sentence}
     if distributed.is_rank_0():
         try:
-            (Path(folder) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            (Path(folder) / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             logger.error("summary.json could not be written: %s", error)
     logger.info("Finished after %d steps, final loss %.4f", summary["steps"], summary["final_loss"])

@@ -22,17 +22,26 @@ class StepCounts(NamedTuple):
     save_votes: int
 
 
-def sum_over_ranks(micro_batches: Sequence[Batch], votes: tuple[float, float]) -> torch.Tensor:
-    """Sum the fields of `StepCounts` over all ranks (collective); `votes` are this rank's `RunControl.votes()`.
+class StepSums:
+    """The sums of a step: at once on the device, for the loss; later on the host, for everything else."""
 
-    Returns float64 `[4]`, left on the device, so that the first micro-batch does not wait for it.
-    """
+    def __init__(self, sums: torch.Tensor) -> None:
+        """Take the fields of `StepCounts`, float64 `[4]` on the device."""
+        self.target_tokens = sums[0]
+        self._on_host = distributed.HostCopy(sums)
+
+    def read(self) -> StepCounts:
+        """Return the counts on the host.
+
+        After the optimizer step this waits for nothing: DeepSpeed has read the gradient norm by then, for which the
+        device had to do everything that was queued before, including this copy.
+        """
+        return StepCounts(*map(int, self._on_host.tolist()))
+
+
+def sum_over_ranks(micro_batches: Sequence[Batch], votes: tuple[float, float]) -> StepSums:
+    """Sum the fields of `StepCounts` over all ranks (collective); `votes` are this rank's `RunControl.votes()`."""
     targets = sum(batch.target_tokens for batch in micro_batches)
     tokens = sum(sum(batch.lengths) for batch in micro_batches)
-    sums = torch.tensor([targets, tokens, *votes], dtype=torch.float64, device=distributed.device())
-    return distributed.all_reduce_sum(sums)
-
-
-def read(sums: torch.Tensor) -> StepCounts:
-    """Read the sums back from the device (waits for it)."""
-    return StepCounts(*map(int, sums.tolist()))
+    counted = torch.tensor([targets, tokens, *votes], dtype=torch.float64)
+    return StepSums(distributed.all_reduce_sum(counted.to(distributed.device(), non_blocking=True)))

@@ -4,6 +4,7 @@ A tracker's failure never stops training: it is logged once, and that tracker is
 """
 
 import json
+import math
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -37,12 +38,18 @@ class JsonLines:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append a line and flush it to the operating system."""
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(to_json(values) + "\n")
         self._file.flush()
 
     def finish(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def to_json(values: dict[str, Any], indent: int | None = None) -> str:
+    """Return the values as JSON; infinity and NaN, which JSON does not have, become null."""
+    strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(strict, indent=indent, allow_nan=False)
 
 
 def _step_of(line: str) -> float:

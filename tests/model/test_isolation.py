@@ -55,7 +55,7 @@ def test_the_change_is_the_median_and_needs_no_operation_that_is_not_determinist
     logits = torch.randn(2, 1, 3 * isolation.LENGTH, 64, generator=rng)
     if broken:
         logits[1, 0, 2] = torch.nan
-    spread = (logits[0, 0] - logits[1, 0]).square().mean(dim=-1).sqrt().unflatten(0, (3, isolation.LENGTH))
+    spread = (logits[0, 0] - logits[1, 0]).square().mean(dim=-1).sqrt().view(3, isolation.LENGTH)
     expected = spread.median(dim=1).values / logits[0].square().mean().sqrt()
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -75,6 +75,15 @@ def test_a_logged_step_averages_its_interval(one_rank: None) -> None:
     )
 
 
+@pytest.mark.parametrize(("norm", "text"), [(float("inf"), "inf"), (float("nan"), "nan")])
+def test_a_norm_that_is_not_finite_is_logged(norm: float, text: str, one_rank: None) -> None:
+    clock = Clock()
+    made = meter(clock)
+    step(made, clock, 1.0, loss=2.0)
+    read = made.read(Progress(step=1), lr=1e-4, grad_norm=norm, steps_per_epoch=1)
+    assert f"| Grad norm: {text} |" in read.line()
+
+
 def test_a_new_interval_starts_after_reading(one_rank: None) -> None:
     clock = Clock()
     made = meter(clock)
@@ -143,6 +152,12 @@ def test_the_report_is_written_and_logged(one_rank: None, tmp_path: Path, caplog
     assert written["final_loss"] == 1.5
     last = caplog.records[-1]
     assert (last.levelname, last.message) == ("ERROR", "NO CHECKPOINT WAS SAVED: x")
+
+
+def test_the_report_is_valid_json_without_a_logged_loss(one_rank: None, tmp_path: Path) -> None:
+    metrics.report(meter(Clock()).summary(0), Saved(None, "nothing to save"), str(tmp_path))
+    written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert written["final_loss"] is None
 
 
 def test_an_open_interval_continues_after_a_resume(one_rank: None) -> None:

@@ -14,8 +14,10 @@ def count_on_this_rank() -> step.StepCounts:
     inputs = {"input_ids": torch.zeros((1, 32), dtype=torch.int64)}
     batches = [Batch(inputs=inputs, lengths=(10 + rank, 3), target_tokens=targets) for targets in (5 + rank, 2)]
     sums = step.sum_over_ranks(batches, (float(rank == 1), 0.0))
-    assert sums.dtype == torch.float64
-    return step.read(sums)
+    assert sums.target_tokens.dtype == torch.float64
+    counts = sums.read()
+    assert sums.target_tokens == counts.target_tokens
+    return counts
 
 
 def test_counts_are_sums_over_ranks_and_micro_batches() -> None:

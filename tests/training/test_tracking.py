@@ -68,6 +68,20 @@ def test_numbers_reach_both_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert fake.calls[1][1] == (1, {"perf/step": 1, "train/loss": 2.5, "perf/tokens_per_s": 10.0})
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_the_file_stays_valid_json_whatever_the_numbers(
+    number: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackers, fake = start(tmp_path, monkeypatch)
+    trackers.log(1, {"step": 1, "loss": 2.5, "grad_norm": number})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": 2.5, "grad_norm": None}
+    assert fake.calls[1][1] == (1, {"perf/step": 1, "train/loss": 2.5, "train/grad_norm": number})
+    resumed, _ = start(tmp_path, monkeypatch, step=1)
+    resumed.finish()
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
 @pytest.mark.parametrize(
     ("failing", "calls"),
     [("init", ["init"]), ("log", ["init", "log", "finish"]), ("finish", ["init", "log", "log", "finish"])],
