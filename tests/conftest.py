@@ -1,6 +1,8 @@
 """The environment of the test session, and fixtures that many tests share."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,14 @@ for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_M
     os.environ.pop(name, None)
 
 from tests.helpers import models  # noqa: E402 - imports what reads the environment
+from tests.helpers.ranks import REPOSITORY  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators(request: pytest.FixtureRequest) -> None:
+    """Compile the operators before the first test, unless only unit tests run."""
+    if not all(item.get_closest_marker("unit") for item in request.session.items):
+        subprocess.run([sys.executable, "-m", "tests.helpers.operators"], cwd=REPOSITORY, check=True)
 
 
 @pytest.fixture(scope="session")

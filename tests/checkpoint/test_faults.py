@@ -57,10 +57,8 @@ def one_trial(model: Path, out: Path, rng: random.Random) -> None:
     for rank in ranks:
         rank.start()
     try:
-        deadline = time.monotonic() + 90
         while not all(event.wait(timeout=0.02) for event in started):
             assert all(rank.is_alive() for rank in ranks), "a rank could not resume"
-            assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(rng.random() * 1.5)  # any moment of a save
         if rng.random() < 0.5:
             rng.choice(ranks).kill()
