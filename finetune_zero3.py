@@ -30,7 +30,7 @@ def main(config: "Config") -> int:
     ds_config = read_ds_config(config)
     from superoffload import distributed, log
     from superoffload.checkpoint import output_folder, resume
-    from superoffload.model import attention, isolation, load
+    from superoffload.model import attention, isolation, load, loss_kernel
     from superoffload.model.flops import shape_of
     from superoffload.model.tokenizer import load_tokenizer
     from superoffload.training import engine, metrics, tracking
@@ -60,6 +60,7 @@ def main(config: "Config") -> int:
     shape = shape_of(model)
     model_engine = engine.create(model, ds_config, config.training, batches.total_steps)
     isolation.check(model_engine, batches.layout)
+    loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)
 
     state = resume.restore(model_engine, source) if source else {}
     progress = Progress(**state.get("progress", {}))
@@ -67,6 +68,7 @@ def main(config: "Config") -> int:
     run = Run(
         config=config,
         engine=model_engine,
+        loss=loss,
         tokenizer=tokenizer,
         batches=batches,
         progress=progress,
@@ -150,7 +152,6 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
     known before the first backward, and each micro-batch adds its part of the sum.
     """
     from superoffload import distributed
-    from superoffload.model.head import summed_loss
     from superoffload.training import step
 
     engine = run.engine
@@ -158,9 +159,7 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
     undo_averaging = run.config.training.gradient_accumulation_steps * distributed.world_size()
     sums = step.sum_over_ranks(micro_batches, run.control.votes())
     for batch in micro_batches:
-        inputs = batch.on(engine.device)
-        labels = inputs.pop("labels")
-        loss_sum = summed_loss(engine(**inputs).logits, labels)
+        loss_sum = run.loss(engine, batch)
         engine.backward(loss_sum * (undo_averaging / sums.target_tokens).float())
         engine.step()
         run.meter.add(batch, loss_sum.detach())

@@ -89,6 +89,12 @@ class ModelSettings(Settings):
         "Class name of the module that ZeRO-3 fetches as a whole (a sparse MoE block); detected by default.", None
     )
     activation_checkpointing: bool = setting("Recompute activations during backward to save device memory.", False)
+    loss_kernel: str = setting(
+        "How to compute the loss: chunked never holds all logits; plain does; auto uses chunked if a test at the start "
+        "finds the model's own losses. A run may be resumed with another kernel, but then rounds differently.",
+        "auto",
+        choices=("auto", "chunked", "plain"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,6 +74,9 @@ class Model(Protocol):
 
     def get_output_embeddings(self) -> Any:
         """Return the output layer, None if there is none."""
+
+    def register_forward_hook(self, hook: Callable[..., Any], *, prepend: bool = False) -> Any:
+        """Register a function to call after forward, which may replace the output; return its handle."""
 
     def set_attn_implementation(self, name: str) -> None:
         """Switch to another attention implementation."""

@@ -52,7 +52,7 @@ LIBRARIES: dict[str, set[str]] = {
     "torch": {
         "distributed", "ops", "protocols",
         "data.collate",
-        "model.attention", "model.head", "model.isolation", "model.load",
+        "model.attention", "model.head", "model.isolation", "model.load", "model.loss_kernel",
         "checkpoint.rank_files",
         "export.files", "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.step",

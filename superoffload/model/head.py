@@ -1,9 +1,28 @@
-"""The loss of causal language modelling, as a sum, so that a step can weight all its target tokens equally."""
+"""The loss of causal language modelling, as a sum, so that a step can weight all its target tokens equally.
+
+There are two kernels. `plain_loss` takes the model's logits. `ChunkedLoss` works inside the output head, on the hidden
+states of target positions only, and holds one tile of logits at a time, `[targets, part of the vocabulary]`. It keeps
+none of them, but computes each a second time in backward.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
 
+from superoffload.data.collate import Batch
 from superoffload.data.encode import IGNORED
+from superoffload.protocols import Engine, Model
+
+TILE = 2**25  # logits per tile, 128 MiB in float32
+CPU_TILE = 2**22  # 16 MiB: faster, because it stays in the caches
+MULTIPLE = 128  # a tile's share of the vocabulary, for the matrix kernels
+
+Loss = Callable[[Engine, Batch], torch.Tensor]
+"""Run the model on a micro-batch and sum the losses of its target tokens, float32 `[]` (collective)."""
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -12,7 +31,215 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     `logits` `[batch, length, vocabulary]` of any float type; `labels` int64 `[batch, length]`, -100 for positions that
     are not targets. Position i predicts label i + 1.
     """
-    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return functional.cross_entropy(
-        logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), following(labels).flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def following(labels: torch.Tensor) -> torch.Tensor:
+    """Return the label that each position predicts, -100 where it predicts none; int64 `[batch, length]` both."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def plain_loss(model_engine: Engine, batch: Batch) -> torch.Tensor:
+    """Sum the losses of a micro-batch's target tokens from the model's logits, float32 `[]` (collective)."""
+    inputs = batch.on(model_engine.device)
+    labels = inputs.pop("labels")
+    return summed_loss(model_engine(**inputs).logits, labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """What a model does to the output of its head: `softcap * tanh(scale * x / softcap)`, or `scale * x`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Transform float32 logits of any shape in place."""
+        if self.softcap is not None:
+            return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def apply_with_slope_(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+        """Transform float32 logits of any shape in place; return them and the derivative there, None if it is 1."""
+        if self.softcap is None:
+            return self.apply_(logits), None if self.scale == 1.0 else self.scale
+        capped = logits.mul_(self.scale / self.softcap).tanh_()
+        slope = capped.square().neg_().add_(1.0).mul_(self.scale)
+        return capped.mul_(self.softcap), slope
+
+
+class ChunkedLoss:
+    """Sums the losses of a micro-batch's target tokens inside the model's output head, a `torch.nn.Linear`.
+
+    ZeRO-3's hooks around the head gather its weight once in forward and once in backward, whatever the number of
+    targets and tiles of this rank.
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        """Take what the model does to the output of its head."""
+        self._transform = transform
+
+    def __call__(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
+        """Return the sum, float32 `[]` (collective)."""
+        return self.token_losses(model_engine, batch).sum()
+
+    def token_losses(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
+        """Return the loss of each target token, float32 `[targets]` (collective)."""
+        # On the host, where the labels are: on the device, finding the targets would wait for it.
+        labels = following(batch.inputs["labels"]).flatten()
+        positions = (labels != IGNORED).nonzero().squeeze(1)
+        targets = labels[positions].to(model_engine.device)
+        positions = positions.to(model_engine.device)
+
+        def losses(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+            states = hidden.flatten(0, 1).index_select(0, positions)
+            return token_losses(states, head.weight, head.bias, targets, self._transform)
+
+        inputs = batch.on(model_engine.device)
+        del inputs["labels"]
+        with _returning(losses, model_engine.module):
+            result: torch.Tensor = model_engine(**inputs)
+        return result
+
+
+@contextmanager
+def _returning(compute: Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor], model: Model) -> Iterator[None]:
+    """Within the block, make the model return `compute(head, hidden states)`, computed in the forward of its head.
+
+    The model itself gets logits of no position from its head. The result takes their place on the way out: after the
+    hooks of the head and before those of the model, so that ZeRO-3 sees it in both.
+    """
+    head = model.get_output_embeddings()
+    results: list[torch.Tensor] = []
+
+    def after_head(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        results.append(output)
+        return inputs[0].new_empty((inputs[0].shape[0], 0, head.out_features))
+
+    def after_model(module: Any, inputs: Any, output: Any) -> torch.Tensor:
+        return results.pop()
+
+    hooks = (head.register_forward_hook(after_head), model.register_forward_hook(after_model, prepend=True))
+    try:
+        with replaced_forward(head, lambda hidden: compute(head, hidden)):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replaced_forward(module: Any, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Replace a module's forward within the block; its hooks run as before."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def token_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    transform: Transform = Transform(),
+) -> torch.Tensor:
+    """Return the cross-entropy of each target token, float32 `[targets]`, without holding all logits at once.
+
+    `hidden` `[targets, width]`, `weight` `[vocabulary, width]`, `bias` `[vocabulary]`, all of one float type; `targets`
+    int64 `[targets]`.
+    """
+    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, transform)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Tiles are cut from the vocabulary, so that each row of the weight's gradient is one product, rounded once.
+
+    The gradient of the hidden states is a sum over the tiles, in float32. Logits are computed again in backward: then
+    the incoming gradient is known before anything is rounded, and no gradient is kept between forward and backward.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913  # autograd's signature
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        transform: Transform,
+    ) -> torch.Tensor:
+        zeros = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+        target_logits, largest, sums = zeros, zeros - torch.inf, zeros  # sums: of exp(logit - largest)
+        for part in _parts(hidden, len(weight)):
+            logits = transform.apply_(_head_output(hidden, weight, bias, part))
+            columns, inside = _columns(targets, part)
+            found = logits.gather(1, columns[:, None]).squeeze(1)
+            target_logits = torch.where(inside, found, target_logits)
+            before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
+            sums = sums * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(dim=1)
+        ctx.save_for_backward(hidden, weight, bias, targets, largest, sums)
+        ctx.transform = transform
+        return sums.log() - (target_logits - largest)
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets, largest, sums = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        grad_weight = weight.new_empty(weight.shape) if needs_weight else None
+        grad_bias = bias.new_empty(bias.shape) if needs_bias else None
+        rows = torch.arange(len(targets), device=hidden.device)
+        parts = _parts(hidden, len(weight))
+        for part in parts:
+            logits, slope = ctx.transform.apply_with_slope_(_head_output(hidden, weight, bias, part))
+            columns, inside = _columns(targets, part)
+            grads = logits.sub_(largest[:, None]).exp_().mul_((grad_losses / sums)[:, None])
+            grads[rows, columns] -= grad_losses.where(inside, 0)
+            grads = (grads if slope is None else grads.mul_(slope)).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden += _float32_product(grads, weight[part], exact=len(parts) > 1)
+            if grad_weight is not None:
+                torch.mm(grads.t(), hidden, out=grad_weight[part])
+            if grad_bias is not None:
+                grad_bias[part] = grads.sum(dim=0, dtype=torch.float32)
+        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
+
+
+def _parts(hidden: torch.Tensor, vocabulary: int) -> list[slice]:
+    """Divide the vocabulary, so that the logits of one part fit in a tile."""
+    tile = CPU_TILE if hidden.device.type == "cpu" else TILE
+    width = max(MULTIPLE, tile // max(len(hidden), 1) // MULTIPLE * MULTIPLE)
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+def _columns(targets: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the column of each target in a part of the vocabulary, and whether it lies there; any column if not."""
+    columns = targets - part.start
+    inside = (columns >= 0) & (targets < part.stop)
+    return columns.where(inside, 0), inside
+
+
+def _head_output(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, part: slice) -> torch.Tensor:
+    """Return the head's output for a part of the vocabulary, float32 `[targets, part]`."""
+    product = _float32_product(hidden, weight[part].t())
+    return product if bias is None else product.add_(bias[part])
+
+
+def _float32_product(left: torch.Tensor, right: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+    """Multiply matrices of one float type into float32.
+
+    The CPU's kernels round the product to that type. `exact` adds what the rounding lost, which takes a second product.
+    """
+    if left.dtype == torch.float32:
+        return torch.mm(left, right)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    rounded = torch.mm(left, right)
+    return rounded.float() + torch.addmm(rounded, left, right, beta=-1) if exact else rounded.float()

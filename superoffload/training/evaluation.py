@@ -11,7 +11,7 @@ from superoffload.data.loader import Batches
 from superoffload.errors import UserError
 from superoffload.log import logger
 from superoffload.model import attention
-from superoffload.model.head import summed_loss
+from superoffload.model.head import Loss
 from superoffload.protocols import Engine, Tokenizer
 
 SAMPLE_TOKENS = 64
@@ -47,14 +47,14 @@ class Evaluation:
             return False
         return step != self._done_at and (last or (self._every > 0 and step % self._every == 0))
 
-    def run(self, model_engine: Engine, tokenizer: Tokenizer, step: int) -> dict[str, float]:
+    def run(self, model_engine: Engine, loss: Loss, tokenizer: Tokenizer, step: int) -> dict[str, float]:
         """Evaluate, log the results, and return the numbers by name (collective)."""
         self._done_at = step
         model_engine.eval()
         numbers: dict[str, float] = {}
         with torch.no_grad():
             if self._held_out is not None:
-                numbers = held_out_loss(model_engine, self._held_out)
+                numbers = held_out_loss(model_engine, loss, self._held_out)
                 logger.info(
                     "Step %d | Held-out loss: %.4f | Perplexity: %.3f | Target tokens: %d",
                     step, numbers["eval_loss"], numbers["eval_perplexity"], numbers["eval_target_tokens"],
@@ -66,23 +66,20 @@ class Evaluation:
         return numbers
 
 
-def held_out_loss(model_engine: Engine, held_out: Batches) -> dict[str, float]:
+def held_out_loss(model_engine: Engine, loss: Loss, held_out: Batches) -> dict[str, float]:
     """Return loss and perplexity over all target tokens of the held-out rows (collective).
 
     The sum of the tokens' losses over all ranks divided by their number, equal for any number of ranks.
     """
-    device = distributed.device()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
     for batch in held_out.held_out():
-        inputs = batch.on(device)
-        labels = inputs.pop("labels")
-        sums[0] += summed_loss(model_engine(**inputs).logits, labels)
+        sums[0] += loss(model_engine, batch)
         sums[1] += batch.target_tokens
     loss_sum, targets = distributed.all_reduce_sum(sums).tolist()
-    loss = loss_sum / targets
+    mean = loss_sum / targets
     return {
-        "eval_loss": loss,
-        "eval_perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "eval_loss": mean,
+        "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
         "eval_target_tokens": int(targets),
     }
 

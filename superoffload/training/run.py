@@ -11,6 +11,7 @@ from superoffload.data.loader import Batches
 from superoffload.errors import UserError
 from superoffload.export import weights
 from superoffload.log import logger
+from superoffload.model.head import Loss
 from superoffload.protocols import Engine, Tokenizer
 from superoffload.training import progress as outcomes
 from superoffload.training.evaluation import Evaluation
@@ -26,6 +27,7 @@ class Run:
 
     config: Config
     engine: Engine
+    loss: Loss
     tokenizer: Tokenizer
     batches: Batches
     progress: Progress
@@ -63,7 +65,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate and track the numbers (collective)."""
-        numbers = self.evaluation.run(self.engine, self.tokenizer, self.progress.step)
+        numbers = self.evaluation.run(self.engine, self.loss, self.tokenizer, self.progress.step)
         if numbers:
             self.trackers.log(self.progress.step, {"step": self.progress.step, **numbers})
         self.meter.start()  # the evaluation's time belongs to no step

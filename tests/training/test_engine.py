@@ -11,7 +11,7 @@ import finetune_zero3
 from superoffload import config, distributed
 from superoffload.data import collate, loader
 from superoffload.ds_config import DsConfig, merge_flags
-from superoffload.model import isolation, load
+from superoffload.model import isolation, load, loss_kernel
 from superoffload.model.flops import shape_of
 from superoffload.model.tokenizer import load_tokenizer
 from superoffload.training import engine, metrics, schedule, tracking
@@ -57,6 +57,7 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
         Run(
             config=chosen,
             engine=model_engine,
+            loss=loss_kernel.choose(chosen.model.loss_kernel, model_engine, layout),
             tokenizer=tokenizer,
             batches=batches,
             progress=Progress(),

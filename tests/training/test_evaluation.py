@@ -11,7 +11,7 @@ from superoffload import config, distributed
 from superoffload.data import collate, loader
 from superoffload.ds_config import merge_flags
 from superoffload.errors import UserError
-from superoffload.model import load
+from superoffload.model import load, loss_kernel
 from superoffload.model.head import summed_loss
 from superoffload.model.tokenizer import load_tokenizer
 from superoffload.training import engine, evaluation
@@ -32,7 +32,8 @@ def evaluate(values: dict[str, Any]) -> tuple[dict[str, float], str, bool]:
     model = load.load_model(chosen.model, load.load_config(chosen.model.model_name), merged.ds_config, None)
     model_engine = engine.create(model, merged.ds_config, chosen.training, 10)
     (prompt,) = loader.tokenize_prompts(["Say the thing."], tokenizer, chosen.data)
-    numbers = evaluation.Evaluation(batches, [prompt], 0).run(model_engine, tokenizer, 1)
+    loss = loss_kernel.choose(chosen.model.loss_kernel, model_engine, layout)
+    numbers = evaluation.Evaluation(batches, [prompt], 0).run(model_engine, loss, tokenizer, 1)
     return numbers, evaluation.generate(model_engine, tokenizer, prompt), model_engine.training
 
 

@@ -1,0 +1,114 @@
+"""Choose the loss kernel, by trying it at the start, not by a list of architectures."""
+
+import math
+
+import numpy as np
+import torch
+
+from superoffload import distributed
+from superoffload.data.collate import Batch, Layout, collate
+from superoffload.data.encode import IGNORED
+from superoffload.errors import UserError, first_line
+from superoffload.log import logger
+from superoffload.model.head import ChunkedLoss, Loss, Transform, following, plain_loss, replaced_forward
+from superoffload.protocols import Engine
+
+LENGTH = 24  # tokens per document, half of them targets
+# The largest difference between the losses of a token, as a share of the spread of the losses.
+TOLERANCE = {torch.float32: 1e-3}
+HALF_TOLERANCE = 5e-2
+# Outputs of the head to try: the slope of the transform near zero, and its limit.
+SMALL, LARGE = 2.0**-10, 2.0**24
+SPREAD = 30.0
+
+
+class _Unsuitable(Exception):
+    """The chunked kernel would not compute the model's own loss; the message says why."""
+
+
+def choose(requested: str, model_engine: Engine, layout: Layout) -> Loss:
+    """Return the loss kernel for `--loss_kernel` `requested` (collective).
+
+    Runs three small forwards: one for the model's own logits, one with numbers of ours in place of the head's output,
+    to see what the model does to them, and one with the chunked kernel. Raises `UserError` if `chunked` is requested
+    and its losses are not those of the model's own logits.
+    """
+    if requested == "plain":
+        return plain_loss
+    was_training = model_engine.training
+    model_engine.eval()
+    chunked: ChunkedLoss | None = None
+    why = "another rank rejected it"
+    try:
+        with torch.no_grad():
+            chunked = _try(model_engine, _batch(model_engine, layout))
+    except _Unsuitable as error:
+        why = str(error)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError) as error:
+        why = f"the model rejected it: {first_line(error)}"
+    finally:
+        model_engine.train(was_training)
+    if distributed.all_ranks_ok(chunked is not None) and chunked is not None:
+        logger.info("Loss: chunked, without whole logits")
+        return chunked
+    name = type(model_engine.module).__name__
+    if requested == "chunked":
+        raise UserError(f"--loss_kernel chunked: does not suit {name} ({why}); use auto or plain")
+    logger.info("Loss: from whole logits, because the chunked kernel does not suit %s (%s)", name, why)
+    return plain_loss
+
+
+def _batch(model_engine: Engine, layout: Layout) -> Batch:
+    vocabulary = int(model_engine.module.config.get_text_config().vocab_size)
+    ids = np.random.default_rng(0).integers(vocabulary, size=(2, LENGTH))
+    labels = np.where(np.arange(LENGTH) < LENGTH // 2, IGNORED, ids)
+    return collate([[row] for row in zip(ids, labels, strict=True)], 2, layout)
+
+
+def _try(model_engine: Engine, batch: Batch) -> ChunkedLoss:
+    """Return the chunked kernel if it computes the model's own losses (collective); raises `_Unsuitable`."""
+    head = model_engine.module.get_output_embeddings()
+    if getattr(type(head), "forward", None) is not torch.nn.Linear.forward:
+        raise _Unsuitable(f"its output layer is {type(head).__name__}, not Linear")
+    inputs = batch.on(model_engine.device)
+    labels = following(inputs.pop("labels"))
+    logits = model_engine(**inputs).logits
+    if logits.shape != (*labels.shape, head.out_features):
+        raise _Unsuitable("its logits are not those of its output layer")
+    chunked = ChunkedLoss(_observe(model_engine, batch, head))
+    targets = labels != IGNORED
+    expected = torch.nn.functional.cross_entropy(logits[targets].float(), labels[targets], reduction="none")
+    # The median: a near-tie between experts that resolves differently affects only a few tokens.
+    difference = (chunked.token_losses(model_engine, batch) - expected).abs().sort().values[len(expected) // 2]
+    if not difference <= TOLERANCE.get(logits.dtype, HALF_TOLERANCE) * expected.std():
+        raise _Unsuitable(f"its losses differ by {float(difference):.2g}")
+    return chunked
+
+
+def _observe(model_engine: Engine, batch: Batch, head: torch.nn.Linear) -> Transform:
+    """Find out what the model does to the output of its head, from numbers of ours in its place (collective)."""
+    inputs = batch.on(model_engine.device)
+    shape = (*inputs.pop("labels").shape, head.out_features)
+    # A generator of its own: the run's random numbers stay as they are.
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * SPREAD
+    numbers.view(-1)[:2] = torch.tensor([SMALL, LARGE])
+    numbers = numbers.to(model_engine.device)
+    seen: list[torch.Size] = []
+
+    def give_numbers(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape)
+        return numbers.clone()
+
+    with replaced_forward(head, give_numbers):
+        found = model_engine(**inputs).logits
+    if seen != [(*shape[:2], head.in_features)]:
+        raise _Unsuitable("its output layer gets other positions than the model")
+    slope, limit = (found.flatten()[:2].double().cpu() / torch.tensor([SMALL, 1.0])).tolist()
+    if not (math.isfinite(slope) and math.isfinite(limit) and slope and limit):
+        raise _Unsuitable("it changes its logits in a way that is not known")
+    linear = abs(limit - slope * LARGE) <= 1e-3 * abs(limit)
+    transform = Transform(slope) if linear else Transform(slope, limit)
+    expected = transform.apply_(numbers.clone())
+    if found.shape != shape or not torch.allclose(found.float(), expected, rtol=1e-4, atol=1e-4 * abs(slope)):
+        raise _Unsuitable("it changes its logits in a way that is not known")
+    return transform
