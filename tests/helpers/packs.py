@@ -1,4 +1,4 @@
-"""Small models of several architectures, and documents in packs to run them on."""
+"""Small models of several architectures, a stand-in for the engine, and documents in packs to run them on."""
 
 from typing import Any
 
@@ -47,3 +47,21 @@ def tiny(kind: str, attention: str = "sdpa", **changes: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.config.use_cache = False
     return model.float()
+
+
+class StandIn(torch.nn.Module):
+    """A stand-in for DeepSpeed's engine, on the CPU."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def make_engine(model: torch.nn.Module) -> Any:
+    """Wrap a model in a stand-in for DeepSpeed's engine."""
+    return StandIn(model)

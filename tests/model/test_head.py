@@ -1,9 +1,15 @@
-"""The summed loss."""
+"""The loss: summed from logits, and computed tile by tile inside the output head."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from superoffload.model.head import summed_loss
+from superoffload.model import head
+from superoffload.model.head import Transform, summed_loss, token_losses
 from tests.helpers.models import make_model
 
 pytestmark = pytest.mark.unit
@@ -36,3 +42,133 @@ def test_bf16_logits_are_summed_in_float32() -> None:
     loss = summed_loss(logits, labels)
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(summed_loss(logits.float(), labels)))
+
+
+IDENTITY = Transform()
+
+
+def plain(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    transform: Transform = IDENTITY,
+) -> torch.Tensor:
+    """Return the losses from whole logits, transformed in their own type as transformers' models do."""
+    logits = functional.linear(hidden, weight, bias)
+    if transform.softcap is None:
+        logits = logits * transform.scale
+    else:
+        logits = torch.tanh(logits * (transform.scale / transform.softcap)) * transform.softcap
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+Tensors = list[torch.Tensor]
+FACTOR = 3 / 1021  # what the losses are multiplied with before backward
+
+
+def results(kernel: Callable[..., torch.Tensor], dtype: torch.dtype, inputs: Tensors, *arguments: Any) -> Tensors:
+    """Return the losses and the gradients of hidden states, weight and bias, if there is one, all in float64."""
+    leaves = [tensor.to(dtype).clone().requires_grad_() for tensor in inputs]
+    hidden, weight, bias = (*leaves, None)[:3]
+    losses = kernel(hidden, weight, bias, *arguments)
+    (losses.sum() * FACTOR).backward()  # type: ignore[no-untyped-call]
+    return [losses.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
+
+
+def make_inputs(dtype: torch.dtype, spread: float, *, bias: bool, count: int = 200) -> tuple[Tensors, torch.Tensor]:
+    """Make hidden states, weight and bias, and targets; `spread` is about the spread of the logits."""
+    torch.manual_seed(0)
+    width, vocabulary = 64, 1500
+    shapes = [(count, width), (vocabulary, width), (vocabulary,)][: 3 if bias else 2]
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors[1] *= spread / width**0.5
+    return [tensor.to(dtype) for tensor in tensors], torch.randint(vocabulary, (count,))
+
+
+@pytest.mark.parametrize("tile", [1, 40_000, 10**9], ids=["many tiles", "some tiles", "one tile"])
+@pytest.mark.parametrize(
+    "transform", [Transform(), Transform(0.125), Transform(1.0, 5.0)], ids=["", "scale", "softcap"]
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("spread", [0.2, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_further_from_float64_than_the_plain_loss(
+    dtype: torch.dtype, spread: float, bias: bool, transform: Transform, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "CPU_TILE", tile)
+    inputs, targets = make_inputs(dtype, spread, bias=bias)
+    exact = results(plain, torch.float64, inputs, targets, transform)
+    for ours, theirs, reference in zip(
+        results(token_losses, dtype, inputs, targets, transform),
+        results(plain, dtype, inputs, targets, transform),
+        exact,
+        strict=True,
+    ):
+        assert len(exact) == 3 + bias
+        size = float(reference.norm())
+        error, plain_error = float((ours - reference).norm()) / size, float((theirs - reference).norm()) / size
+        # Sums in another order differ by a few roundings of float32, which says nothing.
+        assert error <= 1.1 * plain_error + 5e-8
+        assert error < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_confident_model_loses_no_digits() -> None:
+    """A loss of 1e-6 is the difference of two numbers near 40 only if one subtracts them."""
+    hidden, weight = torch.eye(4), torch.eye(4) * torch.tensor([40.0, 14.0, 30.0, 5.0])
+    inputs, targets = [hidden, weight], torch.arange(4)
+    for ours, exact in zip(
+        results(token_losses, torch.float32, inputs, targets),
+        results(plain, torch.float64, inputs, targets),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact, rtol=2e-2, atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_target_and_one_target(dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CPU_TILE", 500)
+    inputs, targets = make_inputs(dtype, 1.0, bias=True, count=count)
+    losses, *gradients = results(token_losses, dtype, inputs, targets)
+    assert losses.shape == (count,)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in inputs]
+    assert all(bool(gradient.abs().sum() > 0) == bool(count) for gradient in gradients if gradient.numel())
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    (hidden, weight, bias), targets = make_inputs(torch.float32, 1.0, bias=True)
+    hidden.requires_grad_()
+    token_losses(hidden, weight, bias, targets).sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None and weight.grad is None and bias.grad is None
+    hidden.requires_grad_(False)
+    weight.requires_grad_()
+    token_losses(hidden, weight, bias, targets).sum().backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None and bias.grad is None
+
+
+class Sizes(TorchDispatchMode):
+    """Records the largest tensor that any operator returns, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in [result] if torch.is_tensor(result) else []:
+            self.largest[tensor.dtype] = max(self.largest.get(tensor.dtype, 0), tensor.numel())
+        return result
+
+
+def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CPU_TILE", 60_000)
+    (hidden, weight), targets = make_inputs(torch.bfloat16, 1.0, bias=False)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with Sizes() as sizes:
+        token_losses(hidden, weight, None, targets).sum().backward()  # type: ignore[no-untyped-call]
+    assert len(targets) * len(weight) == 300_000
+    assert sizes.largest[torch.float32] <= 60_000
+    assert sizes.largest[torch.bfloat16] == weight.numel()

@@ -10,24 +10,9 @@ import transformers
 from superoffload import distributed
 from superoffload.errors import UserError
 from superoffload.model import isolation
-from tests.helpers.packs import PACKED, PADDED, VARLEN, tiny
+from tests.helpers.packs import PACKED, PADDED, VARLEN, make_engine, tiny
 
 pytestmark = pytest.mark.unit
-
-
-class StandIn(torch.nn.Module):
-    """A stand-in for DeepSpeed's engine."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = model
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
-
-
-def make_engine(model: torch.nn.Module) -> Any:
-    return StandIn(model)
 
 
 @pytest.fixture(autouse=True)

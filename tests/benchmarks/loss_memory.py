@@ -1,0 +1,142 @@
+"""Measure the loss kernels: time and peak memory of forward and backward through the output head, in bf16.
+
+    python tests/benchmarks/loss_memory.py
+
+Each measurement is a process of its own, and the kernels take turns. `plain` computes the logits of every position,
+`targets only` those of target positions, `linear_cross_entropy` is torch's own on target positions, and `chunked` is
+the one of `superoffload.model.head`. Writes loss_memory.md and loss_memory.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+KERNELS = ("plain", "targets only", "linear_cross_entropy", "chunked")
+GIB = 2**30
+
+
+def measure(kernel: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run forward and backward several times; return the times and the growth of memory at its peak, in bytes."""
+    import resource
+    import time
+
+    import psutil
+    import torch
+    from torch.nn import functional
+
+    from superoffload.model.head import IGNORED, following, summed_loss, token_losses
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    dtype = torch.float32 if kernel == "reference" else torch.bfloat16
+    # Made in bf16, so that the peak before the measurement is not higher than what is kept.
+    hidden = torch.empty((1, options.positions, options.width), dtype=torch.bfloat16).normal_().to(dtype)
+    weight = torch.empty((options.vocabulary, options.width), dtype=torch.bfloat16).normal_(0, 0.05).to(dtype)
+    labels = torch.randint(options.vocabulary, (1, options.positions))
+    labels[:, 1::2] = IGNORED
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def loss() -> torch.Tensor:
+        if kernel == "plain":
+            return summed_loss(functional.linear(hidden, weight), labels)
+        next_labels = following(labels).flatten()
+        positions = (next_labels != IGNORED).nonzero().squeeze(1)
+        states, targets = hidden.flatten(0, 1).index_select(0, positions), next_labels[positions]
+        if kernel == "chunked":
+            return token_losses(states, weight, None, targets).sum()
+        if kernel == "linear_cross_entropy":
+            found: torch.Tensor = functional.linear_cross_entropy(  # type: ignore[attr-defined, unused-ignore]
+                states, weight, targets, reduction="sum"
+            )
+            return found
+        return functional.cross_entropy(functional.linear(states, weight).float(), targets, reduction="sum")
+
+    before = psutil.Process().memory_info().rss
+    times, value = [], 0.0
+    for _ in range(options.repeats + 1):
+        start = time.perf_counter()
+        loss_sum = loss()
+        (loss_sum / options.positions).backward()  # type: ignore[no-untyped-call]
+        times.append(time.perf_counter() - start)
+        value = loss_sum.item()
+        hidden.grad = weight.grad = None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"times_s": times[1:], "peak_bytes": peak - before, "loss": value}
+
+
+def report(found: dict[str, Any]) -> str:
+    """Write the measurements as Markdown."""
+    lines = [
+        "# Loss kernels",
+        "",
+        f"{found['machine']}. Vocabulary {found['vocabulary']:,}, hidden size {found['width']:,}, "
+        f"{found['positions']:,} positions, half of them targets, bf16. Forward and backward from the hidden states to "
+        f"the gradients of hidden states and weight: median of {found['rounds'] * found['repeats']} times (fastest), "
+        f"and the growth of memory at its peak, which includes the weight's gradient, {found['gradient_gib']:.2f} GiB.",
+        "",
+        "| kernel | time | peak memory | distance of the loss from float32 |",
+        "| --- | --- | --- | --- |",
+    ]
+    for kernel, result in found["kernels"].items():
+        times = result["times_s"]
+        lines.append(
+            f"| {kernel} | {statistics.median(times):.2f} s ({min(times):.2f} s) | {result['peak_bytes'] / GIB:.2f} GiB "
+            f"| {abs(result['loss'] / found['reference'] - 1):.1e} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Run all measurements and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=128_256)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3, help="measured passes of each process, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each kernel")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--machine", default=f"{os.cpu_count()} CPU cores")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure(options.only, options)))
+        return
+
+    def in_a_process(kernel: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, __file__, "--only", kernel, *sys.argv[1:]], stdout=subprocess.PIPE, text=True, check=True
+        )
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    kernels: dict[str, dict[str, Any]] = {}
+    for _ in range(options.rounds):
+        for kernel in KERNELS:
+            result = in_a_process(kernel)
+            before = kernels.get(kernel, {"times_s": [], "peak_bytes": 0})
+            result["times_s"] = before["times_s"] + result["times_s"]
+            result["peak_bytes"] = max(before["peak_bytes"], result["peak_bytes"])
+            kernels[kernel] = result
+    found = {
+        **{name: getattr(options, name) for name in ("machine", "vocabulary", "width", "positions")},
+        **{name: getattr(options, name) for name in ("rounds", "repeats", "threads")},
+        "gradient_gib": options.vocabulary * options.width * 2 / GIB,
+        "reference": in_a_process("reference")["loss"],
+        "kernels": kernels,
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "loss_memory.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (options.results / "loss_memory.md").write_text(report(found), encoding="utf-8")
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Which loss kernel suits a model is tested, not looked up in a list."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from superoffload import distributed
+from superoffload.data.collate import Layout, collate
+from superoffload.errors import UserError
+from superoffload.model import attention, loss_kernel
+from superoffload.model.head import ChunkedLoss, Transform, plain_loss
+from tests.helpers.packs import DOCUMENTS, PACKED, PADDED, VARLEN, make_engine, tiny
+
+pytestmark = pytest.mark.unit
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+SUITABLE: dict[str, tuple[dict[str, Any], Transform]] = {
+    "llama": ({}, Transform()),
+    "qwen3_moe": ({}, Transform()),
+    "gpt_oss": (EXPERTS, Transform()),
+    "phi": ({}, Transform()),  # its head has a bias
+    "gemma2": ({"head_dim": 8, "final_logit_softcapping": 7.0}, Transform(1.0, 7.0)),  # tied, as Cohere's
+    "granite": ({"logits_scaling": 6.0}, Transform(1 / 6)),
+    "cohere": ({"logit_scale": 0.0625}, Transform(0.0625)),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "all_ranks_ok", lambda ok: ok)
+
+
+def loss_and_gradients(engine: Any, loss: Any, layout: Layout) -> tuple[float, dict[str, torch.Tensor]]:
+    engine.zero_grad()
+    packs = [DOCUMENTS[:2], DOCUMENTS[2:]] if layout.packs else [[document] for document in DOCUMENTS]
+    value = loss(engine, collate(packs, len(packs), layout))
+    value.backward()
+    gradients = {name: p.grad for name, p in engine.module.named_parameters() if p.grad is not None}
+    return value.item(), {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+def assert_equal_to_plain(engine: Any, loss: Any, layout: Layout, tolerance: float) -> None:
+    expected, expected_gradients = loss_and_gradients(engine, plain_loss, layout)
+    found, gradients = loss_and_gradients(engine, loss, layout)
+    assert found == pytest.approx(expected, rel=1e-6 if tolerance < 1e-4 else 1e-4)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        size = expected_gradients[name].norm()
+        assert (gradient - expected_gradients[name]).norm() <= tolerance * size + 1e-7, name
+
+
+@pytest.mark.parametrize("layout", [PACKED, PADDED], ids=["packed", "padded"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("kind", SUITABLE)
+def test_suitable_models(kind: str, dtype: torch.dtype, tolerance: float, layout: Layout) -> None:
+    changes, transform = SUITABLE[kind]
+    engine = make_engine(tiny(kind, "eager", **changes).to(dtype))
+    engine.train()
+    loss = loss_kernel.choose("chunked", engine, layout)
+    assert isinstance(loss, ChunkedLoss)
+    assert loss._transform.scale == pytest.approx(transform.scale, rel=1e-6)
+    assert loss._transform.softcap == transform.softcap
+    assert engine.training and engine.module.training
+    assert_equal_to_plain(engine, loss, layout, tolerance)
+    assert "forward" not in vars(engine.module.get_output_embeddings())
+    assert not engine.module._forward_hooks
+
+
+def test_packs_that_the_attention_takes_apart() -> None:
+    engine = make_engine(tiny("llama", attention.SDPA_VARLEN))
+    loss = loss_kernel.choose("chunked", engine, VARLEN)
+    assert_equal_to_plain(engine, loss, VARLEN, 3e-6)
+
+
+def test_a_micro_batch_without_targets_has_a_loss_and_gradients_of_zero() -> None:
+    engine = make_engine(tiny("gemma2", "eager", head_dim=8))
+    batch = collate([[DOCUMENTS[1]]], 2, PADDED)  # one token, which nothing predicts, and a row of padding
+    assert batch.target_tokens == 0
+    value = ChunkedLoss(Transform(1.0, 30.0))(engine, batch)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert value.item() == 0.0
+    gradients = [parameter.grad for parameter in engine.module.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+class Shifted(torch.nn.Linear):
+    """A head of another class, which does something else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.roll(1, dims=-1))
+
+
+class Wrapped(torch.nn.Module):
+    """A model around a small Llama that treats its logits in a way of its own."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.inner = tiny("llama")
+        self.config = self.inner.config
+        self.change = change
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.inner(**inputs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+class LastOnly(Wrapped):
+    """A model that computes the logits of its last position only, and repeats them."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda logits: logits.expand(-1, 24, -1))
+
+    def forward(self, **inputs: Any) -> Any:
+        return super().forward(logits_to_keep=1, **inputs)
+
+
+def another_head() -> Any:
+    model = tiny("llama")
+    model.lm_head = Shifted(32, 64, bias=False)
+    return model
+
+
+UNSUITABLE: dict[str, tuple[Any, str]] = {
+    "another class": (another_head, "its output layer is Shifted, not Linear"),
+    "another value": (lambda: Wrapped(lambda logits: logits + torch.arange(64) / 64), "in a way that is not known"),
+    "one token": (lambda: Wrapped(lambda logits: logits.index_fill(2, torch.tensor([5]), -1e9)), "in a way that is"),
+    "square": (lambda: Wrapped(lambda logits: logits.square()), "in a way that is not known"),
+    "zero": (lambda: Wrapped(lambda logits: logits * 0), "in a way that is not known"),
+    "normalised": (
+        lambda: Wrapped(lambda logits: functional.log_softmax(logits, -1) + 3),
+        "in a way that is not known",
+    ),
+    "other positions": (lambda: Wrapped(lambda logits: logits.roll(1, dims=1)), "in a way that is not known"),
+    "cut": (lambda: Wrapped(lambda logits: logits[..., :60]), "its logits are not those of its output layer"),
+    "last only": (LastOnly, "gets other positions"),
+    "rejects": (lambda: Wrapped(lambda logits: logits.view(2, 24, 64)), "the model rejected it"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUITABLE)
+def test_a_model_that_it_does_not_suit_falls_back_with_one_line(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, why = UNSUITABLE[kind]
+    engine = make_engine(make())
+    engine.train()
+    before = {name: dict(vars(module)) for name, module in engine.named_modules()}
+    with caplog.at_level(logging.INFO):
+        assert loss_kernel.choose("auto", engine, PADDED) is plain_loss
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("Loss: from whole logits, because the chunked kernel does not suit ")
+    assert why in line and "\n" not in line
+    with pytest.raises(UserError, match=r"^--loss_kernel chunked: does not suit .*; use auto or plain$"):
+        loss_kernel.choose("chunked", engine, PADDED)
+    assert {name: vars(module) for name, module in engine.named_modules()} == before
+
+
+def test_plain_runs_nothing() -> None:
+    assert loss_kernel.choose("plain", make_engine(torch.nn.Identity()), PADDED) is plain_loss
+
+
+def test_random_numbers_stay_as_they_are() -> None:
+    engine = make_engine(tiny("llama"))
+    before = torch.get_rng_state()
+    loss_kernel.choose("auto", engine, PACKED)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_ranks_rejection_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(distributed, "all_ranks_ok", lambda ok: False)
+    with caplog.at_level(logging.INFO):
+        assert loss_kernel.choose("auto", make_engine(tiny("llama")), PADDED) is plain_loss
+    assert "another rank rejected it" in caplog.text
