@@ -17,8 +17,7 @@ from superoffload.data.collate import Batch
 from superoffload.data.encode import IGNORED
 from superoffload.protocols import Engine, Model
 
-TILE = 2**25  # logits per tile, 128 MiB in float32
-CPU_TILE = 2**22  # 16 MiB: faster, because it stays in the caches
+TILE = 2**24  # logits per tile, 64 MiB in float32
 MULTIPLE = 128  # a tile's share of the vocabulary, for the matrix kernels
 
 Loss = Callable[[Engine, Batch], torch.Tensor]
@@ -177,8 +176,9 @@ class _TokenLosses(torch.autograd.Function):
     ) -> torch.Tensor:
         zeros = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         target_logits, largest, sums = zeros, zeros - torch.inf, zeros  # sums: of exp(logit - largest)
-        for part in _parts(hidden, len(weight)):
-            logits = transform.apply_(_head_output(hidden, weight, bias, part))
+        tiles = _Tiles(hidden, weight, bias)
+        for part in tiles.parts:
+            logits = transform.apply_(tiles.head_output(part))
             columns, inside = _columns(targets, part)
             found = logits.gather(1, columns[:, None]).squeeze(1)
             target_logits = torch.where(inside, found, target_logits)
@@ -196,15 +196,15 @@ class _TokenLosses(torch.autograd.Function):
         grad_weight = weight.new_empty(weight.shape) if needs_weight else None
         grad_bias = bias.new_empty(bias.shape) if needs_bias else None
         rows = torch.arange(len(targets), device=hidden.device)
-        parts = _parts(hidden, len(weight))
-        for part in parts:
-            logits, slope = ctx.transform.apply_with_slope_(_head_output(hidden, weight, bias, part))
+        tiles = _Tiles(hidden, weight, bias)
+        for part in tiles.parts:
+            logits, slope = ctx.transform.apply_with_slope_(tiles.head_output(part))
             columns, inside = _columns(targets, part)
             grads = logits.sub_(largest[:, None]).exp_().mul_((grad_losses / sums)[:, None])
             grads[rows, columns] -= grad_losses.where(inside, 0)
-            grads = (grads if slope is None else grads.mul_(slope)).to(hidden.dtype)
+            grads = tiles.rounded(grads if slope is None else grads.mul_(slope), part)
             if grad_hidden is not None:
-                grad_hidden += _float32_product(grads, weight[part], exact=len(parts) > 1)
+                grad_hidden += _float32_product(grads, weight[part], exact=len(tiles.parts) > 1)
             if grad_weight is not None:
                 torch.mm(grads.t(), hidden, out=grad_weight[part])
             if grad_bias is not None:
@@ -212,11 +212,39 @@ class _TokenLosses(torch.autograd.Function):
         return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
-def _parts(hidden: torch.Tensor, vocabulary: int) -> list[slice]:
-    """Divide the vocabulary, so that the logits of one part fit in a tile."""
-    tile = CPU_TILE if hidden.device.type == "cpu" else TILE
-    width = max(MULTIPLE, tile // max(len(hidden), 1) // MULTIPLE * MULTIPLE)
-    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+class _Tiles:
+    """The parts of the vocabulary, and memory for one tile, which all parts use in turn.
+
+    Allocating each tile would cost the CPU more time than computing it.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Divide the vocabulary for `hidden` `[targets, width]`."""
+        self._hidden, self._weight, self._bias = hidden, weight, bias
+        size = min(max(MULTIPLE, TILE // max(len(hidden), 1) // MULTIPLE * MULTIPLE), len(weight))
+        self.parts = [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+        self._narrow = hidden.new_empty(len(hidden) * size)
+        # CUDA's kernels can return float32 themselves, in new memory, which its allocator keeps for the next tile.
+        self._widens = hidden.is_cuda and hidden.dtype != torch.float32
+        self._wide = self._narrow.new_empty(0 if self._widens else len(self._narrow), dtype=torch.float32)
+
+    def _shaped(self, memory: torch.Tensor, part: slice) -> torch.Tensor:
+        shape = (len(self._hidden), part.stop - part.start)
+        return memory[: shape[0] * shape[1]].view(shape)
+
+    def head_output(self, part: slice) -> torch.Tensor:
+        """Compute the output of the head for a part, float32 `[targets, part]`; overwrites the last one."""
+        right = self._weight[part].t()
+        if self._widens:
+            output = torch.mm(self._hidden, right, out_dtype=torch.float32)
+        else:
+            product = torch.mm(self._hidden, right, out=self._shaped(self._narrow, part))
+            output = self._shaped(self._wide, part).copy_(product)
+        return output if self._bias is None else output.add_(self._bias[part])
+
+    def rounded(self, grads: torch.Tensor, part: slice) -> torch.Tensor:
+        """Round float32 `[targets, part]` to the type of the hidden states; overwrites the last result."""
+        return self._shaped(self._narrow, part).copy_(grads)
 
 
 def _columns(targets: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,13 +254,7 @@ def _columns(targets: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Te
     return columns.where(inside, 0), inside
 
 
-def _head_output(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, part: slice) -> torch.Tensor:
-    """Return the head's output for a part of the vocabulary, float32 `[targets, part]`."""
-    product = _float32_product(hidden, weight[part].t())
-    return product if bias is None else product.add_(bias[part])
-
-
-def _float32_product(left: torch.Tensor, right: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+def _float32_product(left: torch.Tensor, right: torch.Tensor, *, exact: bool) -> torch.Tensor:
     """Multiply matrices of one float type into float32.
 
     The CPU's kernels round the product to that type. `exact` adds what the rounding lost, which takes a second product.

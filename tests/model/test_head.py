@@ -97,7 +97,7 @@ def make_inputs(dtype: torch.dtype, spread: float, *, bias: bool, count: int = 2
 def test_no_further_from_float64_than_the_plain_loss(
     dtype: torch.dtype, spread: float, bias: bool, transform: Transform, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "CPU_TILE", tile)
+    monkeypatch.setattr(head, "TILE", tile)
     inputs, targets = make_inputs(dtype, spread, bias=bias)
     exact = results(plain, torch.float64, inputs, targets, transform)
     for ours, theirs, reference in zip(
@@ -129,7 +129,7 @@ def test_a_confident_model_loses_no_digits() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_target_and_one_target(dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "CPU_TILE", 500)
+    monkeypatch.setattr(head, "TILE", 500)
     inputs, targets = make_inputs(dtype, 1.0, bias=True, count=count)
     losses, *gradients = results(token_losses, dtype, inputs, targets)
     assert losses.shape == (count,)
@@ -148,11 +148,11 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert weight.grad is not None and bias.grad is None
 
 
-class Sizes(TorchDispatchMode):
+class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the largest tensor that any operator returns, by dtype."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest: dict[torch.dtype, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -163,7 +163,7 @@ class Sizes(TorchDispatchMode):
 
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "CPU_TILE", 60_000)
+    monkeypatch.setattr(head, "TILE", 60_000)
     (hidden, weight), targets = make_inputs(torch.bfloat16, 1.0, bias=False)
     hidden.requires_grad_()
     weight.requires_grad_()

@@ -70,7 +70,7 @@ def step(folder: str, kernel: str) -> Found:
     """Run the micro-batches of a step with a kernel; return losses, gradients and collectives by micro-batch."""
     from deepspeed.utils import safe_get_full_grad
 
-    head.CPU_TILE = 3000  # many targets make more tiles than few
+    head.TILE = 3000  # many targets make more tiles than few
     model_engine = make_engine(folder)
     loss: Loss = loss_kernel.choose(kernel, model_engine, PADDED)
     for batch in micro_batches(distributed.rank()):  # DeepSpeed's first pass records the order of the modules
@@ -132,7 +132,8 @@ def fallback(folder: str) -> tuple[bool, list[float], list[float]]:
 
     model.forward = checked
     loss = loss_kernel.choose("auto", model_engine, PADDED)
-    before, after = [], []
+    before: list[float] = []
+    after: list[float] = []
     for losses in (before, after):
         for batch in micro_batches(distributed.rank()):
             loss_sum = loss(model_engine, batch)
