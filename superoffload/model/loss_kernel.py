@@ -49,12 +49,12 @@ def choose(requested: str, model_engine: Engine, layout: Layout) -> Loss:
     finally:
         model_engine.train(was_training)
     if distributed.all_ranks_ok(chunked is not None) and chunked is not None:
-        logger.info("Loss: chunked, without whole logits")
+        logger.info("Loss kernel: chunked")
         return chunked
     name = type(model_engine.module).__name__
     if requested == "chunked":
         raise UserError(f"--loss_kernel chunked: does not suit {name} ({why}); use auto or plain")
-    logger.info("Loss: from whole logits, because the chunked kernel does not suit %s (%s)", name, why)
+    logger.info("Loss kernel: plain, because chunked does not suit %s (%s)", name, why)
     return plain_loss
 
 

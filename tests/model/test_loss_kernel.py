@@ -153,7 +153,7 @@ def test_a_model_that_it_does_not_suit_falls_back_with_one_line(kind: str, caplo
     with caplog.at_level(logging.INFO):
         assert loss_kernel.choose("auto", engine, PADDED) is plain_loss
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("Loss: from whole logits, because the chunked kernel does not suit ")
+    assert line.startswith("Loss kernel: plain, because chunked does not suit ")
     assert why in line and "\n" not in line
     with pytest.raises(UserError, match=r"^--loss_kernel chunked: does not suit .*; use auto or plain$"):
         loss_kernel.choose("chunked", engine, PADDED)

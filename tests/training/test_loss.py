@@ -177,7 +177,7 @@ def test_a_run_logs_the_same_losses_with_either_kernel_and_the_same_bits_in_eith
             "--deterministic", "--loss_kernel", kernel, "--deepspeed_config", float32_configs[mode],
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        assert ("Loss: chunked" in done.stderr) == (kernel == "chunked")
+        assert ("Loss kernel: chunked" in done.stderr) == (kernel == "chunked")
         lines[kernel, mode] = logged(out)
     chunked, plain = lines["chunked", "superoffload"], lines["plain", "superoffload"]
     assert lines["chunked", "zerooffload"] == chunked
