@@ -10,7 +10,7 @@ import transformers
 from superoffload import distributed
 from superoffload.errors import UserError
 from superoffload.model import isolation
-from tests.helpers.packs import PACKED, PADDED, VARLEN, make_engine, tiny
+from tests.helpers.packs import PACKED, PADDED, VARLEN, StandIn, make_engine, tiny
 
 pytestmark = pytest.mark.unit
 
