@@ -89,8 +89,8 @@ class ChunkedLoss:
         # On the host, where the labels are: on the device, finding the targets would wait for it.
         labels = following(batch.inputs["labels"]).flatten()
         positions = (labels != IGNORED).nonzero().squeeze(1)
-        targets = labels[positions].to(model_engine.device)
-        positions = positions.to(model_engine.device)
+        targets = labels[positions].to(model_engine.device, non_blocking=True)
+        positions = positions.to(model_engine.device, non_blocking=True)
 
         def losses(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
             states = hidden.flatten(0, 1).index_select(0, positions)

@@ -150,7 +150,7 @@ def test_a_model_that_it_does_not_suit_falls_back_with_one_line(kind: str, caplo
     engine = make_engine(make())
     engine.train()
     before = {name: dict(vars(module)) for name, module in engine.named_modules()}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "superoffload"):
         assert loss_kernel.choose("auto", engine, PADDED) is plain_loss
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("Loss kernel: plain, because chunked does not suit ")
@@ -173,6 +173,6 @@ def test_random_numbers_stay_as_they_are() -> None:
 
 def test_another_ranks_rejection_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(distributed, "all_ranks_ok", lambda ok: False)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "superoffload"):
         assert loss_kernel.choose("auto", make_engine(tiny("llama")), PADDED) is plain_loss
     assert "another rank rejected it" in caplog.text

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 import finetune_zero3
 from superoffload import config, distributed
 from superoffload.data.collate import Batch
+from superoffload.model.head import plain_loss
 from superoffload.training import metrics, tracking
 from superoffload.training.evaluation import Evaluation
 from superoffload.training.progress import Progress
@@ -152,6 +153,7 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
         trackers=tracking.Trackers([]),
         evaluation=Evaluation(None, (), 0),
         control=control,
+        loss=plain_loss,
     )
     device = Device(monkeypatch)
     finetune_zero3.train(run)
