@@ -63,6 +63,9 @@ class Model(Protocol):
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over the buffers and their names."""
 
+    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Iterate over all modules and their names, the model itself first, with an empty name."""
+
     def modules(self) -> Iterator[torch.nn.Module]:
         """Iterate over all modules, the model itself first."""
 

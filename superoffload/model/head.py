@@ -89,7 +89,11 @@ class ChunkedLoss:
         # On the host, where the labels are: on the device, finding the targets would wait for it.
         labels = following(batch.inputs["labels"]).flatten()
         positions = (labels != IGNORED).nonzero().squeeze(1)
-        targets = labels[positions].to(model_engine.device, non_blocking=True)
+        targets = labels[positions]
+        size = model_engine.module.get_output_embeddings().out_features
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < size:
+            raise IndexError(f"a label is outside the vocabulary of {size}: {targets.min()} to {targets.max()}")
+        targets = targets.to(model_engine.device, non_blocking=True)
         positions = positions.to(model_engine.device, non_blocking=True)
 
         def losses(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -118,7 +122,9 @@ def _returning(compute: Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor],
         return inputs[0].new_empty((inputs[0].shape[0], 0, head.out_features))
 
     def after_model(module: Any, inputs: Any, output: Any) -> torch.Tensor:
-        return results.pop()
+        if len(results) != 1:
+            raise RuntimeError(f"the model called its output layer {len(results)} times; use --loss_kernel plain")
+        return results[0]
 
     hooks = (head.register_forward_hook(after_head), model.register_forward_hook(after_model, prepend=True))
     try:
@@ -142,19 +148,20 @@ def replaced_forward(module: Any, forward: Callable[[torch.Tensor], torch.Tensor
             module.forward = before
 
 
-def token_losses(
+def token_losses(  # noqa: PLR0913
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     transform: Transform = Transform(),
+    tile: int | None = None,
 ) -> torch.Tensor:
     """Return the cross-entropy of each target token, float32 `[targets]`, without holding all logits at once.
 
     `hidden` `[targets, width]`, `weight` `[vocabulary, width]`, `bias` `[vocabulary]`, all of one float type; `targets`
-    int64 `[targets]`.
+    int64 `[targets]`; `tile` is the number of logits to hold at a time (default `TILE`).
     """
-    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, transform)  # type: ignore[no-untyped-call]
+    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, transform, tile or TILE)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -173,10 +180,12 @@ class _TokenLosses(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         transform: Transform,
+        tile: int,
     ) -> torch.Tensor:
         zeros = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
-        target_logits, largest, sums = zeros, zeros - torch.inf, zeros  # sums: of exp(logit - largest)
-        tiles = _Tiles(hidden, weight, bias)
+        # Finite, because a tile may hold nothing but -inf. sums: of exp(logit - largest).
+        target_logits, largest, sums = zeros, zeros + torch.finfo(torch.float32).min, zeros
+        tiles = _Tiles(hidden, weight, bias, tile)
         for part in tiles.parts:
             logits = transform.apply_(tiles.head_output(part))
             columns, inside = _columns(targets, part)
@@ -185,7 +194,7 @@ class _TokenLosses(torch.autograd.Function):
             before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
             sums = sums * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(dim=1)
         ctx.save_for_backward(hidden, weight, bias, targets, largest, sums)
-        ctx.transform = transform
+        ctx.transform, ctx.tile = transform, tile
         return sums.log() - (target_logits - largest)
 
     @staticmethod
@@ -196,7 +205,7 @@ class _TokenLosses(torch.autograd.Function):
         grad_weight = weight.new_empty(weight.shape) if needs_weight else None
         grad_bias = bias.new_empty(bias.shape) if needs_bias else None
         rows = torch.arange(len(targets), device=hidden.device)
-        tiles = _Tiles(hidden, weight, bias)
+        tiles = _Tiles(hidden, weight, bias, ctx.tile)
         for part in tiles.parts:
             logits, slope = ctx.transform.apply_with_slope_(tiles.head_output(part))
             columns, inside = _columns(targets, part)
@@ -209,7 +218,9 @@ class _TokenLosses(torch.autograd.Function):
                 torch.mm(grads.t(), hidden, out=grad_weight[part])
             if grad_bias is not None:
                 grad_bias[part] = grads.sum(dim=0, dtype=torch.float32)
-        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 class _Tiles:
@@ -218,10 +229,10 @@ class _Tiles:
     Allocating each tile would cost the CPU more time than computing it.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Divide the vocabulary for `hidden` `[targets, width]`."""
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: int) -> None:
+        """Divide the vocabulary for `hidden` `[targets, width]`, into parts of about `tile` logits."""
         self._hidden, self._weight, self._bias = hidden, weight, bias
-        size = min(max(MULTIPLE, TILE // max(len(hidden), 1) // MULTIPLE * MULTIPLE), len(weight))
+        size = min(max(MULTIPLE, tile // max(len(hidden), 1) // MULTIPLE * MULTIPLE), len(weight))
         self.parts = [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
         self._narrow = hidden.new_empty(len(hidden) * size)
         # CUDA's kernels can return float32 themselves, in new memory, which its allocator keeps for the next tile.

@@ -10,8 +10,17 @@ from superoffload.data.collate import Batch, Layout, collate
 from superoffload.data.encode import IGNORED
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
-from superoffload.model.head import ChunkedLoss, Loss, Transform, following, plain_loss, replaced_forward
-from superoffload.protocols import Engine
+from superoffload.model.head import (
+    MULTIPLE,
+    ChunkedLoss,
+    Loss,
+    Transform,
+    following,
+    plain_loss,
+    replaced_forward,
+    token_losses,
+)
+from superoffload.protocols import Engine, Model
 
 LENGTH = 24  # tokens per document, half of them targets
 # The largest difference between the losses of a token, as a share of the spread of the losses.
@@ -20,6 +29,14 @@ HALF_TOLERANCE = 5e-2
 # Outputs of the head to try: the slope of the transform near zero, and its limit.
 SMALL, LARGE = 2.0**-10, 2.0**24
 SPREAD = 30.0
+
+
+# Not answers of the model: one rank alone can raise them, and the others would wait for it in a collective.
+_FATAL = (
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+    torch.distributed.DistError,
+)
 
 
 class _Unsuitable(Exception):
@@ -44,6 +61,8 @@ def choose(requested: str, model_engine: Engine, layout: Layout) -> Loss:
             chunked = _try(model_engine, _batch(model_engine, layout))
     except _Unsuitable as error:
         why = str(error)
+    except _FATAL:
+        raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError) as error:
         why = f"the model rejected it: {first_line(error)}"
     finally:
@@ -70,6 +89,7 @@ def _try(model_engine: Engine, batch: Batch) -> ChunkedLoss:
     head = model_engine.module.get_output_embeddings()
     if getattr(type(head), "forward", None) is not torch.nn.Linear.forward:
         raise _Unsuitable(f"its output layer is {type(head).__name__}, not Linear")
+    _check_path(model_engine.module, head)
     inputs = batch.on(model_engine.device)
     labels = following(inputs.pop("labels"))
     logits = model_engine(**inputs).logits
@@ -82,7 +102,36 @@ def _try(model_engine: Engine, batch: Batch) -> ChunkedLoss:
     difference = (chunked.token_losses(model_engine, batch) - expected).abs().sort().values[len(expected) // 2]
     if not difference <= TOLERANCE.get(logits.dtype, HALF_TOLERANCE) * expected.std():
         raise _Unsuitable(f"its losses differ by {float(difference):.2g}")
+    _check_backward(head, logits)
     return chunked
+
+
+def _check_path(model: Model, head: torch.nn.Linear) -> None:
+    """Raise `_Unsuitable` if a module between the model and its head has parameters of its own.
+
+    The result passes such a module unseen, so ZeRO-3 would not gather those parameters again for backward.
+    """
+    paths = [name for name, module in model.named_modules() if module is head]
+    parts = paths[0].split(".") if paths else []
+    for name, module in model.named_modules():
+        inside = name and name in {".".join(parts[:count]) for count in range(1, len(parts))}
+        if inside and next(module.parameters(recurse=False), None) is not None:
+            raise _Unsuitable(f"its output layer lies in {name}, which has parameters of its own")
+
+
+def _check_backward(head: torch.nn.Linear, logits: torch.Tensor) -> None:
+    """Run the kernel backward on small tensors like the head's, over several tiles, so that it fails now if it does.
+
+    Nothing is communicated. The kernels that a device has for this are first needed in a step otherwise.
+    """
+    rows = 3 * MULTIPLE
+    for count in (4, 0):
+        weight = logits.new_zeros(rows, head.in_features, dtype=head.weight.dtype).requires_grad_()
+        hidden = logits.new_zeros(count, head.in_features, dtype=head.weight.dtype).requires_grad_()
+        bias = None if head.bias is None else weight.new_zeros(rows).requires_grad_()
+        targets = torch.arange(count, device=logits.device)
+        with torch.enable_grad():
+            token_losses(hidden, weight, bias, targets, tile=MULTIPLE).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _observe(model_engine: Engine, batch: Batch, head: torch.nn.Linear) -> Transform:

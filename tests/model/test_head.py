@@ -172,3 +172,12 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(targets) * len(weight) == 300_000
     assert sizes.largest[torch.float32] <= 60_000
     assert sizes.largest[torch.bfloat16] == weight.numel()
+
+
+def test_a_tile_may_hold_nothing_but_minus_infinity() -> None:
+    (hidden, weight, bias), targets = make_inputs(torch.float32, 1.0, bias=True)
+    bias[: head.MULTIPLE] = -torch.inf
+    targets = targets.clamp(min=head.MULTIPLE)
+    losses = token_losses(hidden, weight, bias, targets, tile=1)
+    assert losses.isfinite().all()
+    torch.testing.assert_close(losses, functional.cross_entropy(hidden @ weight.t() + bias, targets, reduction="none"))

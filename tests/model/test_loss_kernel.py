@@ -10,7 +10,7 @@ from torch.nn import functional
 from superoffload import distributed
 from superoffload.data.collate import Layout, collate
 from superoffload.errors import UserError
-from superoffload.model import attention, loss_kernel
+from superoffload.model import attention, head, loss_kernel
 from superoffload.model.head import ChunkedLoss, Transform, plain_loss
 from tests.helpers.packs import DOCUMENTS, PACKED, PADDED, VARLEN, make_engine, tiny
 
@@ -176,3 +176,55 @@ def test_another_ranks_rejection_counts(monkeypatch: pytest.MonkeyPatch, caplog:
     with caplog.at_level(logging.INFO, "superoffload"):
         assert loss_kernel.choose("auto", make_engine(tiny("llama")), PADDED) is plain_loss
     assert "another rank rejected it" in caplog.text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), torch.distributed.DistError("a rank is gone")])
+def test_what_one_rank_alone_can_raise_is_no_answer_of_the_model(error: Exception) -> None:
+    """The other ranks would wait for this one in a collective."""
+
+    def fail(logits: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(type(error)):
+        loss_kernel.choose("auto", make_engine(Wrapped(fail)), PADDED)
+
+
+def test_a_backward_that_fails_is_found_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr(head, "_float32_product", fail)
+    with caplog.at_level(logging.INFO, "superoffload"):
+        assert loss_kernel.choose("auto", make_engine(tiny("llama")), PADDED) is plain_loss
+    assert "no kernel for this device" in caplog.text
+
+
+def test_parameters_between_the_model_and_its_head_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    model = Wrapped(lambda logits: logits)
+    model.inner.scale = torch.nn.Parameter(torch.ones(1))
+    with caplog.at_level(logging.INFO, "superoffload"):
+        assert loss_kernel.choose("auto", make_engine(model), PADDED) is plain_loss
+    assert "its output layer lies in inner, which has parameters of its own" in caplog.text
+
+
+def test_a_label_outside_the_vocabulary_is_an_error() -> None:
+    engine = make_engine(tiny("llama"))
+    batch = collate([[DOCUMENTS[0]]], 1, PADDED)
+    batch.inputs["labels"][0, 2] = 64
+    with pytest.raises(IndexError, match="a label is outside the vocabulary of 64"):
+        ChunkedLoss(Transform())(engine, batch)
+
+
+def test_a_head_that_is_called_twice_is_an_error() -> None:
+    model = tiny("llama")
+    forward = model.forward
+
+    def twice(**inputs: Any) -> Any:
+        forward(**inputs)
+        return forward(**inputs)
+
+    model.forward = twice
+    with pytest.raises(RuntimeError, match="called its output layer 2 times; use --loss_kernel plain"):
+        ChunkedLoss(Transform())(make_engine(model), collate([[DOCUMENTS[0]]], 1, PADDED))

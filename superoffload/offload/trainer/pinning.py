@@ -63,9 +63,9 @@ def _take(error: Any, runtime: Any) -> str:
     libraries = _loaded_runtimes()
     for library in libraries:
         library.cudaGetLastError()
-    if not libraries:  # linked statically: let a kernel raise it, which clears it too
-        with contextlib.suppress(RuntimeError):
-            torch.ones(1, device="cuda")
+    with contextlib.suppress(RuntimeError):  # torch may be linked statically: a kernel raises its error and clears it
+        torch.ones(1, device="cuda")
+    if not libraries:
         return text
     libraries[0].cudaGetErrorName.restype = ctypes.c_char_p
     return f"{libraries[0].cudaGetErrorName(int(error)).decode()}: {text}"
@@ -75,4 +75,8 @@ def _loaded_runtimes() -> list[Any]:
     """Return every CUDA runtime library that this process has loaded, usually one."""
     mapped = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     paths = [line.split(maxsplit=5)[5] for line in mapped if "libcudart" in line]
-    return [ctypes.CDLL(path) for path in dict.fromkeys(paths)]
+    libraries = []
+    for path in dict.fromkeys(paths):
+        with contextlib.suppress(OSError):  # a file that was replaced while the process ran
+            libraries.append(ctypes.CDLL(path.removesuffix(" (deleted)")))
+    return libraries

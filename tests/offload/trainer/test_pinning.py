@@ -78,3 +78,9 @@ def test_pages_of_a_device_that_has_failed_are_unlocked(
 def test_no_runtime_library_is_found_where_none_is_loaded() -> None:
     expected = "libcudart" in Path("/proc/self/maps").read_text()
     assert bool(pinning._loaded_runtimes()) == expected
+
+
+def test_a_runtime_whose_file_was_replaced_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = "7f00-7f01 r-xp 00000000 08:01 42   /no/such/libcudart.so.12 (deleted)\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: maps)
+    assert pinning._loaded_runtimes() == []
