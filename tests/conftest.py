@@ -21,14 +21,15 @@ for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_M
     os.environ.pop(name, None)
 
 from tests.helpers import models  # noqa: E402 - imports what reads the environment
-from tests.helpers.ranks import REPOSITORY  # noqa: E402
+from tests.helpers.ranks import ACCELERATOR, REPOSITORY, environment  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
 def operators(request: pytest.FixtureRequest) -> None:
     """Compile the operators before the first test, unless only unit tests run."""
     if not all(item.get_closest_marker("unit") for item in request.session.items):
-        subprocess.run([sys.executable, "-m", "tests.helpers.operators"], cwd=REPOSITORY, check=True)
+        env = environment(DS_ACCELERATOR=ACCELERATOR)  # each accelerator compiles with flags of its own
+        subprocess.run([sys.executable, "-m", "tests.helpers.operators"], cwd=REPOSITORY, env=env, check=True)
 
 
 @pytest.fixture(scope="session")

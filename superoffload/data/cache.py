@@ -26,7 +26,7 @@ from superoffload.protocols import Tokenizer
 
 COUNTS_FILE = "superoffload_counts.json"
 POLL_S = 0.1
-# If nobody has held the lock for this long, a rank other than the machine's first one tokenises.
+# After the lock has been free for this long, a rank other than the machine's first one tokenises.
 PATIENCE_S = 60.0
 
 
@@ -97,9 +97,9 @@ def _key(rows: datasets.Dataset, tokenizer: Tokenizer, template: str | None, set
 def _once(folder: Path, make: Callable[[Path], None]) -> None:
     """Let one process of this machine fill the folder, which appears only when complete; return once it exists.
 
-    The first rank of the machine fills it. The others poll for it, and fill it themselves only if nobody has held
-    the lock for `PATIENCE_S`. If the first rank failed, they raise the same error then, unless the launcher has
-    ended them by then.
+    The first rank of the machine fills it. The others poll for it, and fill it themselves only if no process has held
+    the lock for `PATIENCE_S`. If the first rank failed, they then raise the same error, unless the launcher has
+    already ended them.
     """
     lock = FileLock(f"{folder}.lock")
     first = os.environ.get("LOCAL_RANK", "0") in ("0", "-1")

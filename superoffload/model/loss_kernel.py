@@ -46,9 +46,9 @@ class _Unsuitable(Exception):
 def choose(requested: str, model_engine: Engine, layout: Layout) -> Loss:
     """Return the loss kernel for `--loss_kernel` `requested` (collective).
 
-    Runs three small forwards: one for the model's own logits, one with numbers of ours in place of the head's output,
-    to see what the model does to them, and one with the chunked kernel. Raises `UserError` if `chunked` is requested
-    and its losses are not those of the model's own logits.
+    Runs three small forwards: one for the model's own logits, one with known numbers in place of the head's output,
+    to see what the model does to them, and one with the chunked kernel. Then runs the kernel backward, on this rank
+    alone. Raises `UserError` if `chunked` is requested and does not suit the model.
     """
     if requested == "plain":
         return plain_loss
@@ -135,7 +135,7 @@ def _check_backward(head: torch.nn.Linear, logits: torch.Tensor) -> None:
 
 
 def _observe(model_engine: Engine, batch: Batch, head: torch.nn.Linear) -> Transform:
-    """Find out what the model does to the output of its head, from numbers of ours in its place (collective)."""
+    """Find out what the model does to the output of its head, from known numbers in its place (collective)."""
     inputs = batch.on(model_engine.device)
     shape = (*inputs.pop("labels").shape, head.out_features)
     # A generator of its own: the run's random numbers stay as they are.

@@ -202,7 +202,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         """Finish the last step, end the optimizer process, restore the cores. Safe to call twice.
 
         engine.destroy() calls it. If the optimizer is collected or the interpreter exits first, the process ends
-        without finishing the step, because nobody can read the result.
+        without finishing the step, because its result cannot be read any more.
         """
         self._service.close()
 
