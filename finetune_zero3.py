@@ -4,12 +4,10 @@ Started by the launcher: `deepspeed finetune_zero3.py --model_name ... --output_
 `main`, so that `--help` and usage errors return immediately.
 """
 
-import sys
 from typing import TYPE_CHECKING
 
 from superoffload import cli
 from superoffload.ds_config import merge_flags, read_ds_config
-from superoffload.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,8 +166,4 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
 
 
 if __name__ == "__main__":
-    try:
-        status = main(cli.parse(sys.argv[1:]))
-    except UserError as error:
-        cli.exit_with(error)
-    cli.leave(status)
+    cli.run(main)

@@ -75,6 +75,7 @@ devices=$((nodes * GPUS_PER_NODE))
     fail "batch size $batch_size cannot be divided among $devices devices; use a multiple of $devices"
 output_dir=${OUTPUT_DIR:-./${recipe}_${mode}_output}
 
+labels="" # the file of node names, if this script is to write one
 launch=(deepspeed --num_gpus "$GPUS_PER_NODE")
 if on BIND_CORES "$BIND_CORES"; then launch+=(--bind_cores_to_rank); fi
 if [[ -n ${HOSTFILE:-} ]]; then
@@ -83,11 +84,8 @@ elif ((nodes > 1)); then
     # The launcher reads the nodes only from a file. Without ssh, their names are mere labels.
     [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
         fail "NUM_NODES=$nodes also needs NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR (the address of node 0)"
-    mkdir -p "$output_dir" || fail "OUTPUT_DIR=$output_dir: cannot create the folder"
-    for ((node = 0; node < nodes; node++)); do
-        echo "node-$node slots=$GPUS_PER_NODE"
-    done >"$output_dir/hostfile_$NODE_RANK"
-    launch+=(--hostfile "$output_dir/hostfile_$NODE_RANK" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+    labels=$output_dir/hostfile_$NODE_RANK
+    launch+=(--hostfile "$labels" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
 fi
 [[ -z ${MASTER_PORT:-} ]] || launch+=(--master_port "$MASTER_PORT")
 
@@ -119,7 +117,12 @@ if [[ -n $LEAF_MODULE ]]; then arguments+=(--leaf_module "$LEAF_MODULE"); fi
 if ! on PACKING "$PACKING"; then arguments+=(--no_packing); fi
 if on ACTIVATION_CHECKPOINTING "$ACTIVATION_CHECKPOINTING"; then arguments+=(--activation_checkpointing); fi
 if on DETERMINISTIC "$DETERMINISTIC"; then arguments+=(--deterministic); fi
-if on SAVE_CHECKPOINT "$SAVE_CHECKPOINT"; then arguments+=(--save_checkpoint --fail_on_checkpoint_error); fi
+saves=false
+if on SAVE_CHECKPOINT "$SAVE_CHECKPOINT"; then
+    arguments+=(--save_checkpoint)
+    saves=true
+fi
+if $saves || [[ $SAVE_STEPS != 0 ]]; then arguments+=(--fail_on_checkpoint_error); fi
 if on EXPORT "$EXPORT"; then arguments+=(--export); fi
 if on USE_WANDB "$USE_WANDB"; then
     arguments+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_run_name "$WANDB_RUN_NAME-$mode")
@@ -139,6 +142,12 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${command[@]}"
     echo
     exit 0
+fi
+if [[ -n $labels ]]; then
+    mkdir -p "$output_dir" || fail "OUTPUT_DIR=$output_dir: cannot create the folder"
+    for ((node = 0; node < nodes; node++)); do
+        echo "node-$node slots=$GPUS_PER_NODE"
+    done >"$labels"
 fi
 
 # DeepSpeed's launcher exits on SIGTERM without stopping its ranks, and kills them 30 seconds after Ctrl-C. So it runs in

@@ -7,13 +7,14 @@ import atexit
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, NoReturn
 
 import click
 
-from superoffload import config
+from superoffload import config, launcher
 from superoffload.errors import UserError
 
 SILENT_RANK_PATIENCE_S = 5.0
@@ -69,7 +70,10 @@ def option(spec: Field[Any]) -> click.Option:
 
 
 def _spread(argv: Sequence[str]) -> list[str]:
-    """Repeat a flag that takes several values: `--wandb_tags a b` becomes `--wandb_tags a --wandb_tags b`."""
+    """Repeat a flag that takes several values: `--wandb_tags a b` becomes `--wandb_tags a --wandb_tags b`.
+
+    Raises `UserError` if such a flag has no value.
+    """
     several = {
         f"--{spec.name}"
         for group in config.GROUPS.values()
@@ -78,11 +82,13 @@ def _spread(argv: Sequence[str]) -> list[str]:
     }
     result: list[str] = []
     open_flag = ""
-    for word in argv:
+    for position, word in enumerate(argv):
         if word.startswith("--"):
             open_flag = word if word in several else ""
             if not open_flag:
                 result.append(word)
+            elif position + 1 == len(argv) or argv[position + 1].startswith("--"):
+                raise UserError(f"{word}: no value is given; give one or more, separated by spaces")
         else:
             result += [open_flag, word] if open_flag else [word]
     return result
@@ -124,8 +130,24 @@ def parse(argv: Sequence[str]) -> config.Config:
     return result
 
 
-def exit_with(error: UserError) -> NoReturn:
-    """Print `Error: ...` on stderr and exit with status 2.
+def run(main: Callable[[config.Config], int]) -> NoReturn:
+    """Call `main` with the settings on the command line, and end the process with the status that it returns.
+
+    A `UserError` is one line and status 2, any other error a traceback and status 1.
+    """
+    try:
+        launcher.adopt_scheduler()
+        status = main(parse(sys.argv[1:]))
+    except UserError as error:
+        status = report(error)
+    except Exception:  # noqa: BLE001 - as the interpreter does, but without its finalization; see `leave`
+        traceback.print_exc()
+        status = 1
+    leave(status)
+
+
+def report(error: UserError) -> int:
+    """Print `Error: ...` on stderr; return the exit status, 2.
 
     Usually every rank raises the same error, and rank 0 reports it for all. The other ranks wait for the launcher to
     terminate them; they report the error themselves only if that does not happen, that is, if rank 0 had no error.
@@ -135,15 +157,14 @@ def exit_with(error: UserError) -> NoReturn:
     if rank:
         time.sleep(SILENT_RANK_PATIENCE_S)
     sys.stderr.write(f"{prefix}Error: {error}\n")
-    sys.stderr.flush()
-    raise SystemExit(2)
+    return 2
 
 
 def leave(status: int) -> NoReturn:
     """Run the exit handlers and end the process, without the interpreter's finalization.
 
     The threads of torch's gloo backend outlive their process group. If one of them releases a Python object during
-    finalization, the process aborts with SIGABRT, occasionally and after a successful run.
+    finalization, the process aborts with SIGABRT, occasionally, and also after a successful run.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -5,7 +5,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 
-from superoffload import ops
-from superoffload.errors import UserError
+from superoffload.errors import UserError, first_line
+from superoffload.offload import operators
 
 # Writing a rank's part of a large checkpoint can take longer than DeepSpeed's default timeout of ten minutes, while the
 # other ranks wait in a barrier. DEEPSPEED_TIMEOUT (minutes) overrides this.
@@ -46,7 +46,10 @@ def is_rank_0() -> bool:
 
 
 def init() -> None:
-    """Join the process group (collective); a process that no launcher started is a job of one rank."""
+    """Join the process group (collective); a process that no launcher started is a job of one rank.
+
+    Raises `UserError` if the ranks cannot meet, for instance because another program uses the port.
+    """
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -60,9 +63,15 @@ def init() -> None:
         }
         os.environ.update(alone)
     get_accelerator().set_device(local_rank())
-    ops.prepare()  # on the CPU, init_distributed compiles an operator
     chosen = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": COLLECTIVE_TIMEOUT}
-    deepspeed.init_distributed(verbose=False, **chosen)
+    on_cpu = get_accelerator().device_name() == "cpu"  # there DeepSpeed communicates by an operator
+    try:
+        with operators.compiled("deepspeed_shm_comm") if on_cpu else nullcontext():
+            deepspeed.init_distributed(verbose=False, **chosen)
+    except torch.distributed.DistNetworkError as error:  # a port in use, an unknown host, nobody who answers
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        remedy = "set MASTER_PORT to a free port" if "EADDRINUSE" in str(error) else "is that the node of rank 0?"
+        raise UserError(f"MASTER_ADDR={address} MASTER_PORT={port}: {first_line(error)}; {remedy}") from error
     barrier()
     _forget_shared_buffer()
 

@@ -27,6 +27,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int | str | None
     """Run finetune_zero3.py as a script in this process until it exits, and return its status."""
     script = str(REPOSITORY / "finetune_zero3.py")
     monkeypatch.setattr(sys, "argv", [script, *flags])
+    monkeypatch.setattr(cli, "leave", sys.exit)  # which would end this process
     with pytest.raises(SystemExit) as raised:
         runpy.run_path(script, run_name="__main__")
     return raised.value.code
@@ -44,6 +45,26 @@ def test_every_flag_of_upstream_is_accepted() -> None:
 def test_a_flag_may_take_several_values() -> None:
     assert cli.parse([*REQUIRED, "--wandb_tags", "x", "y", "z"]).tracking.wandb_tags == ("x", "y", "z")
     assert cli.parse([*REQUIRED, "--wandb_tags", "x"]).tracking.wandb_tags == ("x",)
+
+
+@pytest.mark.parametrize("flags", [["--wandb_tags"], ["--wandb_tags", "--use_wandb"]])
+def test_a_flag_for_several_values_needs_one(flags: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^--wandb_tags: no value is given; give one or more, separated by spaces$"):
+        cli.parse([*REQUIRED, *flags])
+
+
+def test_any_other_error_is_a_traceback_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(parsed: config.Config) -> int:
+        raise ValueError(f"of {parsed.model.model_name}")
+
+    monkeypatch.setattr(sys, "argv", ["finetune_zero3.py", *REQUIRED])
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        cli.run(main)
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback ") and printed.endswith("ValueError: of m\n")
 
 
 def test_defaults_of_this_program() -> None:

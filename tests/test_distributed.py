@@ -2,13 +2,16 @@
 
 import os
 import random
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from superoffload import distributed
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import REPOSITORY, rank_environment, run_ranks
 
 
 def communicate() -> dict[str, object]:
@@ -94,3 +97,17 @@ def test_nothing_stays_in_shared_memory() -> None:
     before = shared_buffers()
     assert run_ranks(2, sum_often) == [4096.0 * 2**5] * 2
     assert shared_buffers() <= before
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = subprocess.run(
+            [sys.executable, "-c", "from superoffload import distributed; distributed.init()"],
+            env=rank_environment(0, 1, port), cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    *_, last = result.stderr.splitlines()
+    assert last.startswith(f"superoffload.errors.UserError: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: ")
+    assert last.endswith("; set MASTER_PORT to a free port")

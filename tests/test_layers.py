@@ -22,7 +22,7 @@ Row = Sequence[set[str]]
 # From bottom to top: a module may import its own room and the rows listed before it.
 ROWS: list[Row] = [
     [{"offload"}],
-    [{"__init__", "errors", "protocols", "config", "cli", "ds_config", "log", "hub", "ops", "distributed"}],
+    [{"__init__", "errors", "protocols", "config", "cli", "ds_config", "log", "hub", "launcher", "distributed"}],
     [{"data"}],
     [{"model"}, {"checkpoint"}],
     [{"export"}],
@@ -31,7 +31,7 @@ ROWS: list[Row] = [
 ]
 # SuperOffload is a package of its own: it imports nothing from its parent, and has an order of its own.
 OFFLOAD_ROWS: list[Row] = [
-    [{"__init__"}, {"shared"}, {"settings"}],
+    [{"__init__"}, {"shared"}, {"settings"}, {"operators"}],
     [{"worker"}, {"trainer"}],
     [{"zero3"}],
     [{"install"}],
@@ -50,14 +50,15 @@ LIBRARIES: dict[str, set[str]] = {
     "safetensors": {"export.weights"},
     "tokenizers": {"tiny"},
     "torch": {
-        "distributed", "ops", "protocols",
+        "distributed", "protocols",
         "data.collate",
         "model.attention", "model.head", "model.isolation", "model.load", "model.loss_kernel",
         "checkpoint.rank_files",
         "export.files", "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.step",
         "tiny",
-        "offload.install", "offload.shared.state", "offload.trainer.pinning", "offload.worker", "offload.zero3",
+        "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.pinning", "offload.worker",
+        "offload.zero3",
     },
     "transformers": {
         "distributed",  # enable_full_determinism

@@ -11,6 +11,8 @@ from tests.helpers.ranks import REPOSITORY
 from tests.helpers.recipes import RECIPES, SCRIPTS, TINY, call, changed, program, script_of, seen
 from tests.helpers.recipes import stand_in as stand_in
 
+NODE_FLAGS = ("--node_rank", "--master_addr", "--master_port", "--batch_size", "--max_steps")
+
 
 @pytest.mark.parametrize("mode", ["superoffload", "zerooffload"])
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -136,6 +138,45 @@ def test_nodes_without_ssh(stand_in: Path) -> None:
     assert cli.parse(flags).training.batch_size == 2
     result = call(script_of("llama-8b"), stand_in, "superoffload", NUM_NODES="2")
     assert result.stderr.startswith("Error: NUM_NODES=2 also needs NODE_RANK (0 to 1) and MASTER_ADDR")
+
+
+def test_a_dry_run_of_a_node_writes_nothing(stand_in: Path) -> None:
+    node = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "DRY_RUN": "1", "OUTPUT_DIR": "out"}
+    result = call(script_of("llama-8b"), stand_in, "superoffload", **node)
+    assert result.returncode == 0 and "--hostfile out/hostfile_1" in result.stdout
+    assert list((stand_in.parent / "elsewhere").iterdir()) == []
+
+
+def test_saves_during_the_run_are_checked_as_well(stand_in: Path) -> None:
+    script = changed("llama-8b", stand_in.parent, "SAVE_STEPS=0", "SAVE_STEPS=100")
+    call(script, stand_in, "superoffload", OUTPUT_DIR="out")
+    words = (stand_in.parent / "seen").read_text().splitlines()
+    assert words[words.index("--save_steps") + 1] == "100"
+    assert "--fail_on_checkpoint_error" in words and "--save_checkpoint" not in words
+
+
+def test_a_slurm_job_starts_the_recipe_on_each_node(stand_in: Path) -> None:
+    program(stand_in / "scontrol", '[[ "$*" == "show hostnames node[3-4]" ]] && printf "node3\\nnode4\\n"')
+    program(
+        stand_in / "srun",
+        'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; cat "$SEEN" >> "$SEEN.all"; done',
+    )
+    job = {"SLURM_JOB_NODELIST": "node[3-4]", "SLURM_JOB_ID": "1234567", "SLURM_JOB_NUM_NODES": "2"}
+    recipe = str(script_of("llama-70b"))
+    result = call(
+        SCRIPTS / "slurm.sh", stand_in, recipe, "superoffload", "8", "--max_steps", "3", OUTPUT_DIR="out", **job
+    )
+    assert result.returncode == 0, result.stderr
+    words = (stand_in.parent / "seen.all").read_text().splitlines()
+    values = [[words[at + 1] for at, word in enumerate(words) if word == flag] for flag in NODE_FLAGS]
+    port = str(15000 + 1234567 % 15000)
+    assert values == [["0", "1"], ["node3"] * 2, [port] * 2, ["1"] * 2, ["3"] * 2]
+
+
+def test_a_slurm_job_without_a_recipe_shows_the_usage(stand_in: Path) -> None:
+    for arguments in ([], ["superoffload", "4"], ["missing.sh", "superoffload"]):
+        result = call(SCRIPTS / "slurm.sh", stand_in, *arguments)
+        assert (result.returncode, result.stderr[:14]) == (2, "Usage: sbatch ")
 
 
 def test_without_deepspeed_the_setup_command_is_named(tmp_path: Path) -> None:

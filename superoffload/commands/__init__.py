@@ -23,7 +23,7 @@ def main() -> None:
     try:
         status = group.main(prog_name="superoffload", standalone_mode=False)
     except click.ClickException as error:
-        cli.exit_with(UserError(" ".join(error.format_message().split())))
+        status = cli.report(UserError(" ".join(error.format_message().split())))
     except UserError as error:
-        cli.exit_with(error)
+        status = cli.report(error)
     sys.exit(status if isinstance(status, int) else 0)

@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from . import operators
 from .settings import OffloadSettings
 from .zero3 import contract
 
@@ -60,6 +61,7 @@ def installed(settings: OffloadSettings | None = None) -> Iterator[None]:
     If the optimizer cannot be used, a warning says why, and DeepSpeed's own class is built instead; on an
     accelerator that this class does not support, plain ZeRO-Offload.
     """
+    operators.prepare()
     seam = importlib.import_module(contract.SEAM_MODULE)
     stock = getattr(seam, contract.SEAM_NAME)
     setattr(seam, contract.SEAM_NAME, _builder(stock, settings))

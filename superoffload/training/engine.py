@@ -10,6 +10,7 @@ from superoffload.config import TrainingSettings
 from superoffload.ds_config import BETAS, DsConfig
 from superoffload.log import logger
 from superoffload.offload.install import installed
+from superoffload.offload.operators import compiled
 from superoffload.offload.zero3.optimizer import SharedMemorySuperOffload
 from superoffload.protocols import Engine, Model
 from superoffload.training import schedule
@@ -17,12 +18,14 @@ from superoffload.training import schedule
 
 def create(model: Model, ds_config: DsConfig, training: TrainingSettings, total_steps: int) -> Engine:
     """Wrap the partitioned model in DeepSpeed's engine, with AdamW on the host and the schedule (collective)."""
-    logger.info("Preparing DeepSpeed (the first start compiles its CPU Adam, which takes about a minute)")
     groups = parameter_groups(model, training.weight_decay)
-    optimizer = DeepSpeedCPUAdam(groups, lr=training.lr, betas=BETAS, weight_decay=training.weight_decay)
+    with compiled("cpu_adam"):
+        optimizer = DeepSpeedCPUAdam(groups, lr=training.lr, betas=BETAS, weight_decay=training.weight_decay)
     warmup = schedule.warmup_steps(total_steps, training.warmup)
 
     def lr_scheduler(base: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        # DeepSpeed steps sub-groups without calling base.step; torch would warn that the schedule runs ahead of it.
+        base._opt_called = True  # type: ignore[attr-defined]
         return torch.optim.lr_scheduler.LambdaLR(
             base, lambda step: schedule.factor(training.lr_scheduler, step, warmup, total_steps)
         )

@@ -6,6 +6,8 @@ No tensor is ever sent. A record names a sub-group, and both processes know wher
 
 from __future__ import annotations
 
+import select
+import socket
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -158,3 +160,13 @@ class Reply:
             busy_s=busy_s,
             text=record[_REPLY.size :].decode(errors="replace"),
         )
+
+
+def wait_for(sock: socket.socket, event: int, timeout_s: float) -> bool:
+    """Wait until a socket is ready for `event` (select.POLLIN or POLLOUT) or closed; return False after `timeout_s`.
+
+    select.select would refuse descriptors of 1024 and more.
+    """
+    poll = select.poll()
+    poll.register(sock, event)
+    return bool(poll.poll(timeout_s * 1000))

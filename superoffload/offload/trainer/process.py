@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.affinity import Cores
-from ..shared.messages import MAX_RECORD_BYTES, Reply, ReplyKind, Task, TaskKind
+from ..shared.messages import MAX_RECORD_BYTES, Reply, ReplyKind, Task, TaskKind, wait_for
 from ..shared.state import ArenaLayout
 
 _SEND_BUFFER_BYTES = 1 << 20
@@ -119,7 +119,7 @@ class OptimizerProcess:
             except BlockingIOError:
                 if relieve is not None:
                     relieve()
-                select.select([], [self._sock], [], 0.05)
+                wait_for(self._sock, select.POLLOUT, 0.05)
             except OSError as error:
                 raise self._death("sending a task") from error
 
@@ -131,7 +131,7 @@ class OptimizerProcess:
         """
         if self._closed:
             raise OptimizerProcessError("the SuperOffload optimizer process has been closed")
-        if not select.select([self._sock], [], [], timeout_s)[0]:
+        if not wait_for(self._sock, select.POLLIN, timeout_s):
             if self._child.poll() is not None:
                 raise self._death(doing)
             return None

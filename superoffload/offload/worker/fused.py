@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from ..operators import FUSED, compiled
 from ..shared.messages import Task
 from ..shared.state import SubGroupState
 
 _log = getLogger(__name__)
 
-NAME = "superoffload_fused"
 MULTIPLE = 16
 """Elements. The kernel leaves the remainder to the op, whose scalar loop rounds as its compiler chose."""
 
@@ -50,7 +50,8 @@ def build() -> str | None:
     from torch.utils.cpp_extension import load
 
     try:
-        path = load(NAME, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False)
+        with compiled(FUSED):
+            path = load(FUSED, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         _log.warning("The fused kernel cannot be compiled (%s); speculation takes a little longer", why)

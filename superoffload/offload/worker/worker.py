@@ -19,7 +19,7 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..shared.messages import MAX_RECORD_BYTES, Reply, ReplyKind, Task, TaskKind
+from ..shared.messages import MAX_RECORD_BYTES, Reply, ReplyKind, Task, TaskKind, wait_for
 
 if TYPE_CHECKING:
     from ..shared.state import SubGroupState
@@ -47,7 +47,7 @@ class Inbox:
         """Wait for the next task and return it. Raises TrainerGone."""
         self.take_in()
         while not self._queue:
-            ready, _, _ = select.select([self._sock], [], [], _CHECK_TRAINER_INTERVAL_S)
+            ready = wait_for(self._sock, select.POLLIN, _CHECK_TRAINER_INTERVAL_S)
             if not ready and os.getppid() != self._trainer_pid:
                 raise TrainerGone
             self.take_in()
@@ -180,7 +180,6 @@ def main(arguments: list[str]) -> int:
     socket_fd, setup_fd, arena_fd = (int(a) for a in arguments)
     with os.fdopen(setup_fd, "rb") as file:
         setup = json.load(file)
-    os.nice(int(os.environ.get("SO_NICE", "0")))
     os.nice(setup["niceness"])
     os.sched_setaffinity(0, setup["cores"])  # before torch starts its threads, which inherit it
     with socket.socket(fileno=socket_fd) as sock:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import resource
+import select
+import socket
+
 import pytest
 
-from superoffload.offload.shared.messages import MAX_RECORD_BYTES, AdamHyper, Reply, ReplyKind, Task, TaskKind
+from superoffload.offload.shared.messages import (
+    MAX_RECORD_BYTES,
+    AdamHyper,
+    Reply,
+    ReplyKind,
+    Task,
+    TaskKind,
+    wait_for,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -24,3 +37,22 @@ def test_reply_round_trip(kind: ReplyKind) -> None:
 
 def test_a_long_error_text_is_truncated_to_one_record() -> None:
     assert len(Reply(kind=ReplyKind.ERROR, text="x" * 100_000).pack()) == MAX_RECORD_BYTES
+
+
+def test_a_descriptor_above_1023_is_waited_for() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    high = socket.socket(fileno=fcntl.fcntl(one.fileno(), fcntl.F_DUPFD, 2000))
+    try:
+        assert wait_for(high, select.POLLIN, 0) is False
+        assert wait_for(high, select.POLLOUT, 0) is True
+        other.send(b"x")
+        assert wait_for(high, select.POLLIN, 0) is True
+        assert high.recv(1) == b"x"
+        other.close()
+        assert wait_for(high, select.POLLIN, 0) is True  # the end of the socket is an event, too
+    finally:
+        for end in (one, other, high):
+            end.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
