@@ -45,6 +45,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
         WANDB_MODE="offline", WANDB_DIR=str(tmp_path),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "lr_scheduler.step()" not in result.stderr  # torch would warn that it runs ahead of the optimizer
     steps = 2 * math.ceil(40 / (4 * ranks))
 
     tag = f"global_step{steps}"

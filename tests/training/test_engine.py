@@ -1,7 +1,6 @@
 """The optimizer and its schedule, and the training loop around the engine."""
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +53,20 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
     model_engine = engine.create(model, merged.ds_config, chosen.training, batches.total_steps)
     isolation.check(model_engine, layout)
     recorder = Recorder()
-    run = Run(
-        config=chosen,
-        engine=model_engine,
-        loss=loss_kernel.choose(chosen.model.loss_kernel, model_engine, layout),
-        tokenizer=tokenizer,
-        batches=batches,
-        progress=Progress(),
-        meter=metrics.Meter(chosen, shape),
-        trackers=tracking.Trackers([recorder]),
-        evaluation=Evaluation(None, [], 0),
-        control=RunControl(chosen, is_rank_0=True),
+    finetune_zero3.train(
+        Run(
+            config=chosen,
+            engine=model_engine,
+            loss=loss_kernel.choose(chosen.model.loss_kernel, model_engine, layout),
+            tokenizer=tokenizer,
+            batches=batches,
+            progress=Progress(),
+            meter=metrics.Meter(chosen, shape),
+            trackers=tracking.Trackers([recorder]),
+            evaluation=Evaluation(None, [], 0),
+            control=RunControl(chosen, is_rank_0=True),
+        )
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Detected call of `lr_scheduler.step")
-        finetune_zero3.train(run)
     return model_engine, recorder.logged
 
 
