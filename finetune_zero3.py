@@ -39,28 +39,29 @@ def main(config: "Config") -> int:
     log.setup(config.output.log_level)
     merged = merge_flags(ds_config, config, distributed.world_size())
     config = merged.config
-    for note in merged.notes:
-        log.logger.warning("%s", note)
+    log.warn(merged.notes)
     output_folder.prepare(config.output.output_dir)
     lock = output_folder.lock(config.output.output_dir) if distributed.is_rank_0() else None
     distributed.init()
     distributed.seed_everything(config.training.seed, config.training.deterministic)
-    source = resume.find(config)
-    ds_config = resume.with_checkpoint_format(merged.ds_config, source)
+    checkpoints = resume.find(config)
 
     model_config = load.load_config(config.model.model_name)
-    kernel = attention.choose(config.model, model_config, ds_config, config.data.packs)
+    kernel = attention.choose(config.model, model_config, merged.ds_config, config.data.packs)
     load.check_leaf_module(config.model.leaf_module, model_config)
     tokenizer = load_tokenizer(config.model.model_name)
     batches, evaluation = load_data(config, tokenizer, takes_documents=attention.takes_documents(kernel))
 
-    model = load.load_model(config.model, model_config, ds_config, kernel)
+    source = resume.first_intact(config, checkpoints)
+    model = load.load_model(config.model, model_config, merged.ds_config, kernel)
     shape = shape_of(model)
-    model_engine = engine.create(model, ds_config, config.training, batches.total_steps)
+    model_engine = engine.create(
+        model, resume.with_checkpoint_format(merged.ds_config, source), config.training, batches.total_steps
+    )
     isolation.check(model_engine, batches.layout)
     loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)
 
-    state = resume.restore(model_engine, source) if source else {}
+    state = resume.restore(model_engine, source, trusted=config.checkpoint.trust_checkpoint) if source else {}
     progress = Progress(**state.get("progress", {}))
     engine.replay_adam_beta_powers(model_engine)
     run = Run(
@@ -84,7 +85,7 @@ def main(config: "Config") -> int:
                 run.save()
     finally:
         run.trackers.finish()
-    metrics.report(run.meter.summary(config.measurement.warmup_steps), run.saved, config.output.output_dir)
+    metrics.report(run.meter.summary(config.measurement.warmup_steps), progress, run.saved, config.output.output_dir)
     if config.checkpoint.export:
         run.export()
     distributed.close()

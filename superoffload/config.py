@@ -253,6 +253,9 @@ class CheckpointSettings(Settings):
         "none",
     )
     resume_anyway: bool = setting("Resume even if settings or data differ from the checkpoint's.", False)
+    trust_checkpoint: bool = setting(
+        "Load a checkpoint even if its files could run code, e.g. one of another program.", False
+    )
 
     def __post_init__(self) -> None:
         """Check each value, and that --export has a checkpoint to export."""

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -36,6 +37,12 @@ def setup(level: str) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
         for library in LIBRARIES:
             logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Log each note as a warning."""
+    for note in notes:
+        logger.warning("%s", note)
 
 
 def shows_bars() -> bool:

@@ -93,6 +93,7 @@ class Engine(Protocol):
 
     module: Model
     optimizer: Any
+    lr_scheduler: Any
     checkpoint_engine: Any
     training: bool
 

@@ -42,7 +42,7 @@ LIBRARIES: dict[str, set[str]] = {
     "deepspeed": {
         "distributed",
         "model.attention", "model.load",
-        "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save",
+        "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save", "checkpoint.trust",
         "training.engine",
         "offload.install", "offload.zero3.contract", "offload.zero3.optimizer", "offload.zero3.service",
     },
@@ -53,7 +53,7 @@ LIBRARIES: dict[str, set[str]] = {
         "distributed", "protocols",
         "data.collate",
         "model.attention", "model.head", "model.isolation", "model.load", "model.loss_kernel",
-        "checkpoint.rank_files",
+        "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.files", "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.step",
         "tiny",

@@ -134,18 +134,31 @@ def publish(output_dir: Path, tag: str, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Manifest | None:
-    """Return the manifest of a checkpoint folder, None if it has no readable one."""
+    """Return the manifest of a checkpoint folder, None if it has no readable one.
+
+    Raises `UserError` if it names a file outside the folder.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return None
+    for name in manifest["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{folder / MANIFEST}: names {name!r}, which lies outside the checkpoint; do not use it")
+    return manifest
 
 
 def read_latest(output_dir: Path) -> str | None:
-    """Return the tag in `latest`, None if there is no such file."""
+    """Return the tag in `latest`, None if there is no such file. Raises `UserError` for a path instead of a name."""
     path = output_dir / LATEST
-    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    tag = path.read_text(encoding="utf-8", errors="replace").strip()
+    if tag and (Path(tag).name != tag or tag == ".."):
+        raise UserError(f"{path}: names {tag!r}, which lies outside the folder; do not use it")
+    return tag
 
 
 def is_incomplete(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from superoffload.checkpoint import manifest
+from superoffload.checkpoint import manifest, trust
 from superoffload.errors import UserError, first_line
 
 MODEL_STATES = "*zero_pp_rank_{rank}_mp_rank_*_model_states.pt"
@@ -55,11 +55,11 @@ def locate(source: Path) -> tuple[Path, Path]:
     raise UserError(f"{source}: has no checkpoint; use a run's output folder, or global_stepN in it")
 
 
-def read(source: Path) -> RankFiles:
+def read(source: Path, *, trusted: bool = False) -> RankFiles:
     """Open the checkpoint at `source`, an output folder or a checkpoint's own.
 
-    Unpickles the files, as DeepSpeed does, so they must come from a trusted source. Raises `UserError` if there is no
-    checkpoint, or if one of its files is missing or damaged.
+    trusted: load files that name types no checkpoint of this program has, and follow links out of the folder. Raises
+    `UserError` if there is no checkpoint, or if one of its files is missing, damaged or not to be trusted.
     """
     folder, output_dir = locate(source)
     if manifest.is_incomplete(folder):
@@ -67,13 +67,15 @@ def read(source: Path) -> RankFiles:
     known = sorted(folder.glob("*_model_states.pt"))
     if not known:
         raise UserError(f"{folder}: has no checkpoint (no file *_model_states.pt)")
-    for path in [*known, *sorted(folder.glob("*_optim_states.pt"))]:
+    files = [*known, *sorted(folder.glob("*_optim_states.pt"))]
+    for path in files:
         check_readable(path)
-    ranks = int(_load(known[0])["dp_world_size"])
+    trust.check(folder, files, trusted=trusted)
+    ranks = int(trust.load(known[0], trusted=trusted)["dp_world_size"])
     states = [_file_of(folder, MODEL_STATES, rank, ranks) for rank in range(ranks)]
     for rank in range(ranks):
         _file_of(folder, OPTIM_STATES, rank, ranks)
-    state = _load(states[0])
+    state = trust.load(states[0], trusted=trusted)
     buffers = {name: state["module"][name] for name in state["buffer_names"]}
     return RankFiles(
         folder=folder,
@@ -104,13 +106,6 @@ def check_readable(path: Path) -> None:
             archive.read(description)  # verifies the checksum
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged or truncated ({error}); use another checkpoint") from error
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=False))
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); use another checkpoint") from error
 
 
 def _lazy_weights(folder: Path) -> dict[str, Any]:

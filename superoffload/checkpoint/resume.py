@@ -1,22 +1,28 @@
-"""Resume from a checkpoint as if the run had never stopped: find an intact one, compare the settings, restore.
+"""Resume from a checkpoint as if the run had never stopped: compare the settings, find an intact one, restore.
 
 `latest` alone is not trusted: every rank checks the size and checksum of its own files against the manifest. If one is
-damaged, a warning names it, and the next older complete checkpoint is used.
+damaged, a warning names it, and the next older complete checkpoint is used. Settings are compared first, from the
+manifest alone, because reading the files of a large model takes minutes.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from superoffload import config as settings
 from superoffload import distributed
-from superoffload.checkpoint import manifest
+from superoffload.checkpoint import manifest, trust
 from superoffload.checkpoint.manifest import Manifest
 from superoffload.config import Config
 from superoffload.ds_config import DsConfig
 from superoffload.errors import UserError
 from superoffload.log import logger
 from superoffload.protocols import Engine
+
+LENGTH = ("--num_train_epochs:", "--max_steps:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,37 +38,68 @@ class Source:
         return bool(self.manifest.get("universal"))
 
 
-def find(config: Config) -> Source | None:
-    """Find the checkpoint that `--resume` asks for and check it on every rank (collective); None: do not resume.
+def find(config: Config) -> list[Source]:
+    """List the complete checkpoints that `--resume` allows, the one to try first in front (collective).
 
-    Raises `UserError` if no checkpoint is intact, or if it belongs to a different run.
+    Empty to start from the model. Reads manifests only: `first_intact` reads the files. Raises `UserError` if there is
+    none, or if the first belongs to a different run or to another number of ranks.
     """
     wanted = config.checkpoint.resume
     if wanted == "none":
-        return None
-    candidates: list[tuple[Path, Manifest]] = distributed.broadcast_from_rank_0(
+        return []
+    found: list[tuple[Path, Manifest]] | str = distributed.broadcast_from_rank_0(
         _candidates(config) if distributed.is_rank_0() else None
     )
-    if not candidates:
-        if wanted == "auto":
-            if any(Path(config.output.output_dir).glob(manifest.TAGS)):
-                logger.warning("%s has no complete checkpoint: starting from the model", config.output.output_dir)
-            return None
+    if isinstance(found, str):
+        raise UserError(found)
+    if found:
+        _check_world_size(*found[0])
+        _check_same_run(config, *found[0])
+    elif wanted == "auto":
+        if any(Path(config.output.output_dir).glob(manifest.TAGS)):
+            logger.warning("%s has no complete checkpoint: starting from the model", config.output.output_dir)
+    else:
         raise UserError(f"--resume {wanted}: no complete checkpoint there; a complete one has a {manifest.MANIFEST}")
-    for path, described in candidates:
-        _check_world_size(path, described)
-        found = [text for text in distributed.all_gather_objects(_damage(path, described)) if text]
+    return [Source(path, described) for path, described in found]
+
+
+def first_intact(config: Config, candidates: list[Source]) -> Source | None:
+    """Return the first of the candidates that every rank finds intact (collective); None if there are no candidates.
+
+    Reads every file of this rank. Raises `UserError` if all are damaged, or if one is not to be trusted.
+    """
+    found: list[str] = []
+    for source in candidates:
+        _check_world_size(source.path, source.manifest)
+        problems = distributed.all_gather_objects(_problems(source, trusted=config.checkpoint.trust_checkpoint))
+        for refusal in (refused for _, refused in problems if refused):
+            raise UserError(refusal)
+        found = [damage for damage, _ in problems if damage]
         if not found:
-            _check_same_run(config, path, described)
-            return Source(path, described)
-        logger.warning("%s cannot be used: %s", path, "; ".join(found))
-    raise UserError(
-        f"--resume {wanted}: every checkpoint is damaged ({'; '.join(found)}); --resume none starts from the model"
-    )
+            if source is not candidates[0]:
+                _check_same_run(config, source.path, source.manifest)
+            return source
+        logger.warning("%s cannot be used: %s", source.path, "; ".join(found))
+    if found:
+        raise UserError(
+            f"--resume {config.checkpoint.resume}: every checkpoint is damaged ({'; '.join(found)}); --resume none "
+            "starts from the model"
+        )
+    return None
 
 
-def _candidates(config: Config) -> list[tuple[Path, Manifest]]:
-    """List the complete checkpoints to try: the one that `latest` names, then the others, newest first."""
+def _candidates(config: Config) -> list[tuple[Path, Manifest]] | str:
+    """List the complete checkpoints: the one that `latest` names, then the others, newest first; or say what is wrong.
+
+    Called on rank 0 alone, so an error must not be raised here: the other ranks wait for what this returns.
+    """
+    try:
+        return _complete(config)
+    except UserError as error:
+        return str(error)
+
+
+def _complete(config: Config) -> list[tuple[Path, Manifest]]:
     auto = config.checkpoint.resume == "auto"
     folder = Path(config.output.output_dir if auto else config.checkpoint.resume)
     if not auto and (described := manifest.read(folder)):
@@ -78,11 +115,19 @@ def _candidates(config: Config) -> list[tuple[Path, Manifest]]:
     return [(path, described) for path in found if (described := manifest.read(path))]
 
 
-def _damage(path: Path, described: Manifest) -> str:
-    """Describe the first of this rank's files that is damaged; empty if none is."""
+def _problems(source: Source, *, trusted: bool) -> tuple[str, str]:
+    """Describe the first of this rank's files that is damaged, or else the first that is not to be trusted."""
     own = f"pp_rank_{distributed.rank()}_"
-    everything = bool(described.get("universal")) and distributed.is_rank_0()
-    return manifest.damage(path, described, [name for name in described["files"] if everything or own in name])
+    names = [name for name in source.manifest["files"] if own in name or source.universal]
+    # Every rank loads every tensor of a checkpoint for any number of ranks; one of them reads all of it beforehand.
+    hashed = [] if source.universal and not distributed.is_rank_0() else names
+    if damage := manifest.damage(source.path, source.manifest, hashed):
+        return damage, ""
+    try:
+        trust.check(source.path, [source.path / name for name in names if name.endswith(".pt")], trusted=trusted)
+    except UserError as error:
+        return "", str(error)
+    return "", ""
 
 
 def _check_world_size(path: Path, described: Manifest) -> None:
@@ -95,7 +140,17 @@ def _check_world_size(path: Path, described: Manifest) -> None:
 
 
 def _check_same_run(config: Config, path: Path, described: Manifest) -> None:
+    """Raise `UserError` for settings that make a different run, unless they only make it longer."""
     found = settings.differences(config, described["config"])
+    longer = [text for text in found if text.startswith(LENGTH)]
+    if longer and longer == found and _is_longer(settings.flat(config), described["config"]):
+        logger.warning(
+            "Training longer than the run of %s (%s): the order of the data continues, and the schedule is stretched "
+            "to the new last step, so the learning rate of the next steps is that of the longer schedule",
+            path,
+            "; ".join(longer),
+        )
+        return
     if described.get("universal"):
         # A step has the same packs however they are distributed over ranks and micro-batches.
         distribution = ("--batch_size:", "--gradient_accumulation_steps:")
@@ -114,6 +169,13 @@ def _check_same_run(config: Config, path: Path, described: Manifest) -> None:
     logger.warning("Resuming with settings that differ from the checkpoint's: %s", "; ".join(found))
 
 
+def _is_longer(current: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Return whether neither limit on the number of steps is lower than it was."""
+    limits = [(current["max_steps"] or math.inf, saved["max_steps"] or math.inf)]
+    limits.append((current["num_train_epochs"], saved["num_train_epochs"]))
+    return all(now >= before for now, before in limits)
+
+
 def _packs_per_step(values: dict[str, Any], world_size: int) -> int:
     return int(values["batch_size"] * values["gradient_accumulation_steps"] * world_size)
 
@@ -125,19 +187,34 @@ def with_checkpoint_format(ds_config: DsConfig, source: Source | None) -> DsConf
     return {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
 
 
-def restore(engine: Engine, source: Source) -> dict[str, Any]:
-    """Load model, optimizer and schedule into the engine (collective).
+def restore(engine: Engine, source: Source, *, trusted: bool) -> dict[str, Any]:
+    """Load model, optimizer and position in the schedule into the engine (collective).
 
-    Returns what `save` was given: `progress`, `config` and the entries of `extra`.
+    Learning rate, weight decay and schedule are this run's, also where the checkpoint has other values. Returns what
+    `save` was given: `progress`, `config` and the entries of `extra`.
     """
     groups = engine.optimizer.param_groups
-    decays = [group["weight_decay"] for group in groups]
-    path, state = engine.load_checkpoint(str(source.path.parent), tag=source.path.name)
-    if source.universal:  # DeepSpeed gives every group the values of the first one
-        for group, decay in zip(groups, decays, strict=True):
-            group["weight_decay"] = decay
+    fresh = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    scheduler = engine.lr_scheduler
+    base_lrs, lr_lambdas = scheduler.base_lrs, scheduler.lr_lambdas
+    with trust.loading(engine, trusted=trusted):
+        path, state = engine.load_checkpoint(str(source.path.parent), tag=source.path.name)
     if path is None:
         raise UserError(f"{source.path}: DeepSpeed could not load it")
+    scheduler.base_lrs, scheduler.lr_lambdas = base_lrs, lr_lambdas
+    lrs = [base * factor(scheduler.last_epoch) for base, factor in zip(base_lrs, lr_lambdas, strict=True)]
+    for group, values, lr in zip(engine.optimizer.param_groups, fresh, lrs, strict=True):
+        group.update(values, lr=lr)
+    scheduler._last_lr = lrs
+    _own_moments(engine)
     progress = state["progress"]
     logger.info("Resuming from %s: step %d, epoch %d", source.path, progress["step"], progress["epoch"])
     return state
+
+
+def _own_moments(engine: Engine) -> None:
+    """Copy moments that still lie in the mapped files, one at a time: training changes them, and files get removed."""
+    for state in engine.optimizer.optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.untyped_storage().filename is not None:
+                state[name] = value.clone()

@@ -9,12 +9,13 @@ import click
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Parallel processes.")
-def command(checkpoint: Path, target: Path, workers: int) -> None:
+@click.option("--trust_checkpoint", is_flag=True, help="Load files that could run code, e.g. of other programs.")
+def command(checkpoint: Path, target: Path, workers: int, trust_checkpoint: bool) -> None:
     """Convert a checkpoint for any number of ranks.
 
     CHECKPOINT is a folder global_stepN of a run, TARGET a new folder; resume from it with --resume TARGET.
     """
     from superoffload.checkpoint import convert as conversion
 
-    conversion.convert(checkpoint, target, workers)
+    conversion.convert(checkpoint, target, workers, trusted=trust_checkpoint)
     click.echo(f"{target}: resume from it with --resume {target} on any number of ranks")

@@ -126,7 +126,7 @@ def reached_loss(output_dir: Path, step: int | None) -> float | None:
         if step is not None and line.get("step", step + 1) <= step and isinstance(line.get("loss"), float):
             loss = line["loss"]
     for summary in _lines(output_dir / "summary.json"):
-        if loss is None and summary.get("steps") == step:
+        if loss is None and summary.get("global_step", summary.get("steps")) == step:
             loss = summary.get("final_loss")
     return loss
 

@@ -41,19 +41,24 @@ class Group:
 
 
 def export(
-    source: Path, target: Path, dtype: str = DEFAULT_DTYPE, max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    source: Path,
+    target: Path,
+    dtype: str = DEFAULT_DTYPE,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    *,
+    trusted: bool = False,
 ) -> None:
     """Write the checkpoint at `source`, an output folder or a checkpoint's own, as a model to the folder `target`.
 
     Reads the files of a complete checkpoint in one process, without collectives. Memory grows by less than twice the
-    largest tensor in fp32 plus one shard. `target` appears once everything in it is verified, or not at all. Raises
-    `UserError`.
+    largest tensor in fp32 plus one shard. `target` appears once everything in it is verified, or not at all.
+    trusted: see `rank_files.read`. Raises `UserError`.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     target = target.expanduser().resolve()
     _check_target(target)
-    checkpoint = rank_files.read(source.expanduser())
+    checkpoint = rank_files.read(source.expanduser(), trusted=trusted)
     require_intact(checkpoint.folder)
     model = files.empty_model(checkpoint)
     groups = plan(model, _wanted(model, checkpoint, DTYPES[dtype]))

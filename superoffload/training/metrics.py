@@ -212,15 +212,24 @@ def _unshared_bytes_of_children() -> int:
     return total
 
 
-def report(summary: dict[str, Any], saved: Saved, folder: str) -> None:
-    """Write `summary.json` on rank 0 and log the last lines of the run."""
-    summary = {**summary, "checkpoint": str(saved.path) if saved.path else None, "checkpoint_note": saved.sentence}
+def report(summary: dict[str, Any], progress: Progress, saved: Saved, folder: str) -> None:
+    """Write `summary.json` on rank 0 and log the last lines of the run.
+
+    `steps` in the summary are those of this process, `global_step` those since the start from the model.
+    """
+    summary = {
+        "global_step": progress.step,
+        **summary,
+        "checkpoint": str(saved.path) if saved.path else None,
+        "checkpoint_note": saved.sentence,
+    }
     if distributed.is_rank_0():
         try:
             (Path(folder) / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             logger.error("summary.json could not be written: %s", error)
-    logger.info("Finished after %d steps, final loss %.4f", summary["steps"], summary["final_loss"])
+    resumed = f" ({summary['steps']} of them since the resume)" if summary["steps"] < progress.step else ""
+    logger.info("Finished after %d steps%s, final loss %.4f", progress.step, resumed, summary["final_loss"])
     if "note" in summary:
         logger.info("%s", summary["note"])
     if summary["steps"]:

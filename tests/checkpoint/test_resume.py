@@ -149,8 +149,10 @@ def is_free(folder: Path) -> bool:
 
 
 def find(out: Path, **values: Any) -> resume.Source | None:
-    given = {"model_name": "m", "output_dir": str(out), "resume": "auto", **values}
-    return resume.find(config.build(given))
+    asked = config.build(
+        {"model_name": "m", "output_dir": str(out), "resume": "auto", "trust_checkpoint": True, **values}
+    )
+    return resume.first_intact(asked, resume.find(asked))
 
 
 @pytest.fixture
@@ -221,6 +223,40 @@ def test_a_different_run_is_not_resumed(two: tuple[Path, Path], caplog: pytest.L
     assert "log_interval" not in str(raised.value)
     assert find(two[0].parent, seed=1, resume_anyway=True) is not None
     assert "differ from the checkpoint's: --seed: checkpoint has 42, this run has 1" in caplog.text
+
+
+def test_settings_are_compared_before_files_are_read(two: tuple[Path, Path]) -> None:
+    damage(two[0], "flipped")
+    damage(two[1], "flipped")
+    with pytest.raises(UserError, match="belongs to a different run"):
+        resume.find(config.build({"model_name": "m", "output_dir": str(two[0].parent), "resume": "auto", "lr": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "accepted"),
+    [
+        ({"max_steps": 10}, {"max_steps": 20}, True),
+        ({"max_steps": 10}, {"max_steps": 0}, True),
+        ({"num_train_epochs": 1}, {"num_train_epochs": 3}, True),
+        ({"max_steps": 10}, {"max_steps": 20, "num_train_epochs": 2}, True),
+        ({"max_steps": 10}, {"max_steps": 9}, False),
+        ({"max_steps": 0}, {"max_steps": 100}, False),
+        ({"max_steps": 10, "num_train_epochs": 2}, {"max_steps": 20, "num_train_epochs": 1}, False),
+        ({"max_steps": 10}, {"max_steps": 20, "lr": 0.5}, False),
+    ],
+)
+def test_a_longer_run_is_the_same_run(
+    saved: dict[str, Any], now: dict[str, Any], accepted: bool, tmp_path: Path, one_rank: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    made = make_checkpoint(tmp_path, 3, 1.0, **saved)
+    if accepted:
+        source = find(tmp_path, **now)
+        assert source is not None and source.path == made
+        assert "Training longer than the run of" in caplog.text
+    else:
+        with pytest.raises(UserError, match="belongs to a different run"):
+            find(tmp_path, **now)
 
 
 def test_another_number_of_ranks_is_refused(two: tuple[Path, Path]) -> None:

@@ -145,7 +145,9 @@ def test_the_report_is_written_and_logged(one_rank: None, tmp_path: Path, caplog
     made = meter(clock)
     step(made, clock, 1.0, loss=1.5)
     made.read(Progress(step=1), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
-    metrics.report(made.summary(0), Saved(None, "NO CHECKPOINT WAS SAVED: x", failed=True), str(tmp_path))
+    metrics.report(
+        made.summary(0), Progress(step=2), Saved(None, "NO CHECKPOINT WAS SAVED: x", failed=True), str(tmp_path)
+    )
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["checkpoint"] is None
     assert written["checkpoint_note"] == "NO CHECKPOINT WAS SAVED: x"
@@ -155,7 +157,7 @@ def test_the_report_is_written_and_logged(one_rank: None, tmp_path: Path, caplog
 
 
 def test_the_report_is_valid_json_without_a_logged_loss(one_rank: None, tmp_path: Path) -> None:
-    metrics.report(meter(Clock()).summary(0), Saved(None, "nothing to save"), str(tmp_path))
+    metrics.report(meter(Clock()).summary(0), Progress(), Saved(None, "nothing to save"), str(tmp_path))
     written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert written["final_loss"] is None
 
