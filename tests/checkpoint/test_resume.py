@@ -17,7 +17,8 @@ import torch
 from superoffload import config
 from superoffload.checkpoint import output_folder, resume
 from superoffload.errors import UserError
-from tests.helpers.ranks import REPOSITORY, environment, free_port, launch
+from superoffload.training import schedule
+from tests.helpers.ranks import REPOSITORY, environment, free_port, launch, run_ranks
 from tests.helpers.runs import damage, flags, logged, make_checkpoint
 
 
@@ -271,3 +272,51 @@ def test_a_checkpoint_can_be_moved(two: tuple[Path, Path], tmp_path: Path) -> No
     source = find(tmp_path / "new", resume=str(moved))
     assert source is not None
     assert source.path == moved
+
+
+def resume_with_new_values(model: str, out: str, mode: str) -> dict[str, Any]:
+    """Train two steps and save; resume with other values, and return what the next steps use. Runs on a rank."""
+    from superoffload.checkpoint import save
+    from tests.helpers.runs import make_engine
+
+    common = {"resume": "auto", "resume_anyway": True, "deepspeed_config": str(REPOSITORY / f"configs/{mode}.json")}
+    first, tokenizer, chosen = make_engine(model, out, lr=1e-3, weight_decay=0.01, **common)
+    take_steps(first, 2)
+    assert save.save(first, tokenizer, chosen, {"step": 2, "epoch": 0}, {}) is not None
+    first.destroy()  # type: ignore[attr-defined]
+    values = {"lr": 4e-3, "weight_decay": 0.1, "lr_scheduler": "linear", "warmup": 0.5, **common}
+    engine, _, chosen = make_engine(model, out, **values)
+    source = resume.first_intact(chosen, resume.find(chosen))
+    assert source is not None
+    resume.restore(engine, source, trusted=False)
+    mapped = [
+        value.untyped_storage().filename
+        for state in engine.optimizer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    rates = [list(engine.get_lr())]
+    for _ in range(2):
+        take_steps(engine, 1)
+        rates.append(list(engine.get_lr()))
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+    engine.destroy()  # type: ignore[attr-defined]
+    return {"rates": rates, "decays": decays, "steps": steps, "mapped": set(mapped)}
+
+
+def take_steps(engine: Any, count: int) -> None:
+    for seed in range(count):
+        ids = torch.randint(5, 100, (1, 16), generator=torch.Generator().manual_seed(seed))
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+
+
+@pytest.mark.parametrize("mode", ["superoffload", "zerooffload"])
+def test_new_values_hold_from_the_first_resumed_step(mode: str, model_folder: Path, tmp_path: Path) -> None:
+    (found,) = run_ranks(1, resume_with_new_values, str(model_folder), str(tmp_path), mode)
+    expected = [4e-3 * schedule.factor("linear", step, 5, 10) for step in (2, 3, 4)]
+    assert found["rates"] == [[rate] * 2 for rate in expected]
+    assert found["decays"] == [0.1, 0.0]
+    assert found["steps"] == {4}
+    assert found["mapped"] == {None}  # nothing that training changes lies in the checkpoint's files
