@@ -158,10 +158,10 @@ def test_weights_on_the_host() -> None:
         merged = merge_flags(made, make_config({"offload_params": True}), 1)
         assert merged.ds_config["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
     for device in ("cpu", "nvme"):
-        section = {"device": device, "pin_memory": False}
-        made["zero_optimization"]["offload_param"] = section
+        offloaded = {"device": device, "pin_memory": False}
+        made["zero_optimization"]["offload_param"] = offloaded
         merged = merge_flags(made, make_config(), 1)
-        assert merged.ds_config["zero_optimization"]["offload_param"] == section
+        assert merged.ds_config["zero_optimization"]["offload_param"] == offloaded
         assert merged.config.offload.offload_params is True
     made["zero_optimization"]["offload_param"] = {"device": "none"}
     with pytest.raises(UserError, match="--offload_params True contradicts offload_param.device none"):
