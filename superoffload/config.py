@@ -219,6 +219,14 @@ class OffloadSettings(Settings):
     offload_ratio: float = setting(
         "Fraction of the optimizer's state and work to keep on the host.", 1.0, minimum=0, maximum=1
     )
+    optimizer_state: str = setting(
+        "Precision of master weights, gradients and moments; bf16 needs half the memory, and loses updates that are "
+        "small beside their weight.",
+        "fp32",
+        choices=("fp32", "bf16"),
+        shapes_run=True,
+    )
+    offload_params: bool = setting("Keep the bf16 weights on the host too; layers are copied when they run.", False)
     sub_group_size: int = setting(
         "Parameters per sub-group of the optimizer, and elements per reduce bucket.", 400_000_000, minimum=1
     )

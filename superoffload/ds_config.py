@@ -18,6 +18,7 @@ from superoffload.errors import UserError
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 BETAS = (0.9, 0.999)
+BF16_STATE_KEYS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 
 DsConfig = dict[str, Any]
 
@@ -116,7 +117,7 @@ class _FlagResolver:
                 f"--{flag} {self.values[flag]} contradicts {key} {found} in {self.name}; "
                 f'remove one, or set it to "auto" there'
             )
-        self.values[flag] = int(found) if isinstance(self.values[flag], int) else found
+        self.values[flag] = type(self.values[flag])(found)
         return self.values[flag]
 
     def resolve_batch(self, ds_config: DsConfig, world_size: int) -> None:
@@ -176,6 +177,8 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
     if zero.get("reduce_bucket_size") in (None, "auto"):
         zero["reduce_bucket_size"] = sub_group
     offload["ratio"] = flags.resolve("offload_ratio", "offload_optimizer.ratio", offload.get("ratio"))
+    _resolve_optimizer_state(flags, merged)
+    _resolve_offload_params(flags, zero)
 
     final = settings.build(flags.values, config.explicit)
     training = final.training
@@ -186,6 +189,38 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
         if kind in merged:
             merged[kind]["enabled"] = _enabled(merged, kind)
     return Merged(ds_config=_without_auto(merged), config=final, notes=tuple(flags.notes))
+
+
+def _resolve_optimizer_state(flags: _FlagResolver, merged: DsConfig) -> None:
+    """Resolve `--optimizer_state`, which DeepSpeed's JSON has as two switches, and set both."""
+    bf16 = merged.get("bf16", {})
+    found = [bf16.get(key, "auto") for key in BF16_STATE_KEYS]
+    if True in found and found != [True, True]:
+        raise UserError(
+            f"--deepspeed_config {flags.name}: bf16.{BF16_STATE_KEYS[0]} and bf16.{BF16_STATE_KEYS[1]} must be equal; "
+            "remove both and use --optimizer_state"
+        )
+    known = "bf16" if True in found else "fp32" if False in found else None
+    state = flags.resolve("optimizer_state", f"bf16.{BF16_STATE_KEYS[1]}, which means", known)
+    if state == "bf16" and not _enabled(merged, "bf16"):
+        raise UserError(f"--optimizer_state bf16: needs weights in bf16; enable bf16 in {flags.name}")
+    if "bf16" in merged:
+        bf16.update(dict.fromkeys(BF16_STATE_KEYS, state == "bf16"))
+
+
+def _resolve_offload_params(flags: _FlagResolver, zero: DsConfig) -> None:
+    """Resolve `--offload_params`; the JSON may also move the weights elsewhere, to NVMe."""
+    offload = zero.get("offload_param") or {}
+    device = offload.get("device", "auto")
+    found = None if device == "auto" else device != "none"
+    if flags.resolve("offload_params", f"offload_param.device {device}, which means", found) and not found:
+        pin = offload.get("pin_memory", zero["offload_optimizer"].get("pin_memory", False))
+        zero["offload_param"] = {**offload, "device": "cpu", "pin_memory": pin}
+
+
+def has_bf16_state(ds_config: DsConfig) -> bool:
+    """Return whether master weights, gradients and moments are in bf16."""
+    return bool(ds_config.get("bf16", {}).get(BF16_STATE_KEYS[1], False))
 
 
 def _without_auto(value: Any) -> Any:

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from superoffload import config
-from superoffload.ds_config import REPOSITORY, DsConfig, dtype_name, merge_flags, read_ds_config
+from superoffload.ds_config import (
+    BF16_STATE_KEYS,
+    REPOSITORY,
+    DsConfig,
+    dtype_name,
+    has_bf16_state,
+    merge_flags,
+    read_ds_config,
+)
 from superoffload.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -105,6 +113,59 @@ def test_a_contradiction_names_both(top: dict[str, Any], flags: dict[str, Any], 
     with pytest.raises(UserError) as raised:
         merge_flags(zero3(**top), make_config(flags), 1)
     assert words in str(raised.value)
+
+
+MASTERS, STATES = BF16_STATE_KEYS
+
+
+@pytest.mark.parametrize(("state", "low"), [("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize("given", [{}, {MASTERS: "auto", STATES: "auto"}])
+def test_the_flag_sets_the_precision_of_the_optimizer(state: str, low: bool, given: dict[str, Any]) -> None:
+    merged = merge_flags(zero3(bf16={"enabled": True, **given}), make_config({"optimizer_state": state}), 1)
+    assert merged.ds_config["bf16"] == {"enabled": True, MASTERS: low, STATES: low}
+    assert has_bf16_state(merged.ds_config) is low
+    assert merged.config.offload.optimizer_state == state
+
+
+def test_the_file_sets_the_precision_of_the_optimizer() -> None:
+    both = zero3(bf16={"enabled": True, MASTERS: True, STATES: True})
+    assert merge_flags(both, make_config(), 1).config.offload.optimizer_state == "bf16"
+    neither = zero3(bf16={"enabled": True, STATES: False})
+    for file, flag in ((both, "fp32"), (neither, "bf16")):
+        with pytest.raises(UserError, match=f"--optimizer_state {flag} contradicts bf16"):
+            merge_flags(file, make_config({"optimizer_state": flag}), 1)
+
+
+@pytest.mark.parametrize("half", [{MASTERS: True}, {STATES: True}, {MASTERS: True, STATES: False}])
+def test_half_of_the_state_in_bf16_is_refused(half: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"must be equal; remove both and use --optimizer_state"):
+        merge_flags(zero3(bf16={"enabled": True, **half}), make_config(), 1)
+
+
+@pytest.mark.parametrize("kinds", [{"bf16": {"enabled": False}}, {"bf16": {}, "fp16": {"enabled": True}}])
+def test_bf16_state_needs_bf16_weights(kinds: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="--optimizer_state bf16: needs weights in bf16; enable bf16 in"):
+        merge_flags(zero3(**kinds), make_config({"optimizer_state": "bf16"}), 1)
+    merged = merge_flags(zero3(**kinds), make_config(), 1)
+    assert not has_bf16_state(merged.ds_config)
+
+
+def test_weights_on_the_host() -> None:
+    made = zero3({"pin_memory": True})
+    assert "offload_param" not in merge_flags(made, make_config(), 1).ds_config["zero_optimization"]
+    for section in (None, {"device": "auto"}):
+        made["zero_optimization"]["offload_param"] = section
+        merged = merge_flags(made, make_config({"offload_params": True}), 1)
+        assert merged.ds_config["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    for device in ("cpu", "nvme"):
+        offloaded = {"device": device, "pin_memory": False}
+        made["zero_optimization"]["offload_param"] = offloaded
+        merged = merge_flags(made, make_config(), 1)
+        assert merged.ds_config["zero_optimization"]["offload_param"] == offloaded
+        assert merged.config.offload.offload_params is True
+    made["zero_optimization"]["offload_param"] = {"device": "none"}
+    with pytest.raises(UserError, match="--offload_params True contradicts offload_param.device none"):
+        merge_flags(made, make_config({"offload_params": True}), 1)
 
 
 def test_a_batch_that_cannot_be_divided_among_the_ranks() -> None:

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,39 @@ def test_a_dry_run_prints_a_command_that_a_shell_reads_back(stand_in: Path) -> N
     assert words[:4] == ["deepspeed", "--num_gpus", "2", "--bind_cores_to_rank"]
     assert cli.parse(words[5:]).output.output_dir == "my output"
     assert not (stand_in.parent / "seen").exists()
+
+
+def allocator(stand_in: Path, **env: str) -> list[str]:
+    """Return what the launcher finds in the two variables of torch's allocator, "unset" if it finds none."""
+    program(stand_in / "deepspeed", 'echo "${PYTORCH_ALLOC_CONF-unset} ${PYTORCH_CUDA_ALLOC_CONF-unset}" > "$SEEN"')
+    assert call(script_of("llama-8b"), stand_in, "superoffload", **env).returncode == 0
+    return (stand_in.parent / "seen").read_text().splitlines()[0].split(" ")
+
+
+def test_the_allocator_gets_the_options_that_torch_knows(stand_in: Path) -> None:
+    library = stand_in.parent / "lib" / "libc10.so"
+    library.parent.mkdir()
+    program(stand_in / "python3", f"echo {stand_in.parent}/__init__.py")
+    library.write_bytes(b"\0expandable_segments\0")
+    assert allocator(stand_in) == ["expandable_segments:True"] * 2
+    library.write_bytes(b"\0expandable_segments\0pinned_max_round_threshold_mb\0")
+    both = "expandable_segments:True,pinned_max_round_threshold_mb:64"
+    assert allocator(stand_in) == [both] * 2
+    program(stand_in / "python3", "exit 1")  # no torch to be found
+    assert allocator(stand_in) == ["expandable_segments:True"] * 2
+
+
+def test_the_installed_torch_accepts_the_allocators_options(stand_in: Path) -> None:
+    options, _ = allocator(stand_in)
+    code = "import sys, torch; torch._C._accelerator_setAllocatorSettings(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, options], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize("value", ["backend:native", ""])
+def test_the_users_own_allocator_options_stay(name: str, value: str, stand_in: Path) -> None:
+    expected = [value, "unset"] if name == "PYTORCH_ALLOC_CONF" else ["unset", value]
+    assert allocator(stand_in, **{name: value}) == expected
 
 
 def test_nodes_reached_by_ssh(stand_in: Path) -> None:

@@ -18,7 +18,7 @@ from superoffload.config import Config
 from superoffload.log import logger
 from superoffload.protocols import Engine, Model, Tokenizer
 
-BYTES_PER_PARAMETER = 12  # fp32 master and the two moments; ZeRO-3's model states hold no weights
+BYTES_PER_PARAMETER = {"fp32": 12, "bf16": 6}  # master and the two moments; ZeRO-3's model states hold no weights
 SMALL_FILES_BYTES = 2**20  # model states, manifest, tokenizer
 
 
@@ -140,7 +140,8 @@ def _write_rank_files(
 ) -> tuple[dict[str, manifest.Entry], list[Exception]]:
     """Let every rank write its files through DeepSpeed (collective); return this rank's files and errors."""
     parameters = sum(parameter.ds_tensor.numel() for parameter in engine.module.parameters())  # type: ignore[attr-defined]
-    needs = distributed.all_gather_objects((platform.node(), parameters * BYTES_PER_PARAMETER))
+    size = parameters * BYTES_PER_PARAMETER[state["config"]["optimizer_state"]]
+    needs = distributed.all_gather_objects((platform.node(), size))
     needed = sum(size for node, size in needs if node == platform.node()) + SMALL_FILES_BYTES
     # Most errors show up before DeepSpeed's collectives begin; then no rank enters them.
     blocked = _attempt(lambda: _begin(folder, tag, needed))

@@ -212,12 +212,14 @@ class _TokenLosses(torch.autograd.Function):
             grads = logits.sub_(largest[:, None]).exp_().mul_((grad_losses / sums)[:, None])
             grads[rows, columns] -= grad_losses.where(inside, 0)
             grads = tiles.rounded(grads if slope is None else grads.mul_(slope), part)
+            del logits, slope  # their memory serves the product
             if grad_hidden is not None:
-                grad_hidden += _float32_product(grads, weight[part], exact=len(tiles.parts) > 1)
+                tiles.add_product(grad_hidden, grads, part)
             if grad_weight is not None:
                 torch.mm(grads.t(), hidden, out=grad_weight[part])
             if grad_bias is not None:
                 grad_bias[part] = grads.sum(dim=0, dtype=torch.float32)
+        del tiles, grads
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
@@ -233,10 +235,12 @@ class _Tiles:
         """Divide the vocabulary for `hidden` `[targets, width]`, into parts of about `tile` logits."""
         self._hidden, self._weight, self._bias = hidden, weight, bias
         size = min(max(MULTIPLE, tile // max(len(hidden), 1) // MULTIPLE * MULTIPLE), len(weight))
-        self.parts = [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+        self.parts = _slices(len(weight), size)
+        # A product with the weight takes at most as much memory as a tile.
+        self._rows = _slices(len(hidden), max(MULTIPLE, tile // weight.shape[1] // MULTIPLE * MULTIPLE))
         self._narrow = hidden.new_empty(len(hidden) * size)
         # CUDA's kernels can return float32 themselves, in new memory, which its allocator keeps for the next tile.
-        self._widens = hidden.is_cuda and hidden.dtype != torch.float32
+        self._widens = _widens(hidden)
         self._wide = self._narrow.new_empty(0 if self._widens else len(self._narrow), dtype=torch.float32)
 
     def _shaped(self, memory: torch.Tensor, part: slice) -> torch.Tensor:
@@ -257,6 +261,20 @@ class _Tiles:
         """Round float32 `[targets, part]` to the type of the hidden states; overwrites the last result."""
         return self._shaped(self._narrow, part).copy_(grads)
 
+    def add_product(self, total: torch.Tensor, grads: torch.Tensor, part: slice) -> None:
+        """Add the product of `grads` `[targets, part]` and the weight to float32 `[targets, width]`."""
+        for rows in self._rows:
+            total[rows] += _float32_product(grads[rows], self._weight[part], exact=len(self.parts) > 1)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _widens(tensor: torch.Tensor) -> bool:
+    """Return whether the device's matrix kernels can return float32 for this tensor; the CPU's cannot."""
+    return tensor.device.type != "cpu" and tensor.dtype != torch.float32
+
 
 def _columns(targets: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the column of each target in a part of the vocabulary, and whether it lies there; any column if not."""
@@ -272,7 +290,7 @@ def _float32_product(left: torch.Tensor, right: torch.Tensor, *, exact: bool) ->
     """
     if left.dtype == torch.float32:
         return torch.mm(left, right)
-    if left.is_cuda:
+    if _widens(left):
         return torch.mm(left, right, out_dtype=torch.float32)
     rounded = torch.mm(left, right)
     return rounded.float() + torch.addmm(rounded, left, right, beta=-1) if exact else rounded.float()

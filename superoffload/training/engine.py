@@ -7,7 +7,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from superoffload.config import TrainingSettings
-from superoffload.ds_config import BETAS, DsConfig
+from superoffload.ds_config import BETAS, DsConfig, has_bf16_state
 from superoffload.log import logger
 from superoffload.offload.install import installed
 from superoffload.offload.operators import compiled
@@ -20,7 +20,13 @@ def create(model: Model, ds_config: DsConfig, training: TrainingSettings, total_
     """Wrap the partitioned model in DeepSpeed's engine, with AdamW on the host and the schedule (collective)."""
     groups = parameter_groups(model, training.weight_decay)
     with compiled("cpu_adam"):
-        optimizer = DeepSpeedCPUAdam(groups, lr=training.lr, betas=BETAS, weight_decay=training.weight_decay)
+        optimizer = DeepSpeedCPUAdam(
+            groups,
+            lr=training.lr,
+            betas=BETAS,
+            weight_decay=training.weight_decay,
+            fp32_optimizer_states=not has_bf16_state(ds_config),
+        )
     warmup = schedule.warmup_steps(total_steps, training.warmup)
 
     def lr_scheduler(base: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

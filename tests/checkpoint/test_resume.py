@@ -260,6 +260,13 @@ def test_a_longer_run_is_the_same_run(
             find(tmp_path, **now)
 
 
+def test_another_optimizer_state_is_another_run(two: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="--optimizer_state: checkpoint has fp32, this run has bf16"):
+        find(two[0].parent, optimizer_state="bf16")
+    assert find(two[0].parent, optimizer_state="bf16", resume_anyway=True) is not None
+    assert find(two[0].parent, offload_params=True) is not None  # where the weights are changes no result
+
+
 def test_another_number_of_ranks_is_refused(two: tuple[Path, Path]) -> None:
     manifest = json.loads((two[1] / "manifest.json").read_text())
     (two[1] / "manifest.json").write_text(json.dumps({**manifest, "world_size": 2}))

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+from superoffload.ds_config import BF16_STATE_KEYS
 from superoffload.offload.install import installed
 
 WIDTH, LAYERS = 1024, 24
@@ -42,14 +43,19 @@ def shared_bytes(pid: int) -> int:
     return found
 
 
-def measure(super_offload: bool, steps: int = 3) -> dict[str, Any]:
-    """Return bytes per parameter: the arena's, and the growth of private memory on both sides."""
+def measure(
+    super_offload: bool, steps: int = 3, *, bf16_state: bool = False, offload_params: bool = False
+) -> dict[str, Any]:
+    """Return bytes per parameter: the arena's, and the growth of private memory on both sides.
+
+    `bf16_state` and `offload_params` are what --optimizer_state bf16 and --offload_params ask DeepSpeed for.
+    """
     torch.manual_seed(0)
     layers = [torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(LAYERS)]
     model = torch.nn.Sequential(*layers)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, **dict.fromkeys(BF16_STATE_KEYS, bf16_state)},
         "gradient_clipping": 1.0,
         "zero_optimization": {
             "stage": 3,
@@ -57,13 +63,13 @@ def measure(super_offload: bool, steps: int = 3) -> dict[str, Any]:
             "reduce_bucket_size": 2 * WIDTH * WIDTH,
             "overlap_comm": False,
             "offload_optimizer": {"device": "cpu", "super_offload": super_offload},
+            "offload_param": {"device": "cpu" if offload_params else "none"},
         },
     }
     before = private_bytes()
     with installed():
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=DeepSpeedCPUAdam(model.parameters(), lr=1e-5), config=config
-        )
+        adam = DeepSpeedCPUAdam(model.parameters(), lr=1e-5, fp32_optimizer_states=not bf16_state)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
     worker = engine.optimizer._service.process.pid if super_offload else 0
     private = []
     for _ in range(steps):

@@ -11,15 +11,16 @@ from tests.helpers.ranks import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
 TINY = SCRIPTS / "finetune_tiny_cpu.sh"
-# model, GPUs, max_length, sub-group, ratio, leaf module, attention: the values of upstream's scripts
+# model, GPUs, max_length, sub-group, ratio, leaf module, attention: the values of upstream's scripts, but for the ratio
+# of three, which is 0.9 there and does not fit (tests/test_device_budget.py)
 RECIPES = {
     "llama-8b": ("meta-llama/Llama-3.1-8B", 1, 4096, 4e8, 0.8, None, "auto"),
     "phi-4": ("microsoft/phi-4", 1, 4096, 4e8, 0.9, None, "auto"),
     "qwen3-14b": ("Qwen/Qwen3-14B", 1, 4096, 4e8, 0.9, None, "auto"),
-    "gpt-oss-20b": ("openai/gpt-oss-20b", 1, 8192, 8e8, 0.9, "GptOssExperts", "eager"),
+    "gpt-oss-20b": ("openai/gpt-oss-20b", 1, 8192, 8e8, 0.95, "GptOssExperts", "eager"),
     "qwen3-30b-a3b": ("Qwen/Qwen3-30B-A3B", 2, 4096, 4e8, 0.9, "Qwen3MoeSparseMoeBlock", "auto"),
-    "seed-oss-36b": ("ByteDance-Seed/Seed-OSS-36B-Instruct", 2, 4096, 4e8, 0.9, None, "auto"),
-    "llama-70b": ("meta-llama/Llama-3.3-70B-Instruct", 4, 4096, 4e8, 0.9, None, "auto"),
+    "seed-oss-36b": ("ByteDance-Seed/Seed-OSS-36B-Instruct", 2, 4096, 4e8, 0.92, None, "auto"),
+    "llama-70b": ("meta-llama/Llama-3.3-70B-Instruct", 4, 4096, 4e8, 0.92, None, "auto"),
 }
 
 

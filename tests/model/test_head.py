@@ -1,5 +1,6 @@
 """The loss: summed from logits, and computed tile by tile inside the output head."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,43 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(targets) * len(weight) == 300_000
     assert sizes.largest[torch.float32] <= 60_000
     assert sizes.largest[torch.bfloat16] == weight.numel()
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the memory of the tensors that operators return, for as long as they live."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        """Start with tensors that do not count."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in [result] if torch.is_tensor(result) else []:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
+        return result
+
+    def _end(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+def test_the_peak_for_a_model_of_8b_on_a_device() -> None:
+    """16,384 targets and the head of Llama 3.1 8B; the meta device takes the path of CUDA."""
+    hidden = torch.empty((16384, 4096), dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty((128256, 4096), dtype=torch.bfloat16, device="meta", requires_grad=True)
+    targets = torch.empty(16384, dtype=torch.int64, device="meta")
+    with LiveBytes(hidden, weight, targets) as live:
+        states = hidden.index_select(0, targets)
+        token_losses(states, weight, None, targets).sum().backward()  # type: ignore[no-untyped-call]
+    assert live.peak > weight.nbytes + states.nbytes  # the gradient of the weight, and the states of the targets
+    assert live.peak <= 1.5 * 2**30
 
 
 def test_a_tile_may_hold_nothing_but_minus_infinity() -> None:

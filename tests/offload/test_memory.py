@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,20 @@ def test_bytes_per_parameter() -> None:
     assert ours["trainer_private"] <= zero["trainer_private"] - 16.0 + 1.0
     # Scratch memory and libraries; a copy of the fp32 state would be at least 100 MiB.
     assert ours["worker_private_bytes"] < 200 * MIB
+
+
+def test_bf16_state_takes_ten_bytes_a_parameter() -> None:
+    (ours,) = run_ranks(1, measure_with_bf16_state, True)
+    (zero,) = run_ranks(1, measure_with_bf16_state, False)
+    assert ours["planned"] == pytest.approx(10.0, rel=0.01)
+    assert ours["arena"] == pytest.approx(10.0, rel=0.01)
+    assert ours["trainer_private"] <= zero["trainer_private"] - 8.0 + 1.0  # parameters, gradients and moments
+    (full,) = run_ranks(1, offload_memory.measure, False)
+    assert zero["trainer_private"] <= full["trainer_private"] - 8.0 + 1.0
+
+
+def measure_with_bf16_state(super_offload: bool) -> dict[str, Any]:
+    return offload_memory.measure(super_offload, bf16_state=True)
 
 
 def mount_works() -> bool:
