@@ -10,10 +10,12 @@ replace one module attribute while that function runs. Nothing stays patched aft
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -30,28 +32,6 @@ _log = getLogger(__name__)
 
 LOSS = "its checkpoints lack the Adam moments, clipping disables its overlap, a dead worker goes unnoticed for 60 s"
 """The disadvantages of DeepSpeed's own SuperOffload."""
-
-
-def reason_unsupported(ds_config: Mapping[str, Any], optimizer: Any = None) -> str | None:
-    """Return one line that says why this package cannot be used and what is lost; None if it can be used.
-
-    ds_config: DeepSpeed's configuration. optimizer: the argument of deepspeed.initialize; None if DeepSpeed builds
-    it from the configuration's `optimizer` section.
-    """
-    zero = ds_config.get("zero_optimization", {})
-    offload = zero.get("offload_optimizer") or {}
-    checks: tuple[tuple[bool, str], ...] = (
-        (zero.get("stage") != 3, f"ZeRO stage {zero.get('stage')} instead of 3"),
-        (not offload.get("super_offload", False), "super_offload is not set"),
-        (offload.get("device", "none") != "cpu", f"optimizer offload to {offload.get('device', 'none')}"),
-        ((zero.get("offload_param") or {}).get("device") == "nvme", "parameter offload to NVMe"),
-        (zero.get("zenflow") is not None, "ZenFlow"),
-        (bool(zero.get("elastic_checkpoint")), "elastic checkpoints"),
-        (bool(ds_config.get("compile", {}).get("deepcompile")), "DeepCompile"),
-        (_autocasts_to_fp16(ds_config), "torch_autocast in float16, whose GradScaler steps the optimizer"),
-    )
-    problem = next((why for holds, why in checks if holds), None)
-    return _line(problem or _optimizer_problem(ds_config, optimizer))
 
 
 @contextmanager
@@ -73,11 +53,12 @@ def installed(settings: OffloadSettings | None = None) -> Iterator[None]:
 
 def _builder(stock: Callable[..., Any], settings: OffloadSettings | None) -> Callable[..., Any]:
     def build(module: torch.nn.Module, init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        why = _line(_problem_of_arguments(init_optimizer, kwargs) or _environment_problem())
-        if why is None:
+        problem = _problem_of_arguments(init_optimizer, kwargs) or _environment_problem()
+        if problem is None:
             from .zero3.optimizer import SharedMemorySuperOffload  # only in a supported environment
 
             return SharedMemorySuperOffload(module, init_optimizer, *args, offload_settings=settings, **kwargs)
+        why = f"SuperOffload falls back to DeepSpeed's own class because of: {problem}; {LOSS}."
         if get_accelerator().device_name() == "cuda":
             _log.warning("%s", why)
             return stock(module, init_optimizer, *args, **kwargs)
@@ -87,45 +68,38 @@ def _builder(stock: Callable[..., Any], settings: OffloadSettings | None) -> Cal
     return build
 
 
-def _line(problem: str | None) -> str | None:
-    if problem is None:
-        return None
-    return f"SuperOffload falls back to DeepSpeed's own class because of: {problem}; {LOSS}."
-
-
 def _problem_of_arguments(optimizer: Any, kwargs: Mapping[str, Any]) -> str | None:
-    """Check the engine's arguments, which are final; the configuration may have been overridden."""
+    """Name what this package does not support among the engine's arguments, which are final; None if there is nothing.
+
+    DeepSpeed's configuration may have been overridden by them; it is read for what they do not hold.
+    """
     offload, param_offload = kwargs.get("offload_optimizer_config"), kwargs.get("offload_param_config")
-    if type(optimizer) is not DeepSpeedCPUAdam:
-        return f"optimizer {type(optimizer).__name__} instead of DeepSpeedCPUAdam"
-    if _device(offload) != "cpu":
-        return f"optimizer offload to {_device(offload)}"
-    if _device(param_offload) == "nvme":
-        return "parameter offload to NVMe"
-    if kwargs.get("zenflow_config") is not None:
-        return "ZenFlow"
-    if kwargs.get("elastic_checkpoint"):
-        return "elastic checkpoints"
-    return None
+    ds_config = _read(kwargs.get("ds_config"))
+    checks: tuple[tuple[bool, str], ...] = (
+        (type(optimizer) is not DeepSpeedCPUAdam, f"optimizer {type(optimizer).__name__} instead of DeepSpeedCPUAdam"),
+        (_device(offload) != "cpu", f"optimizer offload to {_device(offload)}"),
+        (_device(param_offload) == "nvme", "parameter offload to NVMe"),
+        (kwargs.get("zenflow_config") is not None, "ZenFlow"),
+        (bool(kwargs.get("elastic_checkpoint")), "elastic checkpoints"),
+        (bool((ds_config.get("compile") or {}).get("deepcompile")), "DeepCompile"),
+        (_autocasts_to_fp16(ds_config), "torch_autocast in float16, whose GradScaler steps the optimizer"),
+    )
+    return next((why for holds, why in checks if holds), None)
+
+
+def _read(ds_config: Any) -> Mapping[str, Any]:
+    """Return the configuration that was given to deepspeed.initialize: a dict, or the path of a JSON file."""
+    if isinstance(ds_config, Mapping):
+        return ds_config
+    if isinstance(ds_config, (str, os.PathLike)):
+        found: Mapping[str, Any] = json.loads(Path(ds_config).read_text(encoding="utf-8"))
+        return found
+    return {}
 
 
 def _device(config: Any) -> str:
     device = getattr(config, "device", None)
     return str(getattr(device, "value", device))
-
-
-def _optimizer_problem(ds_config: Mapping[str, Any], optimizer: Any) -> str | None:
-    if optimizer is not None:
-        if type(optimizer) is not DeepSpeedCPUAdam:
-            return f"optimizer {type(optimizer).__name__} instead of DeepSpeedCPUAdam"
-        return _environment_problem()
-    section = ds_config.get("optimizer") or {}
-    name = str(section.get("type", "none")).lower()
-    if name not in ("adam", "adamw"):
-        return f"optimizer {section.get('type')} instead of Adam or AdamW"
-    if section.get("params", {}).get("torch_adam"):
-        return "torch_adam"
-    return _environment_problem()
 
 
 def _autocasts_to_fp16(ds_config: Mapping[str, Any]) -> bool:

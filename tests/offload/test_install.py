@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -12,65 +13,83 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.superoffload import superoffload_stage3
 
-from superoffload.offload.install import installed, reason_unsupported
+from superoffload.offload import install
+from superoffload.offload.install import installed
 from superoffload.offload.zero3 import contract
 
-CONFIG: dict[str, Any] = {
-    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
-}
+ARGUMENTS: dict[str, Any] = {"offload_optimizer_config": SimpleNamespace(device="cpu"), "ds_config": {}}
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    config = copy.deepcopy(CONFIG)
-    *parents, last = path.split(".")
-    section = config
-    for name in parents:
-        section = section.setdefault(name, {})
-    section[last] = value
-    return config
+@pytest.fixture
+def adam() -> DeepSpeedCPUAdam:
+    return DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
 
 
-def test_a_fitting_configuration_has_no_reason() -> None:
-    assert reason_unsupported(CONFIG) is None
-    adam = DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
-    assert reason_unsupported(CONFIG, adam) is None
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record which class is built, instead of building it."""
+    from superoffload.offload.zero3 import optimizer
+
+    names: list[str] = []
+    monkeypatch.setattr(optimizer, "SharedMemorySuperOffload", lambda *a, **k: names.append("ours"))
+    monkeypatch.setattr(install, "DeepSpeedZeroOptimizer_Stage3", lambda *a, **k: names.append("ZeRO-Offload"))
+    return names
 
 
-@pytest.mark.unit
+def build(optimizer: Any, **arguments: Any) -> None:
+    """Do what DeepSpeed's engine does."""
+    with installed():
+        superoffload_stage3.SuperOffloadOptimizer_Stage3(None, optimizer, {}, **{**ARGUMENTS, **arguments})
+
+
+def test_it_is_used_if_nothing_stands_against_it(built: list[str], adam: DeepSpeedCPUAdam, tmp_path: Path) -> None:
+    build(adam)
+    build(adam, ds_config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "compile": {"deepcompile": False}})
+    (tmp_path / "ds.json").write_text("{}")
+    build(adam, ds_config=str(tmp_path / "ds.json"))
+    assert built == ["ours"] * 3
+
+
 @pytest.mark.parametrize(
-    ("path", "value", "words"),
+    ("name", "value", "words"),
     [
-        ("zero_optimization.stage", 2, "ZeRO stage 2"),
-        ("zero_optimization.offload_optimizer.super_offload", False, "super_offload is not set"),
-        ("zero_optimization.offload_optimizer.device", "nvme", "offload to nvme"),
-        ("zero_optimization.offload_param.device", "nvme", "NVMe"),
-        ("zero_optimization.zenflow", {}, "ZenFlow"),
-        ("zero_optimization.elastic_checkpoint", True, "elastic"),
-        ("compile.deepcompile", True, "DeepCompile"),
-        ("torch_autocast", {"enabled": True, "dtype": "float16"}, "GradScaler"),
-        ("optimizer.type", "Lion", "Lion"),
-        ("optimizer.params.torch_adam", True, "torch_adam"),
+        ("offload_optimizer_config", SimpleNamespace(device="nvme"), "optimizer offload to nvme"),
+        ("offload_param_config", SimpleNamespace(device="nvme"), "NVMe"),
+        ("zenflow_config", {}, "ZenFlow"),
+        ("elastic_checkpoint", True, "elastic"),
+        ("ds_config", {"compile": {"deepcompile": True}}, "DeepCompile"),
+        ("ds_config", {"torch_autocast": {"enabled": True, "dtype": "float16"}}, "GradScaler"),
+        ("ds_config", {"torch_autocast": {"enabled": True, "dtype": "torch.half"}}, "GradScaler"),
     ],
 )
-def test_the_reason_names_what_is_unsupported(path: str, value: Any, words: str) -> None:
-    reason = reason_unsupported(changed(path, value))
-    assert reason is not None and words in reason and "Adam moments" in reason and "\n" not in reason
+def test_what_is_unsupported_is_named_and_not_used(
+    name: str, value: Any, words: str, built: list[str], adam: DeepSpeedCPUAdam, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        build(adam, **{name: value})
+    assert built == ["ZeRO-Offload"]
+    (line,) = caplog.messages
+    assert words in line and "Adam moments" in line and "plain ZeRO-Offload is used" in line and "\n" not in line
 
 
 @pytest.mark.unit
-def test_another_optimizer_is_a_reason() -> None:
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    assert "SGD" in (reason_unsupported(CONFIG, sgd) or "")
+def test_another_optimizer_is_not_used(built: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    assert built == ["ZeRO-Offload"] and "SGD" in caplog.text
 
 
-def test_another_deepspeed_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_deepspeed_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, built: list[str], adam: DeepSpeedCPUAdam, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(deepspeed, "__version__", "0.19.5")
-    assert "older than 0.19.8" in (reason_unsupported(CONFIG) or "")
+    build(adam)
     monkeypatch.setattr(deepspeed, "__version__", "0.20.1+abc")
-    assert reason_unsupported(CONFIG) is None
+    build(adam)
     monkeypatch.setattr(contract, "INHERITED", ("no_such_name",))
-    assert "no_such_name is missing" in (reason_unsupported(CONFIG) or "")
+    build(adam)
+    assert built == ["ZeRO-Offload", "ours", "ZeRO-Offload"]
+    assert "older than 0.19.8" in caplog.text and "no_such_name is missing" in caplog.text
 
 
 @pytest.mark.unit
@@ -84,19 +103,3 @@ def test_nothing_stays_patched() -> None:
     with pytest.raises(ValueError, match="inside"), installed():
         raise ValueError("inside")
     assert superoffload_stage3.SuperOffloadOptimizer_Stage3 is stock
-
-
-@pytest.mark.unit
-def test_an_unsuitable_optimizer_falls_back_with_one_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from superoffload.offload import install
-
-    built: list[Any] = []
-    monkeypatch.setattr(install, "DeepSpeedZeroOptimizer_Stage3", lambda *a, **k: built.append(a))
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    with installed(), caplog.at_level(logging.WARNING):
-        superoffload_stage3.SuperOffloadOptimizer_Stage3(None, sgd, {}, None, {})
-    (record,) = caplog.records
-    assert "SGD" in record.getMessage() and "plain ZeRO-Offload" in record.getMessage()
-    assert len(built) == 1
