@@ -14,8 +14,8 @@ from superoffload.errors import UserError
 def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
     """Declare a setting: its help, its default, and its limits.
 
-    `limits` may hold `minimum` and `maximum` (inclusive), `above` (exclusive), `choices` (a tuple), `several`
-    (the flag takes one or more values) and `shapes_run` (changing it makes a different run, which does not
+    `limits` may hold `minimum` and `maximum` (inclusive), `above` and `below` (exclusive), `choices` (a tuple),
+    `several` (the flag takes one or more values) and `shapes_run` (changing it makes a different run, which does not
     resume from the checkpoint). A setting without a default is a required flag.
     """
     metadata = {"help": help_text, **limits}
@@ -28,7 +28,7 @@ def allowed(spec: Field[Any]) -> str:
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
     low = f"{limits['above']} < " if "above" in limits else f"{limits['minimum']} <= " if "minimum" in limits else ""
-    high = f" <= {limits['maximum']}" if "maximum" in limits else ""
+    high = f" <= {limits['maximum']}" if "maximum" in limits else f" < {limits['below']}" if "below" in limits else ""
     return f"{low}value{high}" if low or high else ""
 
 
@@ -37,7 +37,8 @@ def settings_of(group: Any) -> tuple[Field[Any], ...]:
     return fields(group)
 
 
-def _accepts(spec: Field[Any], value: Any) -> bool:
+def accepts(spec: Field[Any], value: Any) -> bool:
+    """Return whether a value is within the limits of a setting; None always is."""
     limits = spec.metadata
     if value is None:
         return True
@@ -48,6 +49,7 @@ def _accepts(spec: Field[Any], value: Any) -> bool:
         or ("above" in limits and value <= limits["above"])
         or ("minimum" in limits and value < limits["minimum"])
         or ("maximum" in limits and value > limits["maximum"])
+        or ("below" in limits and value >= limits["below"])
     )
 
 
@@ -71,7 +73,7 @@ class Settings:
         """Raise `UserError` for the first value outside its limits."""
         for spec in settings_of(self):
             value = getattr(self, spec.name)
-            if not _accepts(spec, value):
+            if not accepts(spec, value):
                 raise UserError(f"--{spec.name} {value}: must be {allowed(spec)}")
 
 
@@ -190,6 +192,9 @@ class TrainingSettings(Settings):
     weight_decay: float = setting(
         "Decoupled weight decay; not applied to norms and biases.", 0.01, minimum=0, maximum=1, shapes_run=True
     )
+    adam_beta1: float = setting("Decay of Adam's first moment.", 0.9, minimum=0, below=1, shapes_run=True)
+    adam_beta2: float = setting("Decay of Adam's second moment.", 0.999, minimum=0, below=1, shapes_run=True)
+    adam_epsilon: float = setting("Added to the root of Adam's second moment.", 1e-8, above=0, shapes_run=True)
     max_grad_norm: float = setting("Clip the gradient norm to this; 0: no clipping.", 1.0, minimum=0, shapes_run=True)
     seed: int = setting(
         "Seed of the data order and of all random numbers.",

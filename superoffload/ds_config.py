@@ -17,7 +17,7 @@ from superoffload.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-BETAS = (0.9, 0.999)
+DEEPSPEED_SUB_GROUP_SIZE = 1_000_000_000
 BF16_STATE_KEYS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 
 DsConfig = dict[str, Any]
@@ -53,42 +53,12 @@ def read_ds_config(config: Config) -> DsConfig:
         ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {name}: not JSON ({error})") from error
-    _check(ds_config, name)
-    return dict(ds_config)
+    from superoffload import ds_schema  # pydantic takes time to import, which --help need not wait for
 
-
-def _check(ds_config: Any, name: str) -> None:
-    """Raise `UserError` if this program cannot train with the JSON."""
-    zero = ds_config.get("zero_optimization") if isinstance(ds_config, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") != 3:
-        stage = zero.get("stage") if isinstance(zero, dict) else None
-        raise UserError(f"--deepspeed_config {name}: zero_optimization.stage is {stage}, must be 3")
-    offload = zero.get("offload_optimizer")
-    device = offload.get("device") if isinstance(offload, dict) else None
-    if device not in ("cpu", "nvme"):
-        raise UserError(
-            f"--deepspeed_config {name}: zero_optimization.offload_optimizer.device is {device}, must be cpu or nvme"
-        )
+    ds_schema.check(ds_config, name)
     if all(_enabled(ds_config, kind) for kind in ("bf16", "fp16")):
         raise UserError(f"--deepspeed_config {name}: bf16 and fp16 are both enabled; enable only one")
-    optimizer = ds_config.get("optimizer", {})
-    betas = optimizer.get("params", {}).get("betas", "auto")
-    if optimizer.get("type", "AdamW") not in ("Adam", "AdamW") or (betas != "auto" and tuple(betas) != BETAS):
-        raise UserError(
-            f"--deepspeed_config {name}: the optimizer must be AdamW with betas {BETAS}, the file has "
-            f"{optimizer.get('type')} with {betas}; remove its optimizer section"
-        )
-    schedule = ds_config.get("scheduler", {})
-    if schedule.get("type", "WarmupLR") not in SCHEDULES:
-        raise UserError(
-            f"--deepspeed_config {name}: scheduler {schedule['type']} is not one of "
-            f"{', '.join(SCHEDULES)}; remove the section and use --lr_scheduler"
-        )
-    if schedule.get("params", {}).get("warmup_num_steps", "auto") != "auto":
-        raise UserError(
-            f"--deepspeed_config {name}: scheduler.params.warmup_num_steps is set; "
-            'set it to "auto" and use --warmup, a fraction of the steps'
-        )
+    return dict(ds_config)
 
 
 def _enabled(ds_config: DsConfig, kind: str) -> bool:
@@ -102,6 +72,7 @@ class _FlagResolver:
 
     def __init__(self, config: Config, name: str) -> None:
         self.values = settings.flat(config)
+        self._specs = {spec.name: spec for group in settings.GROUPS.values() for spec in settings.settings_of(group)}
         self.explicit = config.explicit
         self.name = name
         self.notes: list[str] = []
@@ -110,8 +81,9 @@ class _FlagResolver:
         """Return the resolved value of `flag`; `found` is the JSON's value of `key`, None if it has none."""
         if found in (None, "auto"):
             return self.values[flag]
-        if isinstance(self.values[flag], (int, float)) and not isinstance(found, (int, float)):
-            raise UserError(f'--deepspeed_config {self.name}: {key} is {found!r}, not a number or "auto"')
+        if not settings.accepts(self._specs[flag], found):
+            allowed = settings.allowed(self._specs[flag])
+            raise UserError(f"--deepspeed_config {self.name}: {key} is {found}, must be {allowed}")
         if found != self.values[flag] and flag in self.explicit:
             raise UserError(
                 f"--{flag} {self.values[flag]} contradicts {key} {found} in {self.name}; "
@@ -166,14 +138,11 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
     offload = zero["offload_optimizer"]
 
     flags.resolve_batch(merged, world_size)
-    flags.resolve("lr", "optimizer.params.lr", optimizer.get("lr"))
-    flags.resolve("lr", "scheduler.params.warmup_max_lr", schedule.get("params", {}).get("warmup_max_lr"))
-    flags.resolve("weight_decay", "optimizer.params.weight_decay", optimizer.get("weight_decay"))
+    _resolve_optimizer(flags, optimizer, schedule.get("params", {}))
     flags.resolve("lr_scheduler", "scheduler.type", SCHEDULES.get(schedule.get("type", "")))
 
     merged["gradient_clipping"] = flags.resolve("max_grad_norm", "gradient_clipping", merged.get("gradient_clipping"))
-    sub_group = flags.resolve("sub_group_size", "zero_optimization.sub_group_size", zero.get("sub_group_size"))
-    zero["sub_group_size"] = sub_group
+    zero["sub_group_size"] = sub_group = _resolve_sub_group_size(flags, zero.get("sub_group_size"))
     if zero.get("reduce_bucket_size") in (None, "auto"):
         zero["reduce_bucket_size"] = sub_group
     offload["ratio"] = flags.resolve("offload_ratio", "offload_optimizer.ratio", offload.get("ratio"))
@@ -189,6 +158,33 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
         if kind in merged:
             merged[kind]["enabled"] = _enabled(merged, kind)
     return Merged(ds_config=_without_auto(merged), config=final, notes=tuple(flags.notes))
+
+
+def _resolve_optimizer(flags: _FlagResolver, optimizer: DsConfig, schedule: DsConfig) -> None:
+    """Resolve what Adam takes, from the parameters of both sections."""
+    lr, peak = (values.get(key, "auto") for values, key in ((optimizer, "lr"), (schedule, "warmup_max_lr")))
+    if "auto" not in (lr, peak) and lr != peak:
+        raise UserError(
+            f"--deepspeed_config {flags.name}: optimizer.params.lr is {lr}, but scheduler.params.warmup_max_lr {peak}; "
+            'remove one, or set it to "auto"'
+        )
+    flags.resolve("lr", "optimizer.params.lr", lr)
+    flags.resolve("lr", "scheduler.params.warmup_max_lr", peak)
+    flags.resolve("weight_decay", "optimizer.params.weight_decay", optimizer.get("weight_decay"))
+    flags.resolve("adam_epsilon", "optimizer.params.eps", optimizer.get("eps"))
+    betas = optimizer.get("betas", "auto")
+    for index, beta in enumerate([] if betas == "auto" else betas):
+        flags.resolve(f"adam_beta{index + 1}", f"optimizer.params.betas[{index}]", beta)
+
+
+def _resolve_sub_group_size(flags: _FlagResolver, found: Any) -> int:
+    """Resolve the size of a sub-group; 0, which some files have, means DeepSpeed's default."""
+    if found == 0 and "sub_group_size" not in flags.explicit:
+        flags.notes.append(
+            f"zero_optimization.sub_group_size is 0 in {flags.name}: DeepSpeed's default of 1e9 is used instead"
+        )
+        flags.values["sub_group_size"] = DEEPSPEED_SUB_GROUP_SIZE
+    return int(flags.resolve("sub_group_size", "zero_optimization.sub_group_size", found or None))
 
 
 def _resolve_optimizer_state(flags: _FlagResolver, merged: DsConfig) -> None:

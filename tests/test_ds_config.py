@@ -80,12 +80,14 @@ def test_files_of_upstream_decide(ranks: int) -> None:
 
 def test_the_file_overrides_a_default() -> None:
     made = zero3(gradient_clipping=0.3, train_micro_batch_size_per_gpu=5, gradient_accumulation_steps=7)
-    made["optimizer"] = {"type": "AdamW", "params": {"lr": 3e-4, "weight_decay": 0.1, "betas": [0.9, 0.999]}}
+    adam = {"lr": 3e-4, "weight_decay": 0.1, "betas": [0.8, 0.95], "eps": 1e-6}
+    made["optimizer"] = {"type": "AdamW", "params": adam}
     made["scheduler"] = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto"}}
     merged = merge_flags(made, make_config(), 1)
     training = merged.config.training
     assert (training.max_grad_norm, training.batch_size, training.gradient_accumulation_steps) == (0.3, 5, 7)
     assert (training.lr, training.weight_decay, training.lr_scheduler) == (3e-4, 0.1, "linear")
+    assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.8, 0.95, 1e-6)
     assert "optimizer" not in merged.ds_config
     assert "scheduler" not in merged.ds_config
 
@@ -106,7 +108,17 @@ def test_equal_values_are_accepted_and_the_input_is_unchanged() -> None:
         ({"train_batch_size": 9}, {"batch_size": 2}, "--batch_size 2 contradicts train_batch_size 9"),
         ({"optimizer": {"params": {"lr": 1e-3}}}, {"lr": 1e-5}, "--lr 1e-05 contradicts optimizer.params.lr 0.001"),
         ({"scheduler": {"type": "WarmupLR"}}, {"lr_scheduler": "cosine"}, "--lr_scheduler cosine contradicts"),
-        ({"gradient_clipping": "big"}, {}, "gradient_clipping is 'big', not a number"),
+        ({"gradient_clipping": -1}, {}, "gradient_clipping is -1, must be 0 <= value"),
+        (
+            {"optimizer": {"params": {"betas": [0.9, 1]}}},
+            {},
+            "optimizer.params.betas[1] is 1, must be 0 <= value < 1",
+        ),
+        (
+            {"optimizer": {"params": {"lr": 1e-3}}, "scheduler": {"params": {"warmup_max_lr": 1e-4}}},
+            {},
+            "optimizer.params.lr is 0.001, but scheduler.params.warmup_max_lr 0.0001; remove one",
+        ),
     ],
 )
 def test_a_contradiction_names_both(top: dict[str, Any], flags: dict[str, Any], words: str) -> None:
@@ -179,9 +191,24 @@ def test_a_batch_that_cannot_be_divided_among_the_ranks() -> None:
     ("text", "words"),
     [
         ("{", "not JSON"),
-        ("[]", "stage is None, must be 3"),
-        (json.dumps({"zero_optimization": {"stage": 2}}), "stage is 2, must be 3"),
-        (json.dumps({"zero_optimization": {"stage": 3}}), "offload_optimizer.device is None"),
+        ("[]", "the file is [], must be an object in braces"),
+        ("{}", "zero_optimization is missing"),
+        (json.dumps({"zero_optimization": {"stage": 2}}), "zero_optimization.stage is 2, must be 3"),
+        (json.dumps({"zero_optimization": {"stage": 3}}), "zero_optimization.offload_optimizer is missing"),
+        (json.dumps(zero3({"device": "none"})), "offload_optimizer.device is \"none\", must be 'cpu' or 'nvme'"),
+        (json.dumps(zero3(bf16=True)), "bf16 is true, must be an object in braces"),
+        (json.dumps(zero3(optimizer=None)), "optimizer is null, must be an object in braces"),
+        (json.dumps(zero3(scheduler=[1])), "scheduler is [1], must be an object in braces"),
+        (json.dumps(zero3(bf16={"enabled": 1})), 'bf16.enabled is 1, must be true, false or "auto"'),
+        (json.dumps(zero3(train_batch_size="8")), 'train_batch_size is "8", must be a whole number or "auto"'),
+        (json.dumps(zero3(gradient_accumulation_steps=2.5)), "gradient_accumulation_steps is 2.5, must be a whole"),
+        (json.dumps(zero3(gradient_clipping="big")), 'gradient_clipping is "big", must be a number or "auto"'),
+        (json.dumps(zero3(optimizer={"params": {"adam_w_mode": False}})), "adam_w_mode is false, must be True or"),
+        (json.dumps(zero3(optimizer={"params": {"bias_correction": False}})), "bias_correction is false, must be True"),
+        (json.dumps(zero3(optimizer={"params": {"momentum": 0.9}})), "params.momentum is not followed by this program"),
+        (json.dumps(zero3(optimizer={"params": {"betas": 0.9}})), "betas is 0.9, must be two numbers in brackets"),
+        (json.dumps(zero3(scheduler={"params": {"warmup_min_lr": 1e-6}})), "warmup_min_lr is 1e-06, must be 0 or"),
+        (json.dumps(zero3(scheduler={"params": {"total_num_steps": 9}})), 'total_num_steps is 9, must be "auto"'),
         (json.dumps(zero3(fp16={"enabled": True})), "bf16 and fp16 are both enabled"),
         (json.dumps(zero3(optimizer={"type": "Lion"})), "Lion"),
         (json.dumps(zero3(scheduler={"type": "OneCycle"})), "OneCycle"),
@@ -193,6 +220,17 @@ def test_the_error_says_why_a_file_cannot_be_used(tmp_path: Path, text: str, wor
         read(tmp_path, text)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_sub_group_size_of_0_is_deepspeeds_default() -> None:
+    made = zero3()
+    made["zero_optimization"]["sub_group_size"] = 0
+    merged = merge_flags(made, make_config(), 1)
+    assert merged.ds_config["zero_optimization"]["sub_group_size"] == 1_000_000_000
+    (note,) = merged.notes
+    assert note.startswith("zero_optimization.sub_group_size is 0 in configs/superoffload.json: DeepSpeed's default of")
+    flag = merge_flags(made, make_config({"sub_group_size": 5000}), 1)
+    assert flag.ds_config["zero_optimization"]["sub_group_size"] == 5000
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -22,7 +22,21 @@ Row = Sequence[set[str]]
 # From bottom to top: a module may import its own room and the rows listed before it.
 ROWS: list[Row] = [
     [{"offload"}],
-    [{"__init__", "errors", "protocols", "config", "cli", "ds_config", "log", "hub", "launcher", "distributed"}],
+    [
+        {
+            "__init__",
+            "errors",
+            "protocols",
+            "config",
+            "cli",
+            "ds_config",
+            "ds_schema",
+            "log",
+            "hub",
+            "launcher",
+            "distributed",
+        }
+    ],
     [{"data"}],
     [{"model"}, {"checkpoint"}],
     [{"export"}],

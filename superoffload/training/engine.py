@@ -7,7 +7,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from superoffload.config import TrainingSettings
-from superoffload.ds_config import BETAS, DsConfig, has_bf16_state
+from superoffload.ds_config import DsConfig, has_bf16_state
 from superoffload.log import logger
 from superoffload.offload.install import installed
 from superoffload.offload.operators import compiled
@@ -23,7 +23,8 @@ def create(model: Model, ds_config: DsConfig, training: TrainingSettings, total_
         optimizer = DeepSpeedCPUAdam(
             groups,
             lr=training.lr,
-            betas=BETAS,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
             weight_decay=training.weight_decay,
             fp32_optimizer_states=not has_bf16_state(ds_config),
         )

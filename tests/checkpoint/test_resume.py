@@ -284,11 +284,11 @@ def test_a_checkpoint_can_be_moved(two: tuple[Path, Path], tmp_path: Path) -> No
 def resume_with_new_values(model: str, out: str, mode: str) -> dict[str, Any]:
     """Train two steps and save; resume with other values, and return what the next steps use. Runs on a rank."""
     from superoffload.checkpoint import save
-    from tests.helpers.runs import make_engine
+    from tests.helpers.runs import make_engine, random_steps
 
     common = {"resume": "auto", "resume_anyway": True, "deepspeed_config": str(REPOSITORY / f"configs/{mode}.json")}
     first, tokenizer, chosen = make_engine(model, out, lr=1e-3, weight_decay=0.01, **common)
-    take_steps(first, 2)
+    random_steps(first, 2)
     assert save.save(first, tokenizer, chosen, {"step": 2, "epoch": 0}, {}) is not None
     first.destroy()  # type: ignore[attr-defined]
     values = {"lr": 4e-3, "weight_decay": 0.1, "lr_scheduler": "linear", "warmup": 0.5, **common}
@@ -304,19 +304,12 @@ def resume_with_new_values(model: str, out: str, mode: str) -> dict[str, Any]:
     ]
     rates = [list(engine.get_lr())]
     for _ in range(2):
-        take_steps(engine, 1)
+        random_steps(engine, 1)
         rates.append(list(engine.get_lr()))
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
     engine.destroy()  # type: ignore[attr-defined]
     return {"rates": rates, "decays": decays, "steps": steps, "mapped": set(mapped)}
-
-
-def take_steps(engine: Any, count: int) -> None:
-    for seed in range(count):
-        ids = torch.randint(5, 100, (1, 16), generator=torch.Generator().manual_seed(seed))
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        engine.step()
 
 
 @pytest.mark.parametrize("mode", ["superoffload", "zerooffload"])

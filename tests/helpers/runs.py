@@ -43,6 +43,20 @@ def make_engine(model: str, output_dir: str, **values: Any) -> tuple[Engine, Tok
     return wrapped, load_tokenizer(model), merged.config
 
 
+def random_steps(engine: Engine, count: int) -> list[float]:
+    """Take steps on random tokens, the same for each engine; return their losses (collective)."""
+    import torch
+
+    losses = []
+    for seed in range(count):
+        ids = torch.randint(5, 100, (1, 16), generator=torch.Generator().manual_seed(seed))
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return losses
+
+
 def make_checkpoint(out: Path, step: int, saved_at: float, **values: Any) -> Path:
     """Write what looks like a complete checkpoint of one rank: one file of random bytes and its manifest."""
     folder = out / f"global_step{step}"
