@@ -192,10 +192,7 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
 
 
 def _resolve_optimizer_state(flags: _FlagResolver, merged: DsConfig) -> None:
-    """Resolve `--optimizer_state`, which DeepSpeed's JSON has as two switches.
-
-    They are set only if they are on: versions of DeepSpeed that do not have them reject them.
-    """
+    """Resolve `--optimizer_state`, which DeepSpeed's JSON has as two switches, both off by default."""
     bf16 = merged.get("bf16", {})
     found = [bf16.get(key, "auto") for key in BF16_STATE_KEYS]
     if True in found and found != [True, True]:
