@@ -206,6 +206,10 @@ def _resolve_optimizer_state(flags: _FlagResolver, merged: DsConfig) -> None:
         raise UserError(f"--optimizer_state bf16: needs weights in bf16; enable bf16 in {flags.name}")
     if state == "bf16":
         bf16.update(dict.fromkeys(BF16_STATE_KEYS, True))
+        flags.notes.append(
+            f"--optimizer_state bf16: updates below 1/512 of their weight are lost, at --lr {flags.values['lr']:g} "
+            "perhaps most of them; compare the loss with that of fp32 (docs/memory.md)"
+        )
 
 
 def _resolve_offload_params(flags: _FlagResolver, zero: DsConfig) -> None:
