@@ -231,7 +231,9 @@ class OffloadSettings(Settings):
         choices=("fp32", "bf16"),
         shapes_run=True,
     )
-    offload_params: bool = setting("Keep the bf16 weights on the host too; layers are copied when they run.", False)
+    offload_params: bool = setting(
+        "Keep the weights on the host too; each layer is copied to the device when it runs.", False
+    )
     sub_group_size: int = setting(
         "Parameters per sub-group of the optimizer, and elements per reduce bucket.", 400_000_000, minimum=1
     )

@@ -188,7 +188,7 @@ def _resolve_sub_group_size(flags: _FlagResolver, found: Any) -> int:
 
 
 def _resolve_optimizer_state(flags: _FlagResolver, merged: DsConfig) -> None:
-    """Resolve `--optimizer_state`, which DeepSpeed's JSON has as two switches, and set both."""
+    """Resolve `--optimizer_state`, which DeepSpeed's JSON has as two switches, both off by default."""
     bf16 = merged.get("bf16", {})
     found = [bf16.get(key, "auto") for key in BF16_STATE_KEYS]
     if True in found and found != [True, True]:
@@ -200,8 +200,12 @@ def _resolve_optimizer_state(flags: _FlagResolver, merged: DsConfig) -> None:
     state = flags.resolve("optimizer_state", f"bf16.{BF16_STATE_KEYS[1]}, which means", known)
     if state == "bf16" and not _enabled(merged, "bf16"):
         raise UserError(f"--optimizer_state bf16: needs weights in bf16; enable bf16 in {flags.name}")
-    if "bf16" in merged:
-        bf16.update(dict.fromkeys(BF16_STATE_KEYS, state == "bf16"))
+    if state == "bf16":
+        bf16.update(dict.fromkeys(BF16_STATE_KEYS, True))
+        flags.notes.append(
+            f"--optimizer_state bf16: updates below 1/512 of their weight are lost, at --lr {flags.values['lr']:g} "
+            "perhaps most of them; compare the loss with that of fp32 (docs/memory.md)"
+        )
 
 
 def _resolve_offload_params(flags: _FlagResolver, zero: DsConfig) -> None:

@@ -2,25 +2,29 @@
 
     python tests/benchmarks/memory_options.py --data alpaca_en_demo.json
 
-Loss and time come from the program under its launcher, with random Llamas; the runs that are compared take turns, so
-that a change in the machine's load affects all of them. Memory is measured by tests/helpers/offload_memory.py. Writes
-memory_options.md and memory_options.json after every part.
+Losses come from the program under its launcher, step times from its engines in processes that take turns of a few
+steps, so that a change in the machine's load affects all of them, and memory from tests/helpers/offload_memory.py.
+Writes memory_options.md and memory_options.json after every part.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.helpers.ranks import REPOSITORY, launch, run_ranks
+from tests.benchmarks.offload_speed import STEADY_ALLOCATOR
+from tests.helpers.ranks import REPOSITORY, free_port, launch, rank_environment, run_ranks
 
 MODES = ("superoffload", "zerooffload")
 PARTS = ("memory", "losses", "times")
@@ -34,6 +38,7 @@ SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "
 LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
 VOCABULARY = 2048
 MAX_LENGTH = 512
+STEP_LENGTH, STEPS_PER_TURN = 128, 3  # for step times
 
 
 def write_model(folder: Path, data: Path, shape: dict[str, int]) -> None:
@@ -112,18 +117,60 @@ def share_changed(before: Path, after: Path) -> float:
     return changed / sum(tensor.numel() for tensor in left.values())
 
 
+def serve(connection: Connection, model: str, output: str, values: dict[str, Any]) -> None:
+    """Build an engine of the program; take as many steps as asked for and return their times, until asked for none."""
+    import torch
+
+    from superoffload import distributed
+    from tests.helpers.runs import make_engine
+
+    distributed.init()
+    engine: Any = make_engine(model, output, **values)[0]
+    connection.send("ready")
+    generator = torch.Generator().manual_seed(1)
+    while count := connection.recv():
+        taken = []
+        for _ in range(count):
+            start = time.perf_counter()
+            tokens = torch.randint(VOCABULARY, (1, STEP_LENGTH), generator=generator)
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+            taken.append(time.perf_counter() - start)
+        connection.send(taken)
+    engine.destroy()
+
+
 def times(work: Path, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Return the median step times of each round, in seconds, by mode and options."""
     write_model(work / "large", options.data, LARGE)
+    context = multiprocessing.get_context("spawn")
+    running: dict[tuple[str, str], tuple[Any, Connection]] = {}
+    for mode in MODES:
+        for name, flags in OPTIONS.items():
+            values = {"deepspeed_config": f"configs/{mode}.json", "offload_params": "--offload_params" in flags}
+            values["optimizer_state"] = "bf16" if "bf16" in flags else "fp32"
+            os.environ |= {**rank_environment(0, 1, free_port()), **STEADY_ALLOCATOR}
+            os.environ["OMP_NUM_THREADS"] = str(options.threads)
+            ours, theirs = context.Pipe()
+            arguments = (theirs, str(work / "large"), str(work / "none"), values)
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            running[mode, name] = process, ours
+            ours.recv()  # one after another, because the ports are taken when they start
     found: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in OPTIONS} for mode in MODES}
-    flags = ("--batch_size", "1", "--bench_steps", str(options.bench_steps), "--warmup_steps", "4", "--no_packing")
-    for number in range(options.rounds):
-        for mode in MODES:
-            names = list(OPTIONS)
-            for name in [*names[number % 4 :], *names[: number % 4]]:
-                output = work / f"{mode}-{name}-{number}"
-                summary = train(work / "large", output, options, *flags, *OPTIONS[name], mode=mode)
-                found[mode][name].append(summary["median_step_time_s"])
+    order = list(running)
+    for number in range(options.rounds + 1):
+        turn = number % len(order)
+        for mode, name in [*order[turn:], *order[:turn]]:
+            connection = running[mode, name][1]
+            connection.send(STEPS_PER_TURN)
+            taken = connection.recv()
+            if number:  # the first round warms up
+                found[mode][name].append(statistics.median(taken))
+    for process, connection in running.values():
+        connection.send(0)
+        process.join(60)
+        process.kill()
     return found
 
 
@@ -163,9 +210,9 @@ def report(found: dict[str, Any]) -> str:
     if "times" in found:
         lines += [
             "",
-            f"Step time of a Llama of 46 M parameters, one row per step: median over {found['rounds']} rounds, in "
-            "which the runs take turns, of the ratio to the default in the same round. The CPU is the device here, so "
-            "nothing is copied over a bus.",
+            f"Step time of a Llama of 46 M parameters, {STEP_LENGTH} tokens per step: median over {found['rounds']} "
+            f"rounds, in which the engines take turns of {STEPS_PER_TURN} steps, and median of the ratios to the "
+            "default in the same round. The CPU is the device here, so nothing is copied over a bus.",
             "",
             "| mode | options | step | ratio |",
             "| --- | --- | --- | --- |",
@@ -203,8 +250,7 @@ def main() -> None:
         "--parts", nargs="+", choices=("memory", "losses", "times"), default=["memory", "losses", "times"]
     )
     parser.add_argument("--steps", type=int, default=300, help="steps from random weights; half as many afterwards")
-    parser.add_argument("--bench_steps", type=int, default=14)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each engine for the step time")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--machine", default=f"{os.cpu_count()} CPU cores, no GPU")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

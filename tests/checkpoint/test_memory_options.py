@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from superoffload.checkpoint.convert import convert
 from superoffload.checkpoint.rank_files import gather, read
+from superoffload.checkpoint.save import BYTES_PER_PARAMETER
 from tests.helpers.ranks import REPOSITORY, launch
 from tests.helpers.runs import flags, logged
 
@@ -91,7 +92,9 @@ def test_the_export_holds_the_master_weights(whole: Path) -> None:
     assert exported
     for name, tensor in exported.items():
         assert torch.equal(tensor, gather(checkpoint.tensors[name], torch.bfloat16)), name
+    saved = sum(tensor.nbytes for tensor in states(whole).values())
     masters = torch.cat([t.flatten() for name, t in sorted(states(whole).items()) if name.endswith("fp32")])
+    assert saved == BYTES_PER_PARAMETER["bf16"] * masters.numel()
     # Every exported value is one of the masters, to the last bit: nothing was rounded twice.
     assert torch.isin(torch.cat([t.flatten() for t in exported.values()]).float(), masters.float()).all()
 
