@@ -139,7 +139,7 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
     def votes() -> tuple[float, float]:
         return float(len(waits_of_step) == STOP_AFTER - 1), 0.0
 
-    batches: Any = SimpleNamespace(epoch=epoch, total_steps=STEPS, steps_per_epoch=STEPS)
+    batches: Any = SimpleNamespace(epoch=epoch, total_steps=STEPS, steps_in=lambda epoch: STEPS)
     engine: Any = Engine()
     control = RunControl(chosen, is_rank_0=True)
     monkeypatch.setattr(control, "votes", votes)
