@@ -91,12 +91,13 @@ def join(parts: Mapping[str, TokenizedRows]) -> TokenizedRows:
     every = list(parts.values())
     if len(every) == 1:
         return every[0]
+    counts = {label: part.counts for label, part in parts.items()}
     return TokenizedRows(
         table=datasets.concatenate_datasets([part.table for part in every]).with_format("numpy"),
         lengths=np.concatenate([part.lengths for part in every]),
         targets=np.concatenate([part.targets for part in every]),
-        counts=RowCounts.total(part.counts for part in every),
-        sources={label: part.counts for label, part in parts.items()},
+        counts=RowCounts.total(counts),
+        sources=counts,
         source_of_row=np.repeat(np.arange(len(every)), [len(part) for part in every]),
     )
 

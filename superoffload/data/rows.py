@@ -1,7 +1,7 @@
 """Tokenised rows, and how many rows of the data set are not among them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,13 @@ class RowCounts:
     first_bad: str = ""
 
     @classmethod
-    def total(cls, counts: Iterable["RowCounts"]) -> "RowCounts":
-        """Return the sums of all numbers, and the first text of each kind."""
-        every = [asdict(one) for one in counts]
+    def total(cls, counts: Mapping[str, "RowCounts"]) -> "RowCounts":
+        """Return the sums of the counts of sources, given by label; of texts, the first, after its source's label."""
         values: dict[str, Any] = {}
-        for name in every[0]:
-            found = [one[name] for one in every]
-            values[name] = next(filter(None, found), "") if isinstance(found[0], str) else sum(found)
+        for part in fields(cls):
+            found = {label: getattr(one, part.name) for label, one in counts.items()}
+            texts = [f"{label}: {text}" for label, text in found.items() if isinstance(text, str) and text]
+            values[part.name] = (texts or [""])[0] if part.type is str else sum(found.values())
         return cls(**values)
 
 
