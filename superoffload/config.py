@@ -70,8 +70,8 @@ def several(value: Any) -> tuple[Any, ...]:
 
 
 def shown(value: Any) -> str:
-    """Write a value as on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """Write a value as on the command line; several values, if there are none, as `(none)`."""
+    return " ".join(map(str, value)) or "(none)" if isinstance(value, tuple) else str(value)
 
 
 class Settings:

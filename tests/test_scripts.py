@@ -62,6 +62,20 @@ def test_flipping_use_wandb(stand_in: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_recipe_with_a_list_of_data_sets(stand_in: Path) -> None:
+    names = 'DATASET_NAME=("my rows.jsonl" b.parquet:0.5)'
+    script = changed("llama-8b", stand_in.parent, 'DATASET_NAME="tatsu-lab/alpaca"', names)
+    call(script, stand_in, "superoffload", "--dataset_weights", "1", "2")
+    words = (stand_in.parent / "seen").read_text().splitlines()
+    data = cli.parse(words[words.index("--model_name") :]).data
+    assert (data.dataset_name, data.dataset_weights) == (("my rows.jsonl", "b.parquet:0.5"), (1.0, 2.0))
+
+
+def test_data_sets_after_the_mode_replace_those_of_the_recipe(stand_in: Path) -> None:
+    call(script_of("llama-8b"), stand_in, "superoffload", "--dataset_name", "a.jsonl", "b.jsonl")
+    assert cli.parse(seen(stand_in)[1]).data.dataset_name == ("a.jsonl", "b.jsonl")
+
+
 def test_the_batch_is_that_of_the_whole_job(stand_in: Path) -> None:
     call(script_of("llama-70b"), stand_in, "superoffload", "8", "--max_steps", "3", "--wandb_tags", "a b", "c")
     values = config.flat(cli.parse(seen(stand_in)[1]))

@@ -56,7 +56,7 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     key of the cache covers the rows, the tokenizer, the template's text and every setting that matters. Raises
     `UserError` if a row is malformed, or if more than half of the rows have no target token.
     """
-    rows = _chosen(sources.open_rows(spec.name, spec.split, spec.flag), spec)
+    rows = chosen_rows(spec)
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
     key = _key(rows, tokenizer, encoder.template, settings)
@@ -72,8 +72,12 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     return _read(folder, spec, settings)
 
 
-def _chosen(rows: datasets.Dataset, spec: DatasetSpec) -> datasets.Dataset:
-    """Select the rows to use, in their order, at least one. Raises `UserError` if there are fewer than `count`."""
+def chosen_rows(spec: DatasetSpec) -> datasets.Dataset:
+    """Open a data set and select the rows to use, in their order, at least one.
+
+    Raises `UserError` if it cannot be read, or has fewer rows than `count`.
+    """
+    rows = sources.open_rows(spec.name, spec.split, spec.flag)
     count = len(rows) if spec.count is None else spec.count
     if count > len(rows):
         raise UserError(f"--{spec.flag} {spec.name}#{count}: has only {len(rows)} rows")

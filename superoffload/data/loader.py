@@ -10,7 +10,7 @@ import numpy as np
 
 from superoffload.config import DataSettings, TrainingSettings
 from superoffload.data import formats, mixture, packing, sources, statistics
-from superoffload.data.cache import DatasetSpec, join, load_tokenized
+from superoffload.data.cache import DatasetSpec, chosen_rows, join, load_tokenized
 from superoffload.data.collate import Batch, Layout, collate, targets_by_source
 from superoffload.data.encode import Encoder
 from superoffload.data.rows import TokenizedRows
@@ -25,6 +25,9 @@ def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[Token
     tokenises once; see `cache.load_tokenized`. Raises `UserError` if a data set cannot be used.
     """
     specs = _specs(settings, seed)
+    if len(specs) > 1:
+        for spec in specs.values():  # a mistake in the last one shows before the first one has been tokenised
+            chosen_rows(spec)
     rows = join({label: load_tokenized(spec, tokenizer, settings) for label, spec in specs.items()})
     rows = replace(rows, weights=settings.dataset_weights)
     if settings.eval_dataset is not None:
@@ -120,7 +123,9 @@ class Batches:
         self._training = training
         self._rank, self._world_size = rank, world_size
         sizes = _sizes(rows)
-        self._drawn = mixture.rows_per_epoch(list(sizes.values()), rows.weights, list(sizes)) if rows.weights else None
+        self._per_epoch = (
+            mixture.rows_per_epoch(list(sizes.values()), rows.weights, list(sizes)) if rows.weights else None
+        )
         self._latest: tuple[int, packing.Indices, packing.Packs] | None = None
         self._steps: dict[int, int] = {}
         self.packs = self._epoch(0)[1]
@@ -132,12 +137,12 @@ class Batches:
 
     def _epoch(self, epoch: int) -> tuple[packing.Indices, packing.Packs]:
         """Return the rows of an epoch and the packs of their lengths; the latest ones are kept."""
-        if self._latest is not None and (self._drawn is None or self._latest[0] == epoch):
+        if self._latest is not None and (self._per_epoch is None or self._latest[0] == epoch):
             return self._latest[1:]
         rows = np.arange(len(self._rows))
-        if self._drawn is not None:
+        if self._per_epoch is not None:
             of_row = self._rows.source_of_row if self._rows.sources else np.zeros_like(rows)
-            rows = mixture.draw(of_row, self._drawn, self._training.seed, epoch)
+            rows = mixture.draw(of_row, self._per_epoch, self._training.seed, epoch)
         lengths = self._rows.lengths[rows]
         packs = packing.pack(lengths, self.layout.max_length) if self.layout.packs else packing.one_per_row(len(rows))
         self._latest = (epoch, rows, packs)
@@ -145,7 +150,7 @@ class Batches:
 
     def steps_in(self, epoch: int) -> int:
         """Return the number of optimizer steps of an epoch; only with weights do epochs differ."""
-        known = epoch if self._drawn is not None else 0
+        known = epoch if self._per_epoch is not None else 0
         if known not in self._steps:
             self._steps[known] = steps_per_epoch(len(self._epoch(known)[1]), self._training, self._world_size)
         return self._steps[known]

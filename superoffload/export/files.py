@@ -10,7 +10,7 @@ import transformers
 
 from superoffload import hub
 from superoffload.checkpoint.rank_files import RankFiles
-from superoffload.config import several
+from superoffload.config import several, shown
 from superoffload.data import mixture
 from superoffload.errors import UserError
 from superoffload.model import load
@@ -116,8 +116,9 @@ def card(checkpoint: RankFiles, dtype: str) -> str:
     rows: dict[str, Any] = {"base model": name, **{key: config.get(key) for key in SETTINGS}}
     rows |= {"steps": progress.get("step"), "tokens trained on": progress.get("tokens") or None}
     rows["training loss"] = None if loss is None else f"{loss:.4f}"
-    texts = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in rows.items()}
-    lines += [f"| {key} | {value} |" for key, value in texts.items() if value not in (None, "")]
+    for key, value in rows.items():
+        if value not in (None, "", [], ()):
+            lines.append(f"| {key} | {shown(tuple(value)) if isinstance(value, list | tuple) else value} |")
     return "\n".join(lines) + "\n"
 
 

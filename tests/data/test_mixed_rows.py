@@ -106,7 +106,17 @@ def test_shares_and_numbers_are_drawn_with_the_seed(files: tuple[str, ...], load
 
 def test_too_many_rows_is_an_error(files: tuple[str, ...], load: Load) -> None:
     with pytest.raises(UserError, match=r"--dataset_name .*chats\.parquet#13: has only 12 rows"):
-        load(files[0], f"{files[1]}#13")
+        load(f"{files[1]}#13")
+
+
+@pytest.mark.parametrize("last", ["./none.jsonl", "pairs.jsonl#21"])
+def test_a_mistake_in_the_last_source_shows_before_the_first_is_tokenised(
+    last: str, files: tuple[str, ...], load: Load, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(files[0]).parent)
+    with pytest.raises(UserError, match=f"--dataset_name {last}: "):
+        load(*files[:2], last)
+    assert not (own_cache / "superoffload").exists()
 
 
 def test_a_percentage_of_each_source(files: tuple[str, ...], load: Load, tokenizer: Tokenizer) -> None:
