@@ -71,7 +71,7 @@ def main(config: "Config") -> int:
         tokenizer=tokenizer,
         batches=batches,
         progress=progress,
-        meter=metrics.Meter(config, shape, state.get("meter")),
+        meter=metrics.Meter(config, shape, state.get("meter"), sources=batches.sources),
         trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
         evaluation=evaluation,
         control=RunControl(config, distributed.is_rank_0()),
@@ -107,7 +107,8 @@ def load_data(config: "Config", tokenizer: "Tokenizer", *, takes_documents: bool
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(rows, layout, config.training, **ranks)
     held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
-    log.logger.info("%s", batches.statistics().short())
+    for line in batches.statistics().short_lines():
+        log.logger.info("%s", line)
     return batches, Evaluation(held_out, prompt_ids, config.evaluation.eval_steps)
 
 
@@ -126,7 +127,7 @@ def train(run: "Run") -> None:
 
                 if progress.step % config.output.log_interval == 0 or progress.step == run.last_step:
                     grad_norm = float(run.engine.get_global_grad_norm())
-                    numbers = run.meter.read(progress, lr, grad_norm, run.batches.steps_per_epoch)
+                    numbers = run.meter.read(progress, lr, grad_norm, run.batches.steps_in(progress.epoch))
                     log.logger.info("%s", numbers.line())
                     run.trackers.log(progress.step, numbers.as_dict())
                 bar.update()
@@ -158,10 +159,10 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
     undo_averaging = run.config.training.gradient_accumulation_steps * distributed.world_size()
     sums = step.sum_over_ranks(micro_batches, run.control.votes())
     for batch in micro_batches:
-        loss_sum = run.loss(engine, batch)
-        engine.backward(loss_sum * (undo_averaging / sums.target_tokens).float())
+        losses = run.loss(engine, batch)
+        engine.backward(losses.sum() * (undo_averaging / sums.target_tokens).float())
         engine.step()
-        run.meter.add(batch, loss_sum.detach())
+        run.meter.add(batch, losses.detach())
     run.meter.end_step()
     return sums.read()
 

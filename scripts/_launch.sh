@@ -101,7 +101,7 @@ arguments=(
     --seed "$SEED"
     --max_length "$MAX_LENGTH"
     --log_interval "$LOG_INTERVAL"
-    --dataset_name "$DATASET_NAME"
+    --dataset_name "${DATASET_NAME[@]}" # one name, or a list: DATASET_NAME=(a.jsonl b.parquet)
     --dataset_percentage "$DATASET_PERCENTAGE"
     --bench_steps "$BENCH_STEPS"
     --warmup_steps "$WARMUP_STEPS"

@@ -5,6 +5,7 @@ Imports neither torch nor DeepSpeed, so that `--help` and usage errors return im
 
 import atexit
 import os
+import string
 import sys
 import time
 import traceback
@@ -36,7 +37,15 @@ class WholeNumber(click.ParamType[int]):
         return int(number) if "e" in str(value).lower() or "." in str(value) else int(value)
 
 
-class GroupedCommand(click.Command):
+class Command(click.Command):
+    """A command of which some flags take several values: `--wandb_tags a b`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat such a flag before each of its values, which is the form that click knows."""
+        return super().parse_args(ctx, _spread(args))
+
+
+class GroupedCommand(Command):
     """A command whose help groups the options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -52,7 +61,7 @@ class GroupedCommand(click.Command):
 
 def option(spec: Field[Any]) -> click.Option:
     """Build the click option of a setting."""
-    kinds: dict[Any, Any] = {int: WholeNumber(), float: float, bool: bool}
+    kinds: dict[Any, Any] = {int: WholeNumber(), float: float, bool: bool, tuple[float, ...]: float}
     kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
     required = spec.default is MISSING
@@ -72,7 +81,8 @@ def option(spec: Field[Any]) -> click.Option:
 def _spread(argv: Sequence[str]) -> list[str]:
     """Repeat a flag that takes several values: `--wandb_tags a b` becomes `--wandb_tags a --wandb_tags b`.
 
-    Raises `UserError` if such a flag has no value.
+    If such a flag is given twice, the values of its last occurrence count, as for every other flag. Raises `UserError`
+    if it has no value.
     """
     several = {
         f"--{spec.name}"
@@ -81,16 +91,23 @@ def _spread(argv: Sequence[str]) -> list[str]:
         if "several" in spec.metadata
     }
     result: list[str] = []
+    given: dict[str, list[str]] = {}
     open_flag = ""
-    for position, word in enumerate(argv):
-        if word.startswith("--"):
-            open_flag = word if word in several else ""
-            if not open_flag:
-                result.append(word)
-            elif position + 1 == len(argv) or argv[position + 1].startswith("--"):
-                raise UserError(f"{word}: no value is given; give one or more, separated by spaces")
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        is_flag = word.startswith("-") and word[1:2] in {"-", *string.ascii_letters}  # and not a negative number
+        if is_flag:
+            open_flag = flag if flag in several else ""
+        if not open_flag:
+            result.append(word)
+        elif is_flag:
+            given[open_flag] = [value] if equals else []
         else:
-            result += [open_flag, word] if open_flag else [word]
+            given[open_flag].append(word)
+    for flag, values in given.items():
+        if not values:
+            raise UserError(f"{flag}: no value is given; give one or more, separated by spaces")
+        result += [word for value in values for word in (flag, value)]
     return result
 
 
@@ -122,7 +139,7 @@ def parse(argv: Sequence[str]) -> config.Config:
     and raises `SystemExit(0)`.
     """
     try:
-        result = command(lambda parsed: parsed).main(args=_spread(argv), standalone_mode=False)
+        result = command(lambda parsed: parsed).main(args=list(argv), standalone_mode=False)
     except click.ClickException as error:
         raise UserError(" ".join(error.format_message().split())) from error
     if not isinstance(result, config.Config):

@@ -42,6 +42,8 @@ def accepts(spec: Field[Any], value: Any) -> bool:
     limits = spec.metadata
     if value is None:
         return True
+    if isinstance(value, tuple):
+        return all(_accepts(spec, item) for item in value)
     if isinstance(value, float) and not math.isfinite(value):
         return False
     return not (
@@ -64,17 +66,30 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return result
 
 
+def several(value: Any) -> tuple[Any, ...]:
+    """Return the values of a setting that takes several, given as a sequence, or as a text that is the only one."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def shown(value: Any) -> str:
+    """Write a value as on the command line; several values, if there are none, as `(none)`."""
+    return " ".join(map(str, value)) or "(none)" if isinstance(value, tuple) else str(value)
+
+
 class Settings:
     """Base of the groups below; checks every field against its limits on construction."""
 
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for the first value outside its limits."""
+        """Raise `UserError` for the first value outside its limits; make several values a tuple."""
         for spec in settings_of(self):
             value = getattr(self, spec.name)
+            if "several" in spec.metadata:
+                value = several(value)
+                object.__setattr__(self, spec.name, value)
             if not accepts(spec, value):
-                raise UserError(f"--{spec.name} {value}: must be {allowed(spec)}")
+                raise UserError(f"--{spec.name} {shown(value)}: must be {allowed(spec)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +118,19 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Data."""
 
-    dataset_name: str = setting(
-        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file.", "tatsu-lab/alpaca", shapes_run=True
+    dataset_name: tuple[str, ...] = setting(
+        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file, or several of these. NAME:0.3 takes a share of the "
+        "rows, NAME#500 a number of rows, drawn with --seed.",
+        ("tatsu-lab/alpaca",),
+        several=True,
+        shapes_run=True,
+    )
+    dataset_weights: tuple[float, ...] = setting(
+        "One weight per data set: in each epoch, rows are drawn in these proportions, with replacement.",
+        (),
+        several=True,
+        above=0,
+        shapes_run=True,
     )
     dataset_split: str = setting(
         "Split of a hub data set or a folder; a single file is used whole.", "train", shapes_run=True
@@ -128,6 +154,7 @@ class DataSettings(Settings):
     dataset_percentage: float = setting(
         "Percentage of the rows to use, starting with the first.", 100.0, above=0, maximum=100, shapes_run=True
     )
+    shuffle_rows: bool = setting("Draw the rows of --dataset_percentage with --seed.", False, shapes_run=True)
     max_length: int = setting(
         "Maximum tokens per row or pack; longer rows are truncated.", 2048, minimum=8, shapes_run=True
     )
@@ -157,6 +184,11 @@ class DataSettings(Settings):
         """Check each value, and that no two contradict each other."""
         Settings.__post_init__(self)
         parse_columns(self.columns)
+        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset_name):
+            raise UserError(
+                f"--dataset_weights {shown(self.dataset_weights)}: --dataset_name has {len(self.dataset_name)} values; "
+                "give one weight for each"
+            )
         if self.eval_dataset is not None and self.eval_percentage:
             raise UserError(
                 f"--eval_dataset {self.eval_dataset} and --eval_percentage {self.eval_percentage:g} both choose the "
@@ -365,7 +397,8 @@ def differences(config: Config, saved: dict[str, Any]) -> list[str]:
         for spec in settings_of(group):
             if spec.metadata.get("shapes_run"):
                 before = saved.get(spec.name, spec.default)
-                before = tuple(before) if isinstance(before, list) else before
-                if before != current[spec.name]:
-                    result.append(f"--{spec.name}: checkpoint has {before}, this run has {current[spec.name]}")
+                before = several(before) if "several" in spec.metadata else before
+                after = current[spec.name]
+                if before != after:
+                    result.append(f"--{spec.name}: checkpoint has {shown(before)}, this run has {shown(after)}")
     return result

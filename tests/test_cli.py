@@ -45,6 +45,16 @@ def test_every_flag_of_upstream_is_accepted() -> None:
 def test_a_flag_may_take_several_values() -> None:
     assert cli.parse([*REQUIRED, "--wandb_tags", "x", "y", "z"]).tracking.wandb_tags == ("x", "y", "z")
     assert cli.parse([*REQUIRED, "--wandb_tags", "x"]).tracking.wandb_tags == ("x",)
+    data = cli.parse([*REQUIRED, "--dataset_name", "a.jsonl:0.5", "b", "--dataset_weights", "1", "2e-1"]).data
+    assert (data.dataset_name, data.dataset_weights) == (("a.jsonl:0.5", "b"), (1.0, 0.2))
+    assert cli.parse(REQUIRED).data.dataset_name == ("tatsu-lab/alpaca",)
+
+
+@pytest.mark.parametrize("last", [["--dataset_name", "c", "d"], ["--dataset_name=c", "d"]])
+def test_the_last_of_two_equal_flags_counts(last: list[str]) -> None:
+    """A recipe gives its own values before those of its arguments."""
+    for first in (["--dataset_name", "a", "b"], ["--dataset_name=a"]):
+        assert cli.parse([*first, *REQUIRED, *last]).data.dataset_name == ("c", "d")
 
 
 @pytest.mark.parametrize("flags", [["--wandb_tags"], ["--wandb_tags", "--use_wandb"]])
@@ -87,6 +97,11 @@ def test_whole_numbers_may_be_written_with_an_exponent() -> None:
         (["--lr", "0"], "--lr 0.0: must be 0 < value"),
         (["--lr", "nan"], "--lr nan"),
         (["--lr", "fast"], "'--lr'"),
+        (["--dataset_name"], "--dataset_name: no value is given"),
+        (["--dataset_name", "--lr", "1"], "--dataset_name: no value is given"),
+        (["--dataset_name", "a", "b", "--dataset_weights", "1"], "--dataset_weights 1.0: --dataset_name has 2 values"),
+        (["--dataset_name", "a", "b", "--dataset_weights", "1", "-2"], "--dataset_weights 1.0 -2.0: must be 0 < value"),
+        (["--dataset_weights", "much"], "'much' is not a valid float"),
         (["--batch_size", "0"], "--batch_size 0: must be 1 <= value"),
         (["--batch_size", "-2"], "--batch_size -2"),
         (["--batch_size", "1.5"], "'1.5' is not a whole number"),

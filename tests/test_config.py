@@ -39,3 +39,31 @@ def test_construction_checks_the_limits() -> None:
         config.TrainingSettings(warmup=2)
     with pytest.raises(UserError, match="--lr inf"):
         config.TrainingSettings(lr=float("inf"))
+
+
+def test_several_values_may_be_given_as_one_text() -> None:
+    data = config.build({**VALUES, "dataset_name": "rows.jsonl"}).data
+    assert data.dataset_name == ("rows.jsonl",)
+    assert config.build({**VALUES, "dataset_name": ["a", "b"]}).data.dataset_name == ("a", "b")
+
+
+@pytest.mark.parametrize("saved", ["tatsu-lab/alpaca", ["tatsu-lab/alpaca"]])
+def test_a_checkpoint_may_name_its_only_data_set_as_a_text(saved: str | list[str]) -> None:
+    """Release 0.1.0 wrote a text; a manifest holds a list."""
+    assert config.differences(config.build(VALUES), {**VALUES, "dataset_name": saved}) == []
+
+
+def test_every_choice_of_rows_shapes_the_run() -> None:
+    before = {**VALUES, "dataset_name": ["a", "b:0.5"], "dataset_weights": [1.0, 2.0]}
+    assert config.differences(config.build(before), before) == []
+    changes = {
+        "dataset_name": ("a", "b:0.4"),
+        "dataset_weights": (),
+        "shuffle_rows": True,
+    }
+    found = [config.differences(config.build({**before, name: value}), before) for name, value in changes.items()]
+    assert found == [
+        ["--dataset_name: checkpoint has a b:0.5, this run has a b:0.4"],
+        ["--dataset_weights: checkpoint has 1.0 2.0, this run has (none)"],
+        ["--shuffle_rows: checkpoint has False, this run has True"],
+    ]

@@ -69,7 +69,7 @@ LIBRARIES: dict[str, set[str]] = {
         "model.attention", "model.head", "model.isolation", "model.load", "model.loss_kernel",
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.files", "export.weights",
-        "training.engine", "training.evaluation", "training.metrics", "training.step",
+        "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
         "tiny",
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.pinning", "offload.worker",
         "offload.zero3",

@@ -29,7 +29,7 @@ def test_a_recipe_starts_the_launcher_with_its_values(recipe: str, mode: str, st
     expected = {
         "model_name": model, "max_length": max_length, "sub_group_size": sub_group, "leaf_module": leaf,
         "attn_implementation": attention, "batch_size": 4 // gpus, "lr": 1e-5, "warmup": 0.05, "weight_decay": 0.01,
-        "seed": 42, "num_train_epochs": 1, "dataset_name": "tatsu-lab/alpaca", "activation_checkpointing": True,
+        "seed": 42, "num_train_epochs": 1, "dataset_name": ("tatsu-lab/alpaca",), "activation_checkpointing": True,
         "save_checkpoint": False, "fail_on_checkpoint_error": False, "use_wandb": False, "deterministic": False,
         "output_dir": f"./{recipe}_{mode}_output", "deepspeed_config": str(REPOSITORY / f"configs/{mode}.json"),
         "offload_ratio": ratio if mode == "superoffload" else 1.0,
@@ -63,6 +63,20 @@ def test_flipping_use_wandb(stand_in: Path) -> None:
     assert words[start : start + 5] == [
         "--use_wandb", "--wandb_project", "llama-8b", "--wandb_run_name", "llama-8b-zerooffload"
     ]  # fmt: skip
+
+
+def test_a_recipe_with_a_list_of_data_sets(stand_in: Path) -> None:
+    names = 'DATASET_NAME=("my rows.jsonl" b.parquet:0.5)'
+    script = changed("llama-8b", stand_in.parent, 'DATASET_NAME="tatsu-lab/alpaca"', names)
+    call(script, stand_in, "superoffload", "--dataset_weights", "1", "2")
+    words = (stand_in.parent / "seen").read_text().splitlines()
+    data = cli.parse(words[words.index("--model_name") :]).data
+    assert (data.dataset_name, data.dataset_weights) == (("my rows.jsonl", "b.parquet:0.5"), (1.0, 2.0))
+
+
+def test_data_sets_after_the_mode_replace_those_of_the_recipe(stand_in: Path) -> None:
+    call(script_of("llama-8b"), stand_in, "superoffload", "--dataset_name", "a.jsonl", "b.jsonl")
+    assert cli.parse(seen(stand_in)[1]).data.dataset_name == ("a.jsonl", "b.jsonl")
 
 
 def test_the_batch_is_that_of_the_whole_job(stand_in: Path) -> None:

@@ -25,13 +25,17 @@ def _show(rows: int, **values: Any) -> None:
     log.setup("WARNING")
     tokenizer = load_tokenizer(settings.model.model_name)
     train, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
-    for line in shown_rows(train, tokenizer, rows, sys.stdout.isatty()):
-        click.echo(line)
+    for label, part in train.by_source().items():
+        for line in ([label] if label else []) + list(shown_rows(part, tokenizer, rows, sys.stdout.isatty())):
+            click.echo(line)
     parts = {"": train} if held_out is None else {"Training rows": train, "Held-out rows": held_out}
     for title, part in parts.items():
         layout = collate.choose_layout(settings.data, tokenizer.pad_token_id, False)
         batches = loader.Batches(part, layout, settings.training, rank=0, world_size=1)
-        click.echo("\n".join(["", *([title] if title else []), *batches.statistics().lines()]))
+        found = batches.statistics()
+        click.echo("\n".join(["", *([title] if title else []), *found.lines()]))
+        for source in found.sources:
+            click.echo("\n".join(["", ", ".join(filter(None, (title, source.label))), *source.lines()]))
 
 
 def _options() -> list[click.Parameter]:
@@ -50,4 +54,4 @@ def _options() -> list[click.Parameter]:
     ]
 
 
-command = click.Command("preview", params=_options(), callback=_show, help=_show.__doc__)
+command = cli.Command("preview", params=_options(), callback=_show, help=_show.__doc__)

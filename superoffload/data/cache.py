@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,14 +32,20 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """A data set to tokenise: its name, its split, and the percentage of its rows to use, starting with the first.
+    """A data set to tokenise: its name, its split, and which of its rows to use.
 
-    `flag` is the flag that named the data set; error messages begin with it.
+    Of the rows, or of as many as `share` (a fraction) or `count` takes, it uses `percentage`. These are the first ones;
+    with `share`, `count` or `shuffled`, they are drawn with `seed`. `flag` is the flag that named the data set; error
+    messages begin with it.
     """
 
     name: str
     split: str
     percentage: float = 100.0
+    share: float | None = None
+    count: int | None = None
+    shuffled: bool = False
+    seed: int = 0
     flag: str = "dataset_name"
 
 
@@ -50,8 +56,7 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     key of the cache covers the rows, the tokenizer, the template's text and every setting that matters. Raises
     `UserError` if a row is malformed, or if more than half of the rows have no target token.
     """
-    rows = sources.open_rows(spec.name, spec.split, spec.flag)
-    rows = rows.select(range(max(1, int(len(rows) * spec.percentage / 100))))
+    rows = chosen_rows(spec)
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
     key = _key(rows, tokenizer, encoder.template, settings)
@@ -65,6 +70,40 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
             "set HF_DATASETS_CACHE to another folder"
         ) from error
     return _read(folder, spec, settings)
+
+
+def chosen_rows(spec: DatasetSpec) -> datasets.Dataset:
+    """Open a data set and select the rows to use, in their order, at least one.
+
+    Raises `UserError` if it cannot be read, or has fewer rows than `count`.
+    """
+    rows = sources.open_rows(spec.name, spec.split, spec.flag)
+    count = len(rows) if spec.count is None else spec.count
+    if count > len(rows):
+        raise UserError(f"--{spec.flag} {spec.name}#{count}: has only {len(rows)} rows")
+    if spec.share is not None:
+        count = max(1, round(count * spec.share))
+    count = max(1, int(count * spec.percentage / 100))
+    if count == len(rows) or not (spec.shuffled or spec.share is not None or spec.count is not None):
+        return rows.select(range(count))
+    drawn = np.random.default_rng([spec.seed, 2**32 + 1]).permutation(len(rows))[:count]
+    return rows.select(np.sort(drawn))
+
+
+def join(parts: Mapping[str, TokenizedRows]) -> TokenizedRows:
+    """Put the rows of several sources, given by their labels, one after the other; a single source stays as it is."""
+    every = list(parts.values())
+    if len(every) == 1:
+        return every[0]
+    counts = {label: part.counts for label, part in parts.items()}
+    return TokenizedRows(
+        table=datasets.concatenate_datasets([part.table for part in every]).with_format("numpy"),
+        lengths=np.concatenate([part.lengths for part in every]),
+        targets=np.concatenate([part.targets for part in every]),
+        counts=RowCounts.total(counts),
+        sources=counts,
+        source_of_row=np.repeat(np.arange(len(every)), [len(part) for part in every]),
+    )
 
 
 def _key(rows: datasets.Dataset, tokenizer: Tokenizer, template: str | None, settings: DataSettings) -> str:

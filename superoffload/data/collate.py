@@ -42,6 +42,27 @@ def choose_layout(settings: DataSettings, pad_token_id: int, takes_documents: bo
     )
 
 
+@dataclass(frozen=True, slots=True)
+class TargetsBySource:
+    """From which source each target token of a micro-batch comes.
+
+    `order`, int64 `[targets]` on the host, lists the target tokens source by source, as positions among the target
+    tokens of the batch. `counts` is their number in each source.
+    """
+
+    order: torch.Tensor
+    counts: tuple[int, ...]
+
+
+def targets_by_source(
+    sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], number_of_sources: int
+) -> TargetsBySource:
+    """Group the target tokens of a batch, given the source and the number of targets of each document in order."""
+    of_target = np.repeat(sources, targets)
+    counts = np.bincount(of_target, minlength=number_of_sources)
+    return TargetsBySource(torch.as_tensor(np.argsort(of_target, kind="stable")), tuple(counts.tolist()))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """The rows of one micro-batch on one rank.
@@ -50,12 +71,14 @@ class Batch:
     `attention_mask`, packed rows with `position_ids` and no mask. If the attention receives the documents, there are
     also `document_lengths` (ints) and, with the same content for variable-length kernels, `cu_seq_lens_q` and
     `cu_seq_lens_k` (int32 `[documents + 1]`), `max_length_q` and `max_length_k` (int). `lengths` are the documents'
-    lengths without padding; `target_tokens` is the number of labels that are predicted.
+    lengths without padding; `target_tokens` is the number of labels that are predicted. `by_source` is given if the
+    rows come from several sources.
     """
 
     inputs: dict[str, Any]
     lengths: tuple[int, ...]
     target_tokens: int
+    by_source: TargetsBySource | None = None
 
     @property
     def positions(self) -> int:
@@ -70,7 +93,9 @@ class Batch:
         }
 
 
-def collate(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> Batch:
+def collate(
+    packs: Sequence[Sequence[Row]], size: int, layout: Layout, by_source: TargetsBySource | None = None
+) -> Batch:
     """Make a batch of up to `size` packs of documents; without packing, a pack holds one document.
 
     If there are fewer packs (in the last step of an epoch), the batch is filled with rows whose labels are all
@@ -88,6 +113,7 @@ def collate(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> Batch:
         inputs=inputs,
         lengths=tuple(len(ids) for pack in packs for ids, _ in pack),
         target_tokens=int((inputs["labels"][:, 1:] != IGNORED).sum()),
+        by_source=by_source,
     )
 
 

@@ -1,13 +1,17 @@
 """Tokenised rows -> the batches of each step, determined by (seed, epoch)."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from superoffload.config import DataSettings, TrainingSettings
-from superoffload.data import formats, packing, sources, statistics
-from superoffload.data.cache import DatasetSpec, load_tokenized
-from superoffload.data.collate import Batch, Layout, collate
+from superoffload.data import formats, mixture, packing, sources, statistics
+from superoffload.data.cache import DatasetSpec, chosen_rows, join, load_tokenized
+from superoffload.data.collate import Batch, Layout, collate, targets_by_source
 from superoffload.data.encode import Encoder
 from superoffload.data.rows import TokenizedRows
 from superoffload.errors import UserError
@@ -17,11 +21,15 @@ from superoffload.protocols import Tokenizer
 def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[TokenizedRows, TokenizedRows | None]:
     """Return the rows to train on, and the held-out rows or None if the settings ask for none.
 
-    Held-out rows are those of `--eval_dataset`, or a percentage of the data set drawn with `seed`. Each machine
+    Held-out rows are those of `--eval_dataset`, or a percentage of each source drawn with `seed`. Each machine
     tokenises once; see `cache.load_tokenized`. Raises `UserError` if a data set cannot be used.
     """
-    spec = DatasetSpec(name=settings.dataset_name, split=settings.dataset_split, percentage=settings.dataset_percentage)
-    rows = load_tokenized(spec, tokenizer, settings)
+    specs = _specs(settings, seed)
+    if len(specs) > 1:
+        for spec in specs.values():  # a mistake in the last one shows before the first one has been tokenised
+            chosen_rows(spec)
+    rows = join({label: load_tokenized(spec, tokenizer, settings) for label, spec in specs.items()})
+    rows = replace(rows, weights=settings.dataset_weights)
     if settings.eval_dataset is not None:
         held_out = DatasetSpec(name=settings.eval_dataset, split=settings.eval_split, flag="eval_dataset")
         return rows, load_tokenized(held_out, tokenizer, settings)
@@ -30,27 +38,64 @@ def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[Token
     return rows, None
 
 
+def _specs(settings: DataSettings, seed: int) -> dict[str, DatasetSpec]:
+    """Return the data sets to train on by their labels."""
+    return {
+        source.label: DatasetSpec(
+            name=source.name,
+            split=settings.dataset_split,
+            percentage=settings.dataset_percentage,
+            share=source.share,
+            count=source.count,
+            shuffled=settings.shuffle_rows,
+            seed=seed,
+        )
+        for source in mixture.parse(settings.dataset_name)
+    }
+
+
 def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: DataSettings) -> list[list[int]]:
-    """Tokenise prompts as they are in the rows of the training data. Raises `UserError` as `load` does."""
+    """Tokenise prompts as they are in the rows of the training data, of which the first source decides the format.
+
+    Raises `UserError` as `load` does.
+    """
     if not prompts:
         return []
-    rows = sources.open_rows(settings.dataset_name, settings.dataset_split, "dataset_name")
+    first, *_ = mixture.parse(settings.dataset_name)
+    rows = sources.open_rows(first.name, settings.dataset_split, "dataset_name")
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
     return [encoder.prompt_ids(prompt, in_turns=shape.name == "messages") for prompt in prompts]
 
 
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
-    """Split rows into rows to train on and at least one held-out row, determined by their number and the seed.
+    """Split the rows of each source into rows to train on and at least one held-out row.
 
-    Raises `UserError` if no row would be left to train on.
+    The numbers of rows and the seed determine the parts. Raises `UserError` if no row would be left to train on.
     """
-    count = max(1, round(len(rows) * percentage / 100))
-    if count >= len(rows):
-        raise UserError(f"--eval_percentage {percentage:g}: none of the {len(rows)} rows would be left to train on")
     # A separate random stream, so that the held-out rows do not depend on the same numbers as the order of epoch 0.
-    drawn = np.random.default_rng([seed, 2**32]).permutation(len(rows))
-    return rows.select(np.sort(drawn[count:])), rows.select(np.sort(drawn[:count]))
+    rng = np.random.default_rng([seed, 2**32])
+    kept, held_out = [], []
+    first = 0
+    for label, size in _sizes(rows).items():
+        count = max(1, round(size * percentage / 100))
+        if count >= size:
+            of = f" of {label}" if label else ""
+            raise UserError(f"--eval_percentage {percentage:g}: none of the {size} rows{of} would be left to train on")
+        drawn = first + rng.permutation(size)
+        kept.append(drawn[count:])
+        held_out.append(drawn[:count])
+        first += size
+    to_train_on = rows.select(np.sort(np.concatenate(kept)))
+    return to_train_on, replace(rows, weights=()).select(np.sort(np.concatenate(held_out)))
+
+
+def _sizes(rows: TokenizedRows) -> dict[str, int]:
+    """Return the number of rows of each source by its label, which is empty if there is one source."""
+    if not rows.sources:
+        return {"": len(rows)}
+    counts = np.bincount(rows.source_of_row, minlength=len(rows.sources))
+    return dict(zip(rows.sources, counts.tolist(), strict=True))
 
 
 class Batches:
@@ -61,9 +106,13 @@ class Batches:
     in each epoch, but every epoch has the same number of packs and steps, which is known at the start. An epoch can
     be entered at any step at the cost of one sort.
 
+    If the rows have weights, (seed, epoch) also determines which rows an epoch holds: as many as there are rows,
+    drawn from the sources in proportion to the weights, with replacement. Each epoch then has packs of its own, and
+    their number and that of the steps can differ slightly between epochs.
+
     Each step takes the next `world_size * accumulation * batch_size` packs. The last step of an epoch takes the
     packs that are left, spread over ranks and micro-batches, and is filled with rows that hold no targets. Every
-    row appears once per epoch, and every rank runs the same number of micro-batches.
+    row of an epoch appears once in it, and every rank runs the same number of micro-batches.
     """
 
     def __init__(
@@ -73,39 +122,80 @@ class Batches:
         self.layout = layout
         self._training = training
         self._rank, self._world_size = rank, world_size
-        self.packs = packing.pack(rows.lengths, layout.max_length) if layout.packs else packing.one_per_row(len(rows))
+        sizes = _sizes(rows)
+        self._per_epoch = (
+            mixture.rows_per_epoch(list(sizes.values()), rows.weights, list(sizes)) if rows.weights else None
+        )
+        self._latest: tuple[int, packing.Indices, packing.Packs] | None = None
+        self._steps: dict[int, int] = {}
+        self.packs = self._epoch(0)[1]
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of optimizer steps of one pass over the rows."""
-        return steps_per_epoch(len(self.packs), self._training, self._world_size)
+    def sources(self) -> tuple[str, ...]:
+        """Return the labels of the sources; none if there is one source."""
+        return tuple(self._rows.sources)
 
-    def extent(self) -> dict[str, int]:
+    def _epoch(self, epoch: int) -> tuple[packing.Indices, packing.Packs]:
+        """Return the rows of an epoch and the packs of their lengths; the latest ones are kept."""
+        if self._latest is not None and (self._per_epoch is None or self._latest[0] == epoch):
+            return self._latest[1:]
+        rows = np.arange(len(self._rows))
+        if self._per_epoch is not None:
+            of_row = self._rows.source_of_row if self._rows.sources else np.zeros_like(rows)
+            rows = mixture.draw(of_row, self._per_epoch, self._training.seed, epoch)
+        lengths = self._rows.lengths[rows]
+        packs = packing.pack(lengths, self.layout.max_length) if self.layout.packs else packing.one_per_row(len(rows))
+        self._latest = (epoch, rows, packs)
+        return rows, packs
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of optimizer steps of an epoch; only with weights do epochs differ."""
+        known = epoch if self._per_epoch is not None else 0
+        if known not in self._steps:
+            self._steps[known] = steps_per_epoch(len(self._epoch(known)[1]), self._training, self._world_size)
+        return self._steps[known]
+
+    def extent(self) -> dict[str, Any]:
         """Return the numbers of rows, tokens and packs; a resumed run compares them to detect a changed data set."""
-        return {"rows": len(self._rows), "tokens": int(self._rows.lengths.sum()), "packs": len(self.packs)}
+        extent: dict[str, Any] = {
+            "rows": len(self._rows), "tokens": int(self._rows.lengths.sum()), "packs": len(self.packs)
+        }  # fmt: skip
+        if self.sources:
+            extent["sources"] = {
+                label: {"rows": len(part), "tokens": int(part.lengths.sum())}
+                for label, part in self._rows.by_source().items()
+            }
+        return extent
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         """Return the number of optimizer steps of the whole run, which is the length of the schedule."""
-        steps = self._training.num_train_epochs * self.steps_per_epoch
-        return min(steps, self._training.max_steps) if self._training.max_steps else steps
+        most = self._training.max_steps or math.inf
+        steps = 0
+        for epoch in range(self._training.num_train_epochs):
+            if steps >= most:
+                break
+            steps += self.steps_in(epoch)
+        return int(min(steps, most))
 
     def statistics(self) -> statistics.Statistics:
-        """Return the statistics of the rows and their packs."""
+        """Return the statistics of the rows, and of their packs in the first epoch."""
+        rows, packs = self._epoch(0)
         capacity = self.layout.max_length if self.layout.packs else 0
-        return statistics.describe(self._rows, self.packs, capacity, self.steps_per_epoch)
+        return statistics.describe(self._rows, rows, packs, capacity, self.steps_in(0))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each step of an epoch, beginning with step `start`."""
         accumulation = self._training.gradient_accumulation_steps
         rng = np.random.default_rng([self._training.seed, epoch])
-        members = self.packs.rows(self._rows.lengths, rng)
-        order = rng.permutation(len(self.packs))
+        rows, packs = self._epoch(epoch)
+        members = rows[packs.rows(self._rows.lengths[rows], rng)]
+        order = rng.permutation(len(packs))
         per_step = self._training.batch_size * accumulation * self._world_size
-        for step in range(start, self.steps_per_epoch):
+        for step in range(start, self.steps_in(epoch)):
             # Dealt out one pack at a time, so that an incomplete last step is spread over ranks and micro-batches.
             own = order[step * per_step : (step + 1) * per_step][self._rank :: self._world_size]
-            yield [self._batch(own[micro::accumulation], members) for micro in range(accumulation)]
+            yield [self._batch(own[micro::accumulation], members, packs.bounds) for micro in range(accumulation)]
 
     def held_out(self) -> Iterator[Batch]:
         """Yield this rank's batches of one pass in a fixed order, for evaluation; every rank has the same number.
@@ -116,13 +206,18 @@ class Batches:
         per_batch = self._training.batch_size * self._world_size
         for first in range(0, len(self.packs), per_batch):
             dealt = np.arange(first, min(first + per_batch, len(self.packs)))
-            yield self._batch(dealt[self._rank :: self._world_size], members)
+            yield self._batch(dealt[self._rank :: self._world_size], members, self.packs.bounds)
 
-    def _batch(self, packs: packing.Indices, members: packing.Indices) -> Batch:
-        bounds = self.packs.bounds
+    def _batch(self, packs: packing.Indices, members: packing.Indices, bounds: packing.Indices) -> Batch:
         rows = [members[bounds[pack] : bounds[pack + 1]] for pack in packs.tolist()]
-        documents = iter(self._rows.read(np.concatenate([*rows, np.zeros(0, dtype=np.int64)]).tolist()))
-        return collate([[next(documents) for _ in pack] for pack in rows], self._training.batch_size, self.layout)
+        every = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
+        documents = iter(self._rows.read(every.tolist()))
+        by_source = None
+        if self.sources:
+            sources, targets = self._rows.source_of_row[every], self._rows.targets[every]
+            by_source = targets_by_source(sources, targets, len(self.sources))
+        packed = [[next(documents) for _ in pack] for pack in rows]
+        return collate(packed, self._training.batch_size, self.layout, by_source)
 
 
 def steps_per_epoch(packs: int, training: TrainingSettings, world_size: int) -> int:

@@ -1,7 +1,7 @@
 """Tokenised rows, and how many rows of the data set are not among them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,16 @@ class RowCounts:
     bad: int
     first_bad: str = ""
 
+    @classmethod
+    def total(cls, counts: Mapping[str, "RowCounts"]) -> "RowCounts":
+        """Return the sums of the counts of sources, given by label; of texts, the first, after its source's label."""
+        values: dict[str, Any] = {}
+        for part in fields(cls):
+            found = {label: getattr(one, part.name) for label, one in counts.items()}
+            texts = [f"{label}: {text}" for label, text in found.items() if isinstance(text, str) and text]
+            values[part.name] = (texts or [""])[0] if part.type is str else sum(found.values())
+        return cls(**values)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedRows:
@@ -28,12 +38,19 @@ class TokenizedRows:
 
     `table` is a `datasets.Dataset` of `input_ids` and `labels`. `lengths` and `targets`, int64 `[rows]`, count the
     tokens and the target tokens of each row.
+
+    If the rows come from several sources, `sources` holds the counts of each by its label, and `source_of_row`, int64
+    `[rows]`, numbers in that order where each row is from; else both are empty. `weights`, one per source or none, are
+    the proportions in which epochs draw rows from the sources.
     """
 
     table: Any
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     targets: np.ndarray[Any, np.dtype[np.int64]]
     counts: RowCounts
+    sources: Mapping[str, RowCounts] = field(default_factory=dict)
+    source_of_row: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    weights: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -48,9 +65,20 @@ class TokenizedRows:
 
     def select(self, indices: np.ndarray[Any, np.dtype[np.int64]]) -> "TokenizedRows":
         """Return the rows at `indices`, in that order."""
-        return TokenizedRows(
+        return replace(
+            self,
             table=self.table.select(indices),
             lengths=self.lengths[indices],
             targets=self.targets[indices],
-            counts=self.counts,
+            source_of_row=self.source_of_row[indices] if self.sources else self.source_of_row,
         )
+
+    def by_source(self) -> "dict[str, TokenizedRows]":
+        """Return the rows of each source by its label, in order; if there is one source, its label is empty."""
+        if not self.sources:
+            return {"": self}
+        result = {}
+        for index, (label, counts) in enumerate(self.sources.items()):
+            part = self.select(np.flatnonzero(self.source_of_row == index))
+            result[label] = TokenizedRows(table=part.table, lengths=part.lengths, targets=part.targets, counts=counts)
+        return result

@@ -1,6 +1,8 @@
 """Statistics of a tokenised data set, and how they are printed; pure."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +15,8 @@ BAR_WIDTH = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """The figures of a data set; `lines` shows what each means."""
+class RowStatistics:
+    """The figures of rows, of one source or of all; `lines` shows what each means."""
 
     counts: RowCounts
     rows: int
@@ -23,39 +25,34 @@ class Statistics:
     percentiles: tuple[int, ...]
     histogram: tuple[tuple[int, int], ...]
     longest: int
-    packs: int
-    fill: float
-    packed: bool
-    steps_per_epoch: int
 
-    def short(self) -> str:
-        """Return the figures in one line, for the log."""
+    def in_short(self) -> str:
+        """Return the figures as a part of a line."""
         counts = self.counts
-        packs = f"{self.packs:,} packs {self.fill:.1%} full" if self.packed else "not packed"
         return (
-            f"Data: {self.rows:,} rows, {self.tokens:,} tokens ({self._target_fraction():.1%} targets), "
+            f"{self.rows:,} rows, {self.tokens:,} tokens ({self._target_fraction():.1%} targets), "
             f"median length {self.percentiles[PERCENTILES.index(50)]}, longest {self.longest} | "
-            f"{counts.truncated:,} truncated, {counts.dropped:,} dropped, {counts.bad:,} malformed | "
-            f"{packs} | {self.steps_per_epoch:,} steps per epoch"
+            f"{counts.truncated:,} truncated, {counts.dropped:,} dropped, {counts.bad:,} malformed"
         )
 
     def _target_fraction(self) -> float:
         return self.target_tokens / max(1, self.tokens)
 
-    def lines(self) -> list[str]:
-        """Return all figures, one per line, with a histogram of the lengths."""
+    def figures(self) -> dict[str, str]:
+        """Return the figures by name, without the lengths."""
         counts = self.counts
-        figures = {
+        return {
             "rows": f"{self.rows:,} of {counts.given:,}",
             "truncated": f"{counts.truncated:,} (the start of the answer is kept)",
             "dropped": f"{counts.dropped:,} (no target token within the maximum length)",
             "malformed": f"{counts.bad:,}" + (f" (skipped; first: {counts.first_bad})" if counts.bad else ""),
             "tokens": f"{self.tokens:,}",
             "target tokens": f"{self.target_tokens:,} ({self._target_fraction():.1%})",
-            "packs": f"{self.packs:,}, {self.fill:.2%} full" if self.packed else "none (rows are not packed)",
-            "steps per epoch": f"{self.steps_per_epoch:,}",
         }
-        result = [f"{name:<16} {value}" for name, value in figures.items()]
+
+    def lines(self) -> list[str]:
+        """Return all figures, one per line, with a histogram of the lengths."""
+        result = [f"{name:<16} {value}" for name, value in self.figures().items()]
         pairs = zip(PERCENTILES, self.percentiles, strict=True)
         result.append("length           " + "  ".join(f"p{p} {value}" for p, value in pairs) + f"  max {self.longest}")
         most = max((count for _, count in self.histogram), default=1)
@@ -65,23 +62,93 @@ class Statistics:
         return result
 
 
-def describe(rows: TokenizedRows, packs: packing.Packs, capacity: int, steps: int) -> Statistics:
-    """Return the statistics of rows and their packs of `capacity` tokens, which is 0 if rows are not packed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceStatistics(RowStatistics):
+    """The figures of one of several sources, and its part in an epoch: its rows, and its fraction of the targets."""
+
+    label: str
+    rows_per_epoch: int
+    target_share: float
+
+    def short(self) -> str:
+        """Return the figures in one line, for the log."""
+        return f"  {self.label}: {self.in_short()} | {self._part()}"
+
+    def figures(self) -> dict[str, str]:
+        """Return the figures by name, without the lengths."""
+        return {**RowStatistics.figures(self), "in an epoch": self._part()}
+
+    def _part(self) -> str:
+        return f"{self.rows_per_epoch:,} rows, {self.target_share:.1%} of the targets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics(RowStatistics):
+    """The figures of a data set: its rows, their packs, and its sources if there are several."""
+
+    packs: int
+    fill: float
+    packed: bool
+    steps_per_epoch: int
+    sources: tuple[SourceStatistics, ...] = ()
+
+    def short(self) -> str:
+        """Return the figures in one line, for the log."""
+        packs = f"{self.packs:,} packs {self.fill:.1%} full" if self.packed else "not packed"
+        return f"Data: {self.in_short()} | {packs} | {self.steps_per_epoch:,} steps per epoch"
+
+    def short_lines(self) -> list[str]:
+        """Return the figures in one line, and one for each source if there are several."""
+        return [self.short(), *(source.short() for source in self.sources)]
+
+    def figures(self) -> dict[str, str]:
+        """Return the figures by name, without the lengths."""
+        return {
+            **RowStatistics.figures(self),
+            "packs": f"{self.packs:,}, {self.fill:.2%} full" if self.packed else "none (rows are not packed)",
+            "steps per epoch": f"{self.steps_per_epoch:,}",
+        }
+
+
+def describe(
+    rows: TokenizedRows, epoch: packing.Indices, packs: packing.Packs, capacity: int, steps: int
+) -> Statistics:
+    """Return the statistics of rows, and of the packs of `capacity` tokens in an epoch of `steps` steps.
+
+    `epoch`, int64, lists the rows of the epoch. `capacity` is 0 if rows are not packed.
+    """
+    return Statistics(
+        **_figures(rows),
+        packs=len(packs),
+        fill=packing.fill(rows.lengths[epoch], packs, capacity) if capacity else 0.0,
+        packed=capacity > 0,
+        steps_per_epoch=steps,
+        sources=tuple(_sources(rows, epoch)),
+    )
+
+
+def _sources(rows: TokenizedRows, epoch: packing.Indices) -> Iterator[SourceStatistics]:
+    of_row = rows.source_of_row[epoch] if rows.sources else epoch
+    targets = rows.targets[epoch]
+    for index, (label, part) in enumerate(rows.by_source().items() if rows.sources else ()):
+        own = of_row == index
+        share = float(targets[own].sum() / max(1, targets.sum()))
+        yield SourceStatistics(**_figures(part), label=label, rows_per_epoch=int(own.sum()), target_share=share)
+
+
+def _figures(rows: TokenizedRows) -> dict[str, Any]:
+    """Return the fields of `RowStatistics`."""
     lengths = rows.lengths
     longest = int(lengths.max())
     width = -(-longest // BARS)
     edges = [width * (bar + 1) for bar in range(BARS)]
     counted = np.bincount((lengths - 1) // width, minlength=BARS)
-    return Statistics(
-        counts=rows.counts,
-        rows=len(rows),
-        tokens=int(lengths.sum()),
-        target_tokens=int(rows.targets.sum()),
-        percentiles=tuple(int(value) for value in np.percentile(lengths, PERCENTILES)),
-        histogram=tuple(zip(edges, counted.tolist(), strict=True)),
-        longest=longest,
-        packs=len(packs),
-        fill=packing.fill(lengths, packs, capacity) if capacity else 0.0,
-        packed=capacity > 0,
-        steps_per_epoch=steps,
-    )
+    return {
+        "counts": rows.counts,
+        "rows": len(rows),
+        "tokens": int(lengths.sum()),
+        "target_tokens": int(rows.targets.sum()),
+        "percentiles": tuple(int(value) for value in np.percentile(lengths, PERCENTILES)),
+        "histogram": tuple(zip(edges, counted.tolist(), strict=True)),
+        "longest": longest,
+    }

@@ -10,6 +10,8 @@ import transformers
 
 from superoffload import hub
 from superoffload.checkpoint.rank_files import RankFiles
+from superoffload.config import several, shown
+from superoffload.data import mixture
 from superoffload.errors import UserError
 from superoffload.model import load
 from superoffload.model.tokenizer import load_tokenizer
@@ -20,8 +22,8 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
              "*.tiktoken", "chat_template*", "additional_chat_templates")  # fmt: skip
 SETTINGS = (
-    "dataset_name", "dataset_percentage", "max_length", "train_on_prompt", "lr", "lr_scheduler", "warmup",
-    "weight_decay", "max_grad_norm", "batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed",
+    "dataset_name", "dataset_weights", "dataset_percentage", "max_length", "train_on_prompt", "lr", "lr_scheduler",
+    "warmup", "weight_decay", "max_grad_norm", "batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed",
 )  # fmt: skip
 
 
@@ -99,19 +101,24 @@ def _write_tokenizer(folder: Path, checkpoint: RankFiles) -> None:
 def card(checkpoint: RankFiles, dtype: str) -> str:
     """Return the model card: base model, data, settings, and the training loss."""
     config, progress = checkpoint.config, checkpoint.progress
-    name, data = str(config.get("model_name", "")), str(config.get("dataset_name", ""))
+    name = str(config.get("model_name", ""))
+    data = [mixture.name_of(text) for text in several(config.get("dataset_name") or ())]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {name}"] if _on_the_hub(name) else []
-    head += ["datasets:", f"- {data}"] if _on_the_hub(data) else []
+    on_the_hub = list(filter(_on_the_hub, data))
+    head += ["datasets:", *(f"- {source}" for source in on_the_hub)] if on_the_hub else []
     loss = reached_loss(checkpoint.output_dir, progress.get("step"))
-    title = f"{Path(name).name or 'a model'}, fine-tuned (all weights) on {Path(data).name or 'unknown data'}"
+    known = ", ".join(filter(None, (Path(source).name for source in data))) or "unknown data"
+    title = f"{Path(name).name or 'a model'}, fine-tuned (all weights) on {known}"
     lines = [*head, "---", "", f"# {title}", ""]
     lines += [f"Trained with DeepSpeed ZeRO-3 with the optimizer on the host. The weights are in {dtype}.", ""]
     lines += ["| | |", "| --- | --- |"]
     rows: dict[str, Any] = {"base model": name, **{key: config.get(key) for key in SETTINGS}}
     rows |= {"steps": progress.get("step"), "tokens trained on": progress.get("tokens") or None}
     rows["training loss"] = None if loss is None else f"{loss:.4f}"
-    lines += [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
+    for key, value in rows.items():
+        if value not in (None, "", [], ()):
+            lines.append(f"| {key} | {shown(tuple(value)) if isinstance(value, list | tuple) else value} |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,10 @@ TILE = 2**24  # logits per tile, 64 MiB in float32
 MULTIPLE = 128  # a tile's share of the vocabulary, for the matrix kernels
 
 Loss = Callable[[Engine, Batch], torch.Tensor]
-"""Run the model on a micro-batch and sum the losses of its target tokens, float32 `[]` (collective)."""
+"""Run the model on a micro-batch and sum the losses of its target tokens (collective).
+
+Returns float32 `[]`, or `[sources]` for a batch with rows of several sources.
+"""
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -41,10 +44,35 @@ def following(labels: torch.Tensor) -> torch.Tensor:
 
 
 def plain_loss(model_engine: Engine, batch: Batch) -> torch.Tensor:
-    """Sum the losses of a micro-batch's target tokens from the model's logits, float32 `[]` (collective)."""
+    """Sum the losses of a micro-batch's target tokens from the model's logits; see `Loss` (collective)."""
     inputs = batch.on(model_engine.device)
     labels = inputs.pop("labels")
-    return summed_loss(model_engine(**inputs).logits, labels)
+    logits = model_engine(**inputs).logits
+    if batch.by_source is None:
+        return summed_loss(logits, labels)
+    every = functional.cross_entropy(
+        logits.flatten(0, 1).float(), following(labels).flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    positions, _ = _targets(batch)
+    return sums_by_source(every.index_select(0, positions.to(every.device, non_blocking=True)), batch)
+
+
+def sums_by_source(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum the losses of a batch's target tokens, float32 `[targets]`, as `Loss` returns them."""
+    if batch.by_source is None:
+        return losses.sum()
+    grouped = losses.index_select(0, batch.by_source.order.to(losses.device, non_blocking=True))
+    return torch.stack([part.sum() for part in torch.split(grouped, list(batch.by_source.counts))])
+
+
+def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the positions that predict a target token, in the flattened batch, and those tokens; int64 `[targets]`.
+
+    Found on the host, where the labels are: on the device, finding them would wait for it.
+    """
+    labels = following(batch.inputs["labels"]).flatten()
+    positions = (labels != IGNORED).nonzero().squeeze(1)
+    return positions, labels[positions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +109,12 @@ class ChunkedLoss:
         self._transform = transform
 
     def __call__(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
-        """Return the sum, float32 `[]` (collective)."""
-        return self.token_losses(model_engine, batch).sum()
+        """Return the sums; see `Loss` (collective)."""
+        return sums_by_source(self.token_losses(model_engine, batch), batch)
 
     def token_losses(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
         """Return the loss of each target token, float32 `[targets]` (collective)."""
-        # On the host, where the labels are: on the device, finding the targets would wait for it.
-        labels = following(batch.inputs["labels"]).flatten()
-        positions = (labels != IGNORED).nonzero().squeeze(1)
-        targets = labels[positions]
+        positions, targets = _targets(batch)
         size = model_engine.module.get_output_embeddings().out_features
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < size:
             raise IndexError(f"a label is outside the vocabulary of {size}: {targets.min()} to {targets.max()}")

@@ -13,6 +13,7 @@ from superoffload.log import logger
 from superoffload.model import attention
 from superoffload.model.head import Loss
 from superoffload.protocols import Engine, Tokenizer
+from superoffload.training.source_losses import SourceLosses
 
 SAMPLE_TOKENS = 64
 
@@ -59,6 +60,11 @@ class Evaluation:
                     "Step %d | Held-out loss: %.4f | Perplexity: %.3f | Target tokens: %d",
                     step, numbers["eval_loss"], numbers["eval_perplexity"], numbers["eval_target_tokens"],
                 )  # fmt: skip
+                for label in self._held_out.sources:
+                    logger.info(
+                        "Step %d | Held-out loss of %s: %.4f | Target tokens: %d",
+                        step, label, numbers[f"eval_loss/{label}"], numbers[f"eval_target_tokens/{label}"],
+                    )  # fmt: skip
             for prompt in self._prompts:
                 answer = generate(model_engine, tokenizer, prompt)
                 logger.info("Sample | %s | %s", tokenizer.decode(prompt), answer)
@@ -67,20 +73,25 @@ class Evaluation:
 
 
 def held_out_loss(model_engine: Engine, loss: Loss, held_out: Batches) -> dict[str, float]:
-    """Return loss and perplexity over all target tokens of the held-out rows (collective).
+    """Return loss and perplexity over all target tokens of the held-out rows, and the loss of each source (collective).
 
     The sum of the tokens' losses over all ranks divided by their number, equal for any number of ranks.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
+    by_source = SourceLosses(held_out.sources)
     for batch in held_out.held_out():
-        sums[0] += loss(model_engine, batch)
+        losses = loss(model_engine, batch)
+        sums[0] += losses.sum()
         sums[1] += batch.target_tokens
-    loss_sum, targets = distributed.all_reduce_sum(sums).tolist()
+        by_source.add(batch, losses)
+    sums = distributed.all_reduce_sum(torch.cat([sums, by_source.take()]))
+    loss_sum, targets, *of_sources = sums.tolist()
     mean = loss_sum / targets
     return {
         "eval_loss": mean,
         "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
         "eval_target_tokens": int(targets),
+        **by_source.numbers(of_sources, "eval_"),
     }
 
 

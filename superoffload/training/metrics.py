@@ -5,8 +5,8 @@ import logging
 import resource
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from superoffload.data.collate import Batch
 from superoffload.log import logger
 from superoffload.model.flops import ModelShape, hardware_flops, model_flops
 from superoffload.training.progress import Progress, Saved
+from superoffload.training.source_losses import SourceLosses
 from superoffload.training.tracking import to_json
 
 GIB = 2**30
@@ -46,10 +47,15 @@ class StepMetrics:
     lr: float
     grad_norm: float
     rates: Rates
+    by_source: dict[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
         """Return the log line."""
         rates = self.rates
+        means = {key: value for key, value in self.by_source.items() if key.startswith("loss/")}
+        return "".join([self._line(rates), *(f" | {key}: {value:.4f}" for key, value in means.items())])
+
+    def _line(self, rates: Rates) -> str:
         return (
             f"Step {self.step} | Loss: {self.loss:.4f} | LR: {self.lr:.2e} | Grad norm: {self.grad_norm:.3f} | "
             f"Time: {rates.step_time_s * 1000:.0f}ms | TFLOPS/GPU: {rates.tflops_per_gpu:.2f} | "
@@ -59,7 +65,8 @@ class StepMetrics:
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers by name, as in `metrics.jsonl`."""
         values = asdict(self)
-        return {**{key: value for key, value in values.items() if key != "rates"}, **values["rates"]}
+        rates, by_source = values.pop("rates"), values.pop("by_source")
+        return {**values, **rates, **by_source}
 
 
 @dataclass(slots=True)
@@ -92,13 +99,18 @@ class Meter:
         shape: ModelShape,
         state: dict[str, Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        sources: Sequence[str] = (),
     ) -> None:
-        """Start counting; `state` is the result of `state()` of the run being resumed, whose log interval continues."""
+        """Start counting; `state` is the result of `state()` of the run being resumed, whose log interval continues.
+
+        `sources` are the labels of the sources if there are several.
+        """
         self._recomputed = config.model.activation_checkpointing
         self._shape = shape
         self._clock = clock
         self._mark = clock()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
+        self._by_source = SourceLosses(sources, (state or {}).get("sources"))
         self._current, self._interval = _Work(), _Work()
         self._steps: list[_Work] = []
         self.last_loss = float("nan")
@@ -113,15 +125,17 @@ class Meter:
             "interval": asdict(self._interval),
             "loss_sum": self._loss_sum.item(),
             "last_loss": self.last_loss,
+            **({"sources": self._by_source.state()} if self._by_source.sources else {}),
         }
 
     def start(self) -> None:
         """Start the clock of the next step."""
         self._mark = self._clock()
 
-    def add(self, batch: Batch, loss_sum: torch.Tensor) -> None:
-        """Count one micro-batch; `loss_sum` is the detached sum of the losses of its target tokens."""
-        self._loss_sum += loss_sum
+    def add(self, batch: Batch, losses: torch.Tensor) -> None:
+        """Count one micro-batch and the losses of its target tokens, summed as `Loss` returns them, detached."""
+        self._loss_sum += losses.sum()
+        self._by_source.add(batch, losses)
         self._current.tokens += sum(batch.lengths)
         self._current.target_tokens += batch.target_tokens
         self._current.positions += batch.positions
@@ -138,7 +152,9 @@ class Meter:
 
     def read(self, progress: Progress, lr: float, grad_norm: float, steps_per_epoch: int) -> StepMetrics:
         """Return the numbers of the steps since the last call (collective; waits for the device)."""
-        rates, loss_sum, targets = self._rates(self._interval, self._loss_sum)
+        rates, targets, (loss_sum, *by_source) = self._rates(
+            self._interval, torch.cat([self._loss_sum[None], self._by_source.take()])
+        )
         self.last_loss = loss_sum / targets
         self._interval = _Work()
         self._loss_sum.zero_()
@@ -149,13 +165,17 @@ class Meter:
             lr=lr,
             grad_norm=grad_norm,
             rates=rates,
+            by_source=self._by_source.numbers(by_source),
         )
 
-    def _rates(self, work: _Work, loss_sum: torch.Tensor) -> tuple[Rates, float, float]:
-        """Sum some steps over all ranks (collective); return rates, sum of losses, number of target tokens."""
+    def _rates(self, work: _Work, more: torch.Tensor) -> tuple[Rates, float, list[float]]:
+        """Sum some steps, and `more` of their numbers, float64 on the device, over all ranks (collective).
+
+        Returns rates, the number of target tokens, and the sums of `more`.
+        """
         counted = [work.tokens, work.target_tokens, work.positions, work.flops]
-        sums = torch.cat([torch.tensor(counted, dtype=torch.float64, device=loss_sum.device), loss_sum[None]])
-        tokens, targets, positions, flops, losses = distributed.all_reduce_sum(sums).tolist()
+        sums = torch.cat([torch.tensor(counted, dtype=torch.float64, device=more.device), more])
+        tokens, targets, positions, flops, *more_sums = distributed.all_reduce_sum(sums).tolist()
         tflops = flops / work.time_s / distributed.world_size() / 1e12
         rates = Rates(
             step_time_s=work.time_s / work.steps,
@@ -165,7 +185,7 @@ class Meter:
             tflops_per_gpu=tflops,
             hardware_tflops_per_gpu=hardware_flops(tflops, self._recomputed),
         )
-        return rates, losses, targets
+        return rates, targets, more_sums
 
     def summary(self, warmup_steps: int) -> dict[str, Any]:
         """Summarise the run without its first `warmup_steps` (collective).
@@ -183,7 +203,7 @@ class Meter:
         if left_out != warmup_steps:
             result["note"] = f"{steps} steps do not exceed --warmup_steps {warmup_steps}: measured over the last half"
         result["final_loss"] = self.last_loss
-        rates, *_ = self._rates(measured, torch.zeros_like(self._loss_sum))
+        rates, *_ = self._rates(measured, torch.zeros_like(self._loss_sum)[None])
         result["median_step_time_s"] = statistics.median(work.time_s for work in self._steps[left_out:])
         result.update({key: value for key, value in asdict(rates).items() if key != "step_time_s"})
         result.update(peak_memory())

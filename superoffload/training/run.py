@@ -6,7 +6,7 @@ from typing import Any
 
 from superoffload import distributed
 from superoffload.checkpoint import save
-from superoffload.config import Config
+from superoffload.config import Config, shown
 from superoffload.data.loader import Batches
 from superoffload.errors import UserError
 from superoffload.export import weights
@@ -54,7 +54,7 @@ class Run:
         extent = self.batches.extent()
         if state["data"] != extent and not self.config.checkpoint.resume_anyway:
             raise UserError(
-                f"--dataset_name {self.config.data.dataset_name}: its rows have changed since {path} was saved "
+                f"--dataset_name {shown(self.config.data.dataset_name)}: its rows have changed since {path} was saved "
                 f"(checkpoint has {state['data']}, this run has {extent}); --resume_anyway resumes with the new rows, "
                 "--resume none starts from the model"
             )

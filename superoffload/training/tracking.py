@@ -63,6 +63,8 @@ def _step_of(line: str) -> float:
 def _heading(key: str) -> str:
     if key.startswith("eval_"):
         return f"eval/{key.removeprefix('eval_')}"
+    if "/" in key:  # of one source: loss/NAME, target_tokens/NAME
+        return key
     return f"{'train' if key in ('loss', 'lr', 'grad_norm', 'epoch') else 'perf'}/{key}"
 
 

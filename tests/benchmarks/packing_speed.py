@@ -98,7 +98,7 @@ def _curve(model: Path, data: Path, steps: int, packs: bool) -> list[tuple[float
     from superoffload.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
-    rows, _ = loader.load(tokenizer, DataSettings(dataset_name=str(data), max_length=1024), 0)
+    rows, _ = loader.load(tokenizer, DataSettings(dataset_name=(str(data),), max_length=1024), 0)
     layout = Layout(packs=True, full_length=False, max_length=1024, pad_token_id=0)
     batches = loader.Batches(rows, layout, TrainingSettings(), rank=0, world_size=1)
     members, bounds = batches.packs.rows(rows.lengths), batches.packs.bounds
@@ -156,7 +156,7 @@ def measure_memory(model: str, data: str) -> dict[str, Any]:
     tokenizer("warm")
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    settings = DataSettings(dataset_name=data, max_length=MAX_LENGTH)
+    settings = DataSettings(dataset_name=(data,), max_length=MAX_LENGTH)
     rows, _ = loader.load(tokenizer, settings, 0)
     layout = collate.choose_layout(settings, 0, False)
     batches = loader.Batches(rows, layout, TrainingSettings(batch_size=4), rank=0, world_size=1)

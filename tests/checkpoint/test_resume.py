@@ -20,23 +20,7 @@ from superoffload.errors import UserError
 from superoffload.training import schedule
 from tests.helpers.ranks import REPOSITORY, environment, free_port, launch, run_ranks
 from tests.helpers.runs import damage, flags, logged, make_checkpoint
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    """List every tensor of a loaded state, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for key in sorted(value, key=str) for tensor in tensors(value[key])]
-    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, list | tuple) else []
-
-
-def states(out: Path) -> dict[str, list[torch.Tensor]]:
-    folder = out / (out / "latest").read_text()
-    return {
-        path.name: tensors(torch.load(path, weights_only=False)["optimizer_state_dict"])
-        for path in sorted(folder.glob("*_optim_states.pt"))
-    }
+from tests.helpers.states import states
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])

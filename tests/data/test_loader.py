@@ -57,7 +57,7 @@ def test_every_row_once_an_epoch_and_equal_work(world_size: int, packs: bool) ->
         batches = make(rows, world_size, rank, packs)
         epoch = list(batches.epoch(0))
         steps.add(len(epoch))
-        assert len(epoch) == batches.steps_per_epoch
+        assert len(epoch) == batches.steps_in(0)
         assert all(len(micro_batches) == 3 for micro_batches in epoch)
         assert all(batch.inputs["input_ids"].shape[0] == 2 for step in epoch for batch in step)
         seen += [number for step in epoch for number in row_numbers(step)]
@@ -75,7 +75,7 @@ def test_target_tokens_are_those_of_the_rows() -> None:
 def test_entering_at_any_step_gives_what_follows(packs: bool) -> None:
     batches = make(make_rows(), packs=packs)
     whole = [[row_numbers([batch]) for batch in step] for step in batches.epoch(3)]
-    for start in range(batches.steps_per_epoch + 1):
+    for start in range(batches.steps_in(0) + 1):
         again = make(make_rows(), packs=packs)
         assert [[row_numbers([batch]) for batch in step] for step in again.epoch(3, start)] == whole[start:]
 
@@ -101,7 +101,7 @@ def test_same_rows_in_a_step_for_any_number_of_ranks() -> None:
 
 def test_steps_of_a_run() -> None:
     batches = make(make_rows(), packs=False, num_train_epochs=3)
-    assert batches.steps_per_epoch == 18
+    assert batches.steps_in(0) == 18
     assert batches.total_steps == 54
     assert make(make_rows(), packs=False, num_train_epochs=3, max_steps=20).total_steps == 20
 
@@ -139,20 +139,20 @@ class TestSplitOff:
 def test_load_from_files(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
     name = jsonl([{"prompt": f"q{n}", "completion": "a"} for n in range(20)])
     other = jsonl([{"prompt": f"x{n}", "completion": "a"} for n in range(3)], "other.jsonl")
-    rows, held_out = loader.load(tokenizer, DataSettings(dataset_name=name, eval_percentage=10), 0)
+    rows, held_out = loader.load(tokenizer, DataSettings(dataset_name=(name,), eval_percentage=10), 0)
     assert held_out is not None and (len(rows), len(held_out)) == (18, 2)
     texts = {tokenizer.decode(ids) for part in (rows, held_out) for ids, _ in part.read(range(len(part)))}
     assert len(texts) == 20
-    rows, held_out = loader.load(tokenizer, DataSettings(dataset_name=name, eval_dataset=other), 0)
+    rows, held_out = loader.load(tokenizer, DataSettings(dataset_name=(name,), eval_dataset=other), 0)
     assert held_out is not None and (len(rows), len(held_out)) == (20, 3)
-    assert loader.load(tokenizer, DataSettings(dataset_name=name), 0)[1] is None
+    assert loader.load(tokenizer, DataSettings(dataset_name=(name,)), 0)[1] is None
     with pytest.raises(UserError, match=r"--eval_dataset .*--eval_percentage"):
-        DataSettings(dataset_name=name, eval_dataset=other, eval_percentage=5)
+        DataSettings(dataset_name=(name,), eval_dataset=other, eval_percentage=5)
 
 
 def test_statistics(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
     name = jsonl([{"prompt": f"q{n}", "completion": "a" * n} for n in range(20)])
-    rows, _ = loader.load(tokenizer, DataSettings(dataset_name=name), 0)
+    rows, _ = loader.load(tokenizer, DataSettings(dataset_name=(name,)), 0)
     found = make_batches(rows).statistics()
     assert found.tokens == rows.lengths.sum() and found.target_tokens == rows.targets.sum()
     assert sum(count for _, count in found.histogram) == found.rows == 20

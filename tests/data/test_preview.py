@@ -45,6 +45,24 @@ def test_held_out_rows_have_their_own_statistics(capsys: Capture, folder: str, j
 
 
 @pytest.mark.unit
+def test_several_data_sets(capsys: Capture, folder: str, jsonl: WriteJsonLines) -> None:
+    first = jsonl([{"instruction": "q", "output": f"answer {n}"} for n in range(9)], "first.jsonl")
+    second = jsonl([{"text": f"text {n}"} for n in range(20)], "second.jsonl")
+    out = preview(
+        capsys, "--model_name", folder, "--dataset_name", first, f"{second}#10", "-n", "1", "--eval_percentage", "20"
+    )
+    rows, statistics = out.split("Training rows\n")
+    assert rows.splitlines()[0] == "first" and ">>>answer" in rows
+    assert "\nsecond\n--- row 1:" in rows and rows.count("--- row") == 2
+    figures, held_out = statistics.split("Held-out rows\n")
+    assert "rows             15 of 19" in figures and "packs " in figures
+    assert "\nTraining rows, first\nrows             7 of 9\n" in figures
+    assert "\nTraining rows, second\nrows             8 of 10\n" in figures
+    assert figures.count("in an epoch      ") == 2
+    assert "\nHeld-out rows, second\nrows             2 of 10\n" in held_out
+
+
+@pytest.mark.unit
 def test_colours_and_plain_marks(tokenizer: Tokenizer) -> None:
     ids = tokenizer("hello you")["input_ids"]
     labels = [-100] * (len(ids) - 1) + ids[-1:]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import transformers
 
+from superoffload.checkpoint import rank_files
 from superoffload.export import files, weights
 from tests.helpers.exports import STEPS, Trained, load
 
@@ -45,7 +46,20 @@ def test_the_model_card_names_data_settings_and_loss(damaged: Path, tmp_path: Pa
     (damaged / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert files.reached_loss(damaged, STEPS) == 5.0 - STEPS  # of the checkpoint, not of the run's end
     (damaged / "metrics.jsonl").unlink()
+    assert "| dataset_name | tatsu-lab/alpaca |" in card and "dataset_weights" not in card
     assert files.reached_loss(damaged, STEPS) is None
     (damaged / "summary.json").write_text(json.dumps({"steps": STEPS, "final_loss": 1.25}))
     assert files.reached_loss(damaged, STEPS) == 1.25
     assert files.reached_loss(damaged, STEPS - 1) is None
+
+
+def test_the_model_card_names_every_data_set(trained: dict[str, Trained]) -> None:
+    checkpoint = rank_files.read(trained["llama"].output_dir)
+    checkpoint.config.update(
+        dataset_name=["owner/one:0.5", "./rows.jsonl", "owner/two#7"], dataset_weights=[1.0, 2.0, 1.0]
+    )
+    card = files.card(checkpoint, "bfloat16")
+    assert "datasets:\n- owner/one\n- owner/two\n---" in card
+    assert "on one, rows.jsonl, two\n" in card
+    assert "| dataset_name | owner/one:0.5 ./rows.jsonl owner/two#7 |" in card
+    assert "| dataset_weights | 1.0 2.0 1.0 |" in card

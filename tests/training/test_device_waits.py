@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 import finetune_zero3
 from superoffload import config, distributed
-from superoffload.data.collate import Batch
+from superoffload.data.collate import Batch, TargetsBySource
 from superoffload.model.head import plain_loss
 from superoffload.training import metrics, tracking
 from superoffload.training.evaluation import Evaluation
@@ -122,24 +122,30 @@ class Engine:
         return 1.0
 
 
+@pytest.mark.parametrize("sources", [(), ("a", "b")], ids=["one source", "two sources"])
 def test_steps_between_two_log_lines_do_not_wait_for_the_device(
-    one_rank: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    sources: tuple[str, ...], one_rank: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {"model_name": "m", "output_dir": str(tmp_path), "log_interval": LOG_INTERVAL}
     chosen = config.build(values)
     waits_of_step: list[int] = []
+    by_source = TargetsBySource(torch.tensor([5, 6, 0, 1, 2, 3, 4]), (2, 5)) if sources else None
 
     def epoch(*_: int) -> Iterator[list[Batch]]:
         for step in range(STEPS):
             ids = torch.arange(8)[None]
             device.waits.clear()
-            yield [Batch(inputs={"input_ids": ids, "labels": ids}, lengths=(5 + step,), target_tokens=7)] * 2
+            yield [
+                Batch(
+                    inputs={"input_ids": ids, "labels": ids}, lengths=(5 + step,), target_tokens=7, by_source=by_source
+                )
+            ] * 2
             waits_of_step.append(device.waits.total())
 
     def votes() -> tuple[float, float]:
         return float(len(waits_of_step) == STOP_AFTER - 1), 0.0
 
-    batches: Any = SimpleNamespace(epoch=epoch, total_steps=STEPS, steps_per_epoch=STEPS)
+    batches: Any = SimpleNamespace(epoch=epoch, total_steps=STEPS, steps_in=lambda epoch: STEPS)
     engine: Any = Engine()
     control = RunControl(chosen, is_rank_0=True)
     monkeypatch.setattr(control, "votes", votes)
@@ -149,7 +155,7 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
         tokenizer=engine,
         batches=batches,
         progress=Progress(),
-        meter=metrics.Meter(chosen, SHAPE),
+        meter=metrics.Meter(chosen, SHAPE, sources=sources),
         trackers=tracking.Trackers([]),
         evaluation=Evaluation(None, (), 0),
         control=control,
