@@ -32,7 +32,7 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """A data set to tokenise: its name, its split, and the percentage of its rows to use, starting with the first.
+    """A data set to tokenise: name, split and config, and the percentage of its rows to use, starting with the first.
 
     `flag` is the flag that named the data set; error messages begin with it.
     """
@@ -41,6 +41,7 @@ class DatasetSpec:
     split: str
     percentage: float = 100.0
     flag: str = "dataset_name"
+    config: str | None = None
 
 
 def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettings) -> TokenizedRows:
@@ -50,15 +51,15 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     key of the cache covers the rows, the tokenizer, the template's text and every setting that matters. Raises
     `UserError` if a row is malformed, or if more than half of the rows have no target token.
     """
-    rows = sources.open_rows(spec.name, spec.split, spec.flag)
+    rows = sources.open_rows(spec.name, spec.split, spec.flag, spec.config)
     rows = rows.select(range(max(1, int(len(rows) * spec.percentage / 100))))
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
-    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
+    encode_row = _RowEncoder(encoder, rows, spec, settings)
     key = _key(rows, tokenizer, encoder.template, settings)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "superoffload" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _once(folder, lambda target: _tokenize(rows, _RowEncoder(encoder, shape, spec, settings), target, key))
+        _once(folder, lambda target: _tokenize(rows, encode_row, target, key))
     except OSError as error:
         raise UserError(
             f"the cache folder {folder.parent} cannot be written ({error.strerror or error}); "
@@ -131,9 +132,11 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
 class _RowEncoder:
     """Encodes one row at a time; can be pickled, so that it runs in any process."""
 
-    def __init__(self, encoder: Encoder, shape: formats.Shape, spec: DatasetSpec, settings: DataSettings) -> None:
+    def __init__(self, encoder: Encoder, rows: datasets.Dataset, spec: DatasetSpec, settings: DataSettings) -> None:
         self._encoder = encoder
-        self._shape = shape
+        columns = sources.columns_of(rows)
+        self._shape = formats.detect(columns, settings.dataset_format, settings.columns, spec.name)
+        self._features = dict(rows.features)
         self.where = f"--{spec.flag} {spec.name}"
         self._max_length = settings.max_length
         self._skip_bad_rows = settings.skip_bad_rows
@@ -142,7 +145,7 @@ class _RowEncoder:
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """Encode the row at `index` (from 0) into the columns of the cache."""
         try:
-            whole = self._encoder(formats.read(sources.parse(row), self._shape))
+            whole = self._encoder(formats.read(sources.parse(row, self._features), self._shape))
         except BadRow as error:
             if not self._skip_bad_rows:
                 raise UserError(

@@ -1,6 +1,7 @@
 """Tokenised rows -> the batches of each step, determined by (seed, epoch)."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,17 @@ def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[Token
     Held-out rows are those of `--eval_dataset`, or a percentage of the data set drawn with `seed`. Each machine
     tokenises once; see `cache.load_tokenized`. Raises `UserError` if a data set cannot be used.
     """
-    spec = DatasetSpec(name=settings.dataset_name, split=settings.dataset_split, percentage=settings.dataset_percentage)
+    spec = DatasetSpec(
+        name=settings.dataset_name,
+        split=settings.dataset_split,
+        percentage=settings.dataset_percentage,
+        config=settings.dataset_config,
+    )
     rows = load_tokenized(spec, tokenizer, settings)
     if settings.eval_dataset is not None:
-        held_out = DatasetSpec(name=settings.eval_dataset, split=settings.eval_split, flag="eval_dataset")
+        held_out = DatasetSpec(
+            name=settings.eval_dataset, split=settings.eval_split, flag="eval_dataset", config=settings.eval_config
+        )
         return rows, load_tokenized(held_out, tokenizer, settings)
     if settings.eval_percentage:
         return split_off(rows, settings.eval_percentage, seed)
@@ -34,10 +42,21 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     """Tokenise prompts as they are in the rows of the training data. Raises `UserError` as `load` does."""
     if not prompts:
         return []
-    rows = sources.open_rows(settings.dataset_name, settings.dataset_split, "dataset_name")
-    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
+    rows = sources.open_rows(settings.dataset_name, settings.dataset_split, "dataset_name", settings.dataset_config)
+    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, settings.dataset_name)
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
-    return [encoder.prompt_ids(prompt, in_turns=shape.name == "messages") for prompt in prompts]
+    in_turns = _are_chats(rows, shape)
+    return [encoder.prompt_ids(prompt, in_turns=in_turns) for prompt in prompts]
+
+
+def _are_chats(rows: Any, shape: formats.Shape) -> bool:
+    """Return whether rows are read as chats: the first one that is not malformed decides."""
+    for row in rows:
+        try:
+            return isinstance(formats.read(sources.parse(row, rows.features), shape), formats.Chat)
+        except formats.BadRow:
+            continue
+    return False
 
 
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
