@@ -85,7 +85,9 @@ def _json_rows(lines: Iterable[bytes]) -> Iterator[bytes]:
             break
     first = head[-1].strip() if head else b""
     if first.startswith(b"[") or _continues(first):
-        yield from _read_whole(b"".join(chain(head, lines)))
+        whole = io.BytesIO()
+        whole.writelines(chain(head, lines))
+        yield from _read_whole(whole.getvalue())
         return
     wrapped = _wrapped(first)
     following = next((line for line in lines if line.strip()), b"") if wrapped else b""

@@ -28,7 +28,9 @@ def files_of_splits(folder: Path, config: str | None, config_flag: str) -> dict[
             found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
         except EmptyDatasetError:
             found = {}
-    splits = {str(split): [path for path in map(Path, names) if _is_known(path)] for split, names in found.items()}
+    # A file may match several patterns of its split.
+    unique = {str(split): map(Path, dict.fromkeys(names)) for split, names in found.items()}
+    splits = {split: [path for path in paths if _is_known(path)] for split, paths in unique.items()}
     splits = {split: paths for split, paths in splits.items() if paths}
     if not splits:
         raise UserError(f"contains no {files.ENDINGS} file")

@@ -166,6 +166,8 @@ def read(row: Mapping[str, Any], shape: Shape) -> Conversation:
     if shape.name == "messages":
         turns, untrained = read_turns(shape.get(row, "messages"))
         return _chat(row, shape, turns, untrained)
+    if shape.name == "prompt_completion" and row.get("label") is False:
+        raise BadRow("label is false, which marks an answer that is not to be learnt")
     if isinstance(shape.get(row, "prompt"), (list, tuple)) and shape.name == "prompt_completion":
         prompt, _ = read_turns(shape.get(row, "prompt"), "the messages of the prompt")
         completion, untrained = read_turns(shape.get(row, "completion"), "the messages of the completion")

@@ -175,8 +175,8 @@ def _reason(error: BaseException) -> str:
 
 def _raw(paths: Sequence[Path]) -> datasets.Dataset:
     # datasets hashes these stamps into the key of its own cache, so a changed file is read again. A tuple, because
-    # datasets splits lists among processes.
-    stamps = tuple((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    # datasets splits lists among processes. Links are not followed: their targets may have names without endings.
+    stamps = tuple((str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     try:
         return datasets.Dataset.from_generator(
             _raw_rows,

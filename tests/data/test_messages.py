@@ -23,9 +23,9 @@ def turns_of(*messages: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("given", "role"),
     [
-        ("system", "system"), ("developer", "developer"), ("user", "user"), ("human", "user"), ("assistant", "assistant"),
-        ("gpt", "assistant"), ("model", "assistant"), ("Model", "assistant"), ("tool", "tool"), ("ipython", "tool"),
-        ("function", "tool"), ("observation", "tool"), ("tool_response", "tool"),
+        ("system", "system"), ("developer", "developer"), ("user", "user"), ("human", "user"),
+        ("assistant", "assistant"), ("gpt", "assistant"), ("model", "assistant"), ("Model", "assistant"),
+        ("tool", "tool"), ("ipython", "tool"), ("function", "tool"), ("observation", "tool"), ("tool_response", "tool"),
     ],
 )  # fmt: skip
 def test_roles(given: str, role: str) -> None:

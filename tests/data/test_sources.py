@@ -163,6 +163,18 @@ def test_a_folder_with_files_of_two_kinds(tmp_path: Path) -> None:
         open_rows(str(folder), "train")
 
 
+def test_a_file_that_matches_a_split_twice_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "train-train.jsonl")
+    assert rows_of(tmp_path) == ROWS
+
+
+def test_links_to_files_without_an_ending(tmp_path: Path) -> None:
+    write(tmp_path / "rows.csv")
+    (tmp_path / "blob").write_bytes(gzip.compress((tmp_path / "rows.csv").read_bytes()))
+    (tmp_path / "link.csv.gz").symlink_to(tmp_path / "blob")
+    assert rows_of(tmp_path / "link.csv.gz") == ROWS
+
+
 def test_each_split_of_a_folder_may_have_a_kind_of_its_own(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet")
     write(tmp_path / "test.csv", ROWS[:2])
@@ -189,7 +201,7 @@ CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
 
 
 def test_parquet_shards_with_different_columns(tmp_path: Path) -> None:
-    shards = [
+    shards: list[list[dict[str, Any]]] = [
         [{"instruction": "q", "output": "a"}],
         [{"output": "b", "more": 1, "instruction": "r", "calls": [CALL]}],
         [{"instruction": "s", "output": "c", "calls": [{"name": "mail", "arguments": {"to": "x"}}]}],
