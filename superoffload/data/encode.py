@@ -10,7 +10,7 @@ from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 
 IGNORED = -100  # the label of a token that is not a target
-VERSION = 3  # of the encoding in this file and formats.py, part of the cache's key; increase it if tokens change
+VERSION = 3  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
 
 # The Alpaca template.
 INSTRUCTION = "### Instruction:\n"

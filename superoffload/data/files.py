@@ -190,8 +190,7 @@ def _after_blank(text: str, position: int) -> int:
 
 def _csv_rows(file: Any, encoding: str, delimiter: str) -> Iterator[bytes]:
     csv.field_size_limit(2**31 - 1)
-    utf_8 = encoding.startswith("utf-8")
-    text = io.TextIOWrapper(file, encoding, errors="surrogateescape" if utf_8 else "strict", newline="")
+    text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
     # Strict: a lenient reader takes everything after a stray quotation mark for one field.
     reader = csv.DictReader(text, restkey="", restval=None, delimiter=delimiter, strict=True)
     number = 1

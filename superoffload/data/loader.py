@@ -11,7 +11,7 @@ from superoffload.data.cache import DatasetSpec, load_tokenized
 from superoffload.data.collate import Batch, Layout, collate
 from superoffload.data.encode import Encoder
 from superoffload.data.rows import TokenizedRows
-from superoffload.errors import UserError
+from superoffload.errors import BadRow, UserError
 from superoffload.protocols import Tokenizer
 
 
@@ -54,7 +54,7 @@ def _are_chats(rows: Any, shape: formats.Shape) -> bool:
     for row in rows:
         try:
             return isinstance(formats.read(sources.parse(row, rows.features), shape), formats.Chat)
-        except formats.BadRow:
+        except BadRow:
             continue
     return False
 
