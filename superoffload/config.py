@@ -119,8 +119,8 @@ class DataSettings(Settings):
     """Data."""
 
     dataset_name: tuple[str, ...] = setting(
-        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file, or several of these. NAME:0.3 takes a share of the "
-        "rows, NAME#500 a number of rows, drawn with --seed.",
+        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.tsv/.arrow file (JSON and CSV may be compressed), or several of "
+        "these. NAME:0.3 takes a share of the rows, NAME#500 a number of rows, drawn with --seed.",
         ("tatsu-lab/alpaca",),
         several=True,
         shapes_run=True,
@@ -132,8 +132,13 @@ class DataSettings(Settings):
         above=0,
         shapes_run=True,
     )
+    dataset_config: str | None = setting(
+        "Config of a hub data set or a folder that has several.", None, shapes_run=True
+    )
     dataset_split: str = setting(
-        "Split of a hub data set or a folder; a single file is used whole.", "train", shapes_run=True
+        "Split of a hub data set or a folder, or a part of it, e.g. train[:1000]. A file is one split of any name.",
+        "train",
+        shapes_run=True,
     )
     dataset_format: str = setting(
         "Format of the rows; auto detects it from the columns.",
@@ -178,7 +183,8 @@ class DataSettings(Settings):
         "Percentage of the rows to hold out for evaluation; 0: none.", 0.0, minimum=0, maximum=50, shapes_run=True
     )
     eval_dataset: str | None = setting("Data set to evaluate on: hub id, folder or file.", None)
-    eval_split: str = setting("Split of --eval_dataset; a single file is used whole.", "test")
+    eval_config: str | None = setting("Config of --eval_dataset, as --dataset_config.", None)
+    eval_split: str = setting("Split of --eval_dataset, as --dataset_split.", "test")
 
     def __post_init__(self) -> None:
         """Check each value, and that no two contradict each other."""
@@ -189,6 +195,8 @@ class DataSettings(Settings):
                 f"--dataset_weights {shown(self.dataset_weights)}: --dataset_name has {len(self.dataset_name)} values; "
                 "give one weight for each"
             )
+        if self.eval_config is not None and self.eval_dataset is None:
+            raise UserError(f"--eval_config {self.eval_config}: there is no --eval_dataset that it belongs to")
         if self.eval_dataset is not None and self.eval_percentage:
             raise UserError(
                 f"--eval_dataset {self.eval_dataset} and --eval_percentage {self.eval_percentage:g} both choose the "
@@ -349,6 +357,15 @@ class Config:
     measurement: MeasurementSettings
     tracking: TrackingSettings
     explicit: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` if the groups contradict each other."""
+        held_out = self.data.eval_dataset is not None or self.data.eval_percentage
+        if self.evaluation.eval_steps and not held_out and self.evaluation.sample_prompts is None:
+            raise UserError(
+                f"--eval_steps {self.evaluation.eval_steps}: there is nothing to evaluate; add --eval_percentage, "
+                "--eval_dataset or --sample_prompts"
+            )
 
 
 GROUPS: dict[str, Any] = {

@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class BadRow(Exception):
+    """What is wrong with one row, without its number, which the caller adds."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error that is not empty, or else the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,6 +1,7 @@
 """Check a name on the Hugging Face hub with one request, before a library retries for half a minute."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -12,6 +13,11 @@ from superoffload.errors import UserError, first_line
 def looks_like_path(name: str) -> bool:
     """Return whether a name can only be a local path: hub ids are `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def has_configs(readme: Path) -> bool:
+    """Return whether a data set's README says which files belong to which config and split."""
+    return readme.is_file() and "configs" in (huggingface_hub.metadata_load(readme) or {})
 
 
 def check(flag: str, name: str, kind: str, cached: Callable[[], bool]) -> None:

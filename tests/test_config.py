@@ -67,3 +67,18 @@ def test_every_choice_of_rows_shapes_the_run() -> None:
         ["--dataset_weights: checkpoint has 1.0 2.0, this run has (none)"],
         ["--shuffle_rows: checkpoint has False, this run has True"],
     ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"eval_percentage": 5.0}, {"eval_dataset": "rows.jsonl", "eval_config": "en"}, {"sample_prompts": "prompts.txt"}],
+)
+def test_eval_steps_needs_something_to_evaluate(values: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="--eval_steps 10: there is nothing to evaluate; add --eval_percentage"):
+        config.build({**VALUES, "eval_steps": 10})
+    assert config.build({**VALUES, "eval_steps": 10, **values}).evaluation.eval_steps == 10
+
+
+def test_eval_config_needs_a_data_set() -> None:
+    with pytest.raises(UserError, match="--eval_config en: there is no --eval_dataset"):
+        config.build({**VALUES, "eval_config": "en"})

@@ -52,7 +52,7 @@ OFFLOAD_ROWS: list[Row] = [
 ]
 # The modules and folders that import a library; no others may.
 LIBRARIES: dict[str, set[str]] = {
-    "datasets": {"data.cache", "data.sources"},
+    "datasets": {"data.cache", "data.folders", "data.sources"},
     "deepspeed": {
         "distributed",
         "model.attention", "model.load",
@@ -61,6 +61,7 @@ LIBRARIES: dict[str, set[str]] = {
         "offload.install", "offload.zero3.contract", "offload.zero3.optimizer", "offload.zero3.service",
     },
     "huggingface_hub": {"hub", "model.tokenizer", "export.weights"},
+    "pyarrow": {"data.files", "data.sources"},
     "safetensors": {"export.weights"},
     "tokenizers": {"tiny"},
     "torch": {

@@ -32,7 +32,7 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """A data set to tokenise: its name, its split, and which of its rows to use.
+    """A data set to tokenise: its name, split and config, and which of its rows to use.
 
     Of the rows, or of as many as `share` (a fraction) or `count` takes, it uses `percentage`. These are the first ones;
     with `share`, `count` or `shuffled`, they are drawn with `seed`. `flag` is the flag that named the data set; error
@@ -47,6 +47,7 @@ class DatasetSpec:
     shuffled: bool = False
     seed: int = 0
     flag: str = "dataset_name"
+    config: str | None = None
 
 
 def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettings) -> TokenizedRows:
@@ -58,12 +59,12 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     """
     rows = chosen_rows(spec)
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
-    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
+    encode_row = _RowEncoder(encoder, rows, spec, settings)
     key = _key(rows, tokenizer, encoder.template, settings)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "superoffload" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _once(folder, lambda target: _tokenize(rows, _RowEncoder(encoder, shape, spec, settings), target, key))
+        _once(folder, lambda target: _tokenize(rows, encode_row, target, key))
     except OSError as error:
         raise UserError(
             f"the cache folder {folder.parent} cannot be written ({error.strerror or error}); "
@@ -77,7 +78,7 @@ def chosen_rows(spec: DatasetSpec) -> datasets.Dataset:
 
     Raises `UserError` if it cannot be read, or has fewer rows than `count`.
     """
-    rows = sources.open_rows(spec.name, spec.split, spec.flag)
+    rows = sources.open_rows(spec.name, spec.split, spec.flag, spec.config)
     count = len(rows) if spec.count is None else spec.count
     if count > len(rows):
         raise UserError(f"--{spec.flag} {spec.name}#{count}: has only {len(rows)} rows")
@@ -170,9 +171,11 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
 class _RowEncoder:
     """Encodes one row at a time; can be pickled, so that it runs in any process."""
 
-    def __init__(self, encoder: Encoder, shape: formats.Shape, spec: DatasetSpec, settings: DataSettings) -> None:
+    def __init__(self, encoder: Encoder, rows: datasets.Dataset, spec: DatasetSpec, settings: DataSettings) -> None:
         self._encoder = encoder
-        self._shape = shape
+        columns = sources.columns_of(rows)
+        self._shape = formats.detect(columns, settings.dataset_format, settings.columns, spec.name)
+        self._features = dict(rows.features)
         self.where = f"--{spec.flag} {spec.name}"
         self._max_length = settings.max_length
         self._skip_bad_rows = settings.skip_bad_rows
@@ -181,7 +184,7 @@ class _RowEncoder:
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """Encode the row at `index` (from 0) into the columns of the cache."""
         try:
-            whole = self._encoder(formats.read(sources.parse(row), self._shape))
+            whole = self._encoder(formats.read(sources.parse(row, self._features), self._shape))
         except BadRow as error:
             if not self._skip_bad_rows:
                 raise UserError(

@@ -64,7 +64,7 @@ def answer_spans(turns: Turns, render: Render, special: Sequence[str]) -> tuple[
         end = _with_end_token(whole, start, end, special)
         if end < start or (spans and start < spans[-1][1]):
             raise UserError(_not_found(index, "the text found overlaps with other text"))
-        if turn["content"].rpartition("</think>")[2].strip() not in whole[start:end]:
+        if (turn["content"] or "").rpartition("</think>")[2].strip() not in whole[start:end]:
             raise UserError(_not_found(index, "the template changes its content"))
         spans.append((start, end))
     return whole, spans

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from superoffload.data import chat
-from superoffload.data.formats import Chat, Conversation, Pair, Text
+from superoffload.data.formats import Chat, Conversation, Pair, Text, turns_of
 from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 
 IGNORED = -100  # the label of a token that is not a target
-VERSION = 2  # of the encoding in this file and formats.py, part of the cache's key; increase it if tokens change
+VERSION = 3  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
 
 # The Alpaca template.
 INSTRUCTION = "### Instruction:\n"
@@ -59,8 +59,7 @@ def alpaca_prompt(pair: Pair) -> str:
 
 def as_chat(pair: Pair) -> Chat:
     """Write a pair as a user turn and an assistant turn."""
-    asked = f"{pair.prompt}\n\n{pair.context}" if pair.context.strip() else pair.prompt
-    return Chat(({"role": "user", "content": asked}, {"role": "assistant", "content": pair.answer}))
+    return Chat(turns_of(pair))
 
 
 def plain_segments(turns: Chat) -> list[tuple[str, bool]]:
@@ -73,7 +72,7 @@ def plain_segments(turns: Chat) -> list[tuple[str, bool]]:
     for turn in turns.turns:
         given += PLAIN_HEADS[turn["role"]]
         if turn["role"] == "assistant":
-            segments += [(given, False), (turn["content"], True)]
+            segments += [(given, False), (turn["content"] or "", True)]
             given = "\n\n"
         else:
             given += f"{turn['content']}\n\n"

@@ -14,7 +14,7 @@ from superoffload.data.cache import DatasetSpec, chosen_rows, join, load_tokeniz
 from superoffload.data.collate import Batch, Layout, collate, targets_by_source
 from superoffload.data.encode import Encoder
 from superoffload.data.rows import TokenizedRows
-from superoffload.errors import UserError
+from superoffload.errors import BadRow, UserError
 from superoffload.protocols import Tokenizer
 
 
@@ -31,7 +31,9 @@ def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[Token
     rows = join({label: load_tokenized(spec, tokenizer, settings) for label, spec in specs.items()})
     rows = replace(rows, weights=settings.dataset_weights)
     if settings.eval_dataset is not None:
-        held_out = DatasetSpec(name=settings.eval_dataset, split=settings.eval_split, flag="eval_dataset")
+        held_out = DatasetSpec(
+            name=settings.eval_dataset, split=settings.eval_split, flag="eval_dataset", config=settings.eval_config
+        )
         return rows, load_tokenized(held_out, tokenizer, settings)
     if settings.eval_percentage:
         return split_off(rows, settings.eval_percentage, seed)
@@ -49,6 +51,7 @@ def _specs(settings: DataSettings, seed: int) -> dict[str, DatasetSpec]:
             count=source.count,
             shuffled=settings.shuffle_rows,
             seed=seed,
+            config=settings.dataset_config,
         )
         for source in mixture.parse(settings.dataset_name)
     }
@@ -62,10 +65,21 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     if not prompts:
         return []
     first, *_ = mixture.parse(settings.dataset_name)
-    rows = sources.open_rows(first.name, settings.dataset_split, "dataset_name")
-    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
+    rows = sources.open_rows(first.name, settings.dataset_split, "dataset_name", settings.dataset_config)
+    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, first.name)
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
-    return [encoder.prompt_ids(prompt, in_turns=shape.name == "messages") for prompt in prompts]
+    in_turns = _are_chats(rows, shape)
+    return [encoder.prompt_ids(prompt, in_turns=in_turns) for prompt in prompts]
+
+
+def _are_chats(rows: Any, shape: formats.Shape) -> bool:
+    """Return whether rows are read as chats: the first one that is not malformed decides."""
+    for row in rows:
+        try:
+            return isinstance(formats.read(sources.parse(row, rows.features), shape), formats.Chat)
+        except BadRow:
+            continue
+    return False
 
 
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:

@@ -5,83 +5,166 @@ are tokenised. A reader that guesses a type for each column would convert answer
 could not hold rows whose fields differ in type, and would reject a whole file for one broken line.
 """
 
-import csv
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+from pyarrow import parquet, types
 
 from superoffload import hub
-from superoffload.data.formats import BadRow
-from superoffload.errors import UserError, first_line
+from superoffload.data import files
+from superoffload.data.folders import files_of_splits, listing_configs, refuse_config
+from superoffload.data.messages import decode
+from superoffload.errors import BadRow, UserError, first_line
 from superoffload.log import shows_bars
 
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-TEXT_FILES = (".json", ".jsonl", ".csv")
 RAW = "superoffload_raw_row"
-READER_VERSION = 1
+READER_VERSION = 2
 SAMPLED_ROWS = 100  # the keys of this many rows are the columns of a JSON file
 
 
-def open_rows(name: str, split: str, flag: str = "dataset_name") -> datasets.Dataset:
-    """Open a split of a data set. Raises `UserError` if it cannot be found or read, or has no rows."""
+def open_rows(name: str, split: str, flag: str = "dataset_name", config: str | None = None) -> datasets.Dataset:
+    """Open a split of a data set, `split` as in `train` or `train[:10%]`.
+
+    `flag` is the flag that named it. Raises `UserError` if it cannot be found or read, or has no rows.
+    """
     if not shows_bars():
         datasets.disable_progress_bars()
     try:
-        rows = _open(Path(name).expanduser(), name, split, flag)
+        rows = _open(name, split, flag, config)
+        if len(rows) == 0:
+            raise UserError("has no rows")
+        _check_first(rows)
     except UserError as error:
         raise error if str(error).startswith("--") else UserError(f"--{flag} {name}: {error}") from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__
         if isinstance(cause, UserError):  # raised by a reader of this file, wrapped by datasets
             raise UserError(f"--{flag} {name}: {cause}") from error
         raise UserError(f"--{flag} {name}: {_reason(error)}") from error
-    if len(rows) == 0:
-        raise UserError(f"--{flag} {name}: has no rows")
     return rows
 
 
-def _open(path: Path, name: str, split: str, flag: str) -> datasets.Dataset:
+def _open(name: str, split: str, flag: str, config: str | None) -> datasets.Dataset:
+    path = Path(name).expanduser()
+    config_flag = flag.replace("dataset_name", "dataset_config").replace("eval_dataset", "eval_config")
     if path.is_file():
-        if path.suffix not in READERS:
-            raise UserError(
-                f"--{flag} {name}: unknown file type {path.suffix or '(none)'}; known types are {', '.join(READERS)}"
-            )
-        if path.stat().st_size == 0:
-            raise UserError(f"--{flag} {name}: the file is empty")
-        if path.suffix in TEXT_FILES:
-            return _raw([path])
-        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        refuse_config(config, config_flag)
+        if "+" in split:
+            raise UserError(f"a file has no splits, so {split} would take it several times")
+        return _sliced(split, lambda _: _open_file(path))
     if path.is_dir():
-        return _open_folder(path, name, split, flag)
-    if hub.looks_like_path(name) or path.suffix in READERS:
-        raise UserError(f"--{flag} {name}: no such file or folder")
+        return _sliced(split, _splits_of(path, config, config_flag))
+    id_, colon, rest = name.partition(":")
+    if hub.looks_like_path(name) or files.kind_of(path):
+        raise UserError("no such file or folder")
+    if colon:
+        raise UserError(
+            f"no such file or folder; for the config {rest} of {id_}, use --{flag} {id_} --{config_flag} {rest}"
+        )
     hub.check(
         flag, name, "dataset", lambda: (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
     )
-    return datasets.load_dataset(name, split=split)
+    with listing_configs(name, config, config_flag):
+        return datasets.load_dataset(name, config, split=split)
 
 
-def _open_folder(path: Path, name: str, split: str, flag: str) -> datasets.Dataset:
+def _sliced(split: str, open_split: Callable[[str], datasets.Dataset]) -> datasets.Dataset:
+    """Open splits as `datasets` does on the hub: `train`, `train[:100]`, `train[10%:]`, `train+test`."""
+    pieces = []
+    for piece in split.split("+"):
+        name, bracket, _ = (part.strip() for part in piece.partition("["))
+        rows = open_split(name)
+        if bracket:
+            [part] = datasets.ReadInstruction.from_spec(piece.strip()).to_absolute({name: len(rows)})
+            if part.from_ >= part.to:
+                raise UserError(f"has no rows in {piece.strip()}: {name} has {len(rows)}")
+            rows = rows.select(range(part.from_, part.to))
+        pieces.append(rows)
+    return datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _splits_of(path: Path, config: str | None, config_flag: str) -> Callable[[str], datasets.Dataset]:
+    """Return a function that opens a split of a folder."""
     if (path / "dataset_info.json").exists():
-        return datasets.load_from_disk(str(path))
-    if (path / "dataset_dict.json").exists():
-        parts = datasets.load_from_disk(str(path))
-        if split not in parts:
-            raise UserError(f"--{flag} {name}: no split {split}; the splits are {', '.join(parts)}")
-        return parts[split]
-    try:
-        files = datasets.load_dataset_builder(str(path)).config.data_files or {}
-    except datasets.exceptions.DataFilesNotFoundError:
-        raise UserError(f"--{flag} {name}: contains no {', '.join(READERS)} file") from None
-    if split not in files:
-        raise UserError(f"--{flag} {name}: no split {split}; the splits are {', '.join(map(str, files)) or '(none)'}")
-    paths = [Path(file) for file in files[split]]
-    if all(file.suffix in TEXT_FILES and file.is_file() for file in paths):
+        refuse_config(config, config_flag)
+        return lambda split: datasets.load_from_disk(str(path))
+    saved = (path / "dataset_dict.json").exists()
+    if saved:
+        refuse_config(config, config_flag)
+    splits: Mapping[str, Any] = (
+        datasets.load_from_disk(str(path)) if saved else files_of_splits(path, config, config_flag)
+    )
+
+    def open_split(split: str) -> datasets.Dataset:
+        if split not in splits:
+            raise UserError(f"no split {split}; the splits are {', '.join(map(str, splits))}")
+        return splits[split] if saved else _read(splits[split])
+
+    return open_split
+
+
+def _open_file(path: Path) -> datasets.Dataset:
+    if not files.kind_of(path):
+        raise UserError(
+            f"unknown file type {''.join(path.suffixes[-2:]) or '(none)'}; known types are {files.ENDINGS}; "
+            f"JSON and CSV may be compressed ({', '.join(files.COMPRESSIONS)})"
+        )
+    if path.stat().st_size == 0:
+        raise UserError("the file is empty")
+    return _read([path])
+
+
+def _read(paths: Sequence[Path]) -> datasets.Dataset:
+    """Read files of one kind."""
+    kinds = {files.kind_of(path): path.name for path in paths}
+    if len(kinds) > 1:
+        raise UserError(
+            f"holds files of several kinds ({', '.join(sorted(kinds.values()))}), which may be copies of one another; "
+            "name one file, or make a folder for each kind"
+        )
+    [kind] = kinds
+    if kind in ("json", "csv"):
         return _raw(paths)
-    return datasets.load_dataset(str(path), split=split)
+    features = _merged_features(paths) if kind == "parquet" else None
+    return datasets.load_dataset(kind, data_files=[str(path) for path in paths], split="train", features=features)
+
+
+def _merged_features(paths: Sequence[Path]) -> datasets.Features | None:
+    """Return the columns of Parquet files whose columns differ; None if they are all the same."""
+    schemas = [parquet.read_schema(path) for path in paths]
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return None
+    try:
+        merged = pyarrow.unify_schemas(schemas, promote_options="permissive")
+    except (pyarrow.ArrowTypeError, pyarrow.ArrowInvalid) as error:
+        raise UserError(f"its files do not fit together: {first_line(error)}") from error
+    for schema in schemas:
+        _check_numbers(schema, merged)
+    return datasets.Features.from_arrow_schema(merged)
+
+
+def _check_numbers(schema: pyarrow.Schema, merged: pyarrow.Schema) -> None:
+    """Raise `UserError` if merging would write whole numbers inside records (2) as fractions (2.0)."""
+    for column in schema:
+        after = dict(_leaves(merged.field(column.name).type, column.name))
+        for name, type_ in _leaves(column.type, column.name):
+            if "." in name and types.is_integer(type_) and types.is_floating(after[name]):
+                raise UserError(
+                    f"its files do not fit together: {name} holds whole numbers in one, fractions in others"
+                )
+
+
+def _leaves(type_: pyarrow.DataType, name: str) -> Iterator[tuple[str, pyarrow.DataType]]:
+    if types.is_struct(type_):
+        for field in type_:
+            yield from _leaves(field.type, f"{name}.{field.name}")
+    elif types.is_list(type_) or types.is_large_list(type_):
+        yield from _leaves(type_.value_type, name)
+    else:
+        yield name, type_
 
 
 def _reason(error: BaseException) -> str:
@@ -90,10 +173,10 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def _raw(paths: list[Path]) -> datasets.Dataset:
+def _raw(paths: Sequence[Path]) -> datasets.Dataset:
     # datasets hashes these stamps into the key of its own cache, so a changed file is read again. A tuple, because
-    # datasets splits lists among processes.
-    stamps = tuple((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    # datasets splits lists among processes. Links are not followed: their targets may have names without endings.
+    stamps = tuple((str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     try:
         return datasets.Dataset.from_generator(
             _raw_rows,
@@ -108,79 +191,21 @@ def _raw(paths: list[Path]) -> datasets.Dataset:
 
 def _raw_rows(stamps: tuple[tuple[str, int, int], ...], version: int) -> Iterator[dict[str, bytes]]:
     for name, _, _ in stamps:
-        path = Path(name)
-        for row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
+        for row in files.raw_rows(Path(name)):
             yield {RAW: row}
 
 
-def _json_rows(path: Path) -> Iterator[bytes]:
-    """Yield the unparsed rows of a file: the elements of one array, or the lines."""
-    with path.open("rb") as file:
-        start = file.read(3)
-        file.seek(3 if start == b"\xef\xbb\xbf" else 0)  # a byte-order mark
-        first = next((line for line in file if line.strip()), b"")
-        file.seek(3 if start == b"\xef\xbb\xbf" else 0)
-        if first.lstrip().startswith(b"["):
-            yield from _elements(file.read())
-        elif _is_whole(first):
-            yield from (line.strip() for line in file if line.strip())
-        else:
-            yield from _one_object(file.read(), first)
-
-
-def _is_whole(line: bytes) -> bool:
-    """Return whether a line is a row of JSON lines, even a broken one, and not the start of an object of many lines."""
-    return line.strip() not in (b"{", b"") and not line.rstrip().endswith((b":", b"[", b","))
-
-
-def _one_object(content: bytes, first: bytes) -> Iterator[bytes]:
-    """Yield the rows of `{"data": [...]}`, the object itself if it has no such list, or the lines if it is not JSON."""
-    try:
-        whole = json.loads(content)
-    except ValueError:
-        yield from (line.strip() for line in content.splitlines() if line.strip())
-        return
-    lists = [value for value in whole.values() if isinstance(value, list)]
-    yield from (json.dumps(row).encode() for row in (lists[0] if len(lists) == 1 else [whole]))
-
-
-def _elements(content: bytes) -> Iterator[bytes]:
-    """Yield the elements of an array. Raises `UserError` with the row's number if the array is broken.
-
-    Bytes that are not UTF-8 are kept as surrogates in their element, so that such a row can be skipped.
-    """
-    text = content.decode("utf-8", errors="surrogateescape")
-    decoder = json.JSONDecoder()
-    position, number = _after_blank(text, text.index("[") + 1), 0
-    while text[position : position + 1] != "]":
+def _check_first(rows: datasets.Dataset) -> None:
+    """Raise `UserError` if none of the first rows can be parsed, which says more than that there are no columns."""
+    reasons = []
+    for row in rows.select(range(min(len(rows), SAMPLED_ROWS))) if rows.column_names == [RAW] else ():
         try:
-            element, position = decoder.raw_decode(text, position)
-            position = _after_blank(text, position)
-            if text[position : position + 1] == ",":
-                position = _after_blank(text, position + 1)
-            elif text[position : position + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"row {number + 1}: broken JSON in line {error.lineno} ({error.msg}), which hides where the next row "
-                "begins; fix it, or use JSON lines"
-            ) from error
-        number += 1
-        yield json.dumps(element).encode()
-
-
-def _after_blank(text: str, position: int) -> int:
-    while text[position : position + 1].isspace():
-        position += 1
-    return position
-
-
-def _csv_rows(path: Path) -> Iterator[bytes]:
-    """Yield the rows of a CSV file with a header line; every value stays text."""
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for row in csv.DictReader(file, restkey="", restval=None):
-            yield json.dumps(row).encode()
+            parse(row)
+            return
+        except BadRow as error:
+            reasons.append(error)
+    if reasons:
+        raise UserError(f"row 1: {reasons[0]}") from reasons[0]
 
 
 def columns_of(rows: datasets.Dataset) -> list[str]:
@@ -196,20 +221,34 @@ def columns_of(rows: datasets.Dataset) -> list[str]:
     return list(names)
 
 
-def parse(row: dict[str, Any]) -> dict[str, Any]:
-    """Parse a row. Raises `BadRow` if it is broken JSON or invalid UTF-8, or not an object."""
+def parse(row: dict[str, Any], features: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Parse a row. Raises `BadRow` if it is broken JSON or invalid UTF-8, has a key twice, or is not an object.
+
+    `features` are those of the data set that holds the row; see `_without_fillers`.
+    """
     if RAW not in row:
-        return row
+        return {name: _without_fillers(value, (features or {}).get(name)) for name, value in row.items()}
     try:
-        value = json.loads(row[RAW])
+        value = decode(row[RAW])
     except UnicodeDecodeError:
         raise BadRow("invalid UTF-8") from None
     except ValueError as error:
         raise BadRow(f"broken JSON ({error})") from None
-    except RecursionError:
-        raise BadRow("JSON nested too deeply") from None
     if not isinstance(value, dict):
         raise BadRow(f"is {type(value).__name__}, not a record")
     if "" in value and isinstance(value[""], list):  # the key of DictReader for fields beyond the header
         raise BadRow("has more fields than the header line")
+    return value
+
+
+def _without_fillers(value: Any, feature: Any) -> Any:
+    """Remove the nulls that Arrow fills into records: it gives each record the fields of all records of its column.
+
+    Records inside a value that Arrow holds as JSON have only their own fields, so those stay.
+    """
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: _without_fillers(item, feature.get(key)) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_without_fillers(item, inner) for item in value]
     return value

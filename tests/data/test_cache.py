@@ -1,5 +1,6 @@
 """Tokenising once: what is kept, what is counted, and what changes the cache's key."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,32 @@ def test_rows_lengths_and_targets(jsonl: WriteJsonLines, tokenizer: Tokenizer) -
         assert (labels[1:] != -100).sum() == rows.targets[index] > 0
     assert "question 5" in tokenizer.decode(rows.read([5])[0][0])
     assert rows.read([]) == []
+
+
+def test_nulls_that_arrow_fills_into_records_are_removed_and_those_of_json_stay(tmp_path: Path) -> None:
+    given: list[dict[str, Any]] = [{"city": "Oslo"}, {"to": "x", "cc": None}]
+    user = {"role": "user", "content": "q"}
+    calls = [[{"function": {"name": "f", "arguments": arguments}}] for arguments in given]
+    rows = [{"messages": [user, {"role": "assistant", "content": "a", "tool_calls": call}]} for call in calls]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "records.parquet")
+    text = datasets.Value("string")
+    turn = {
+        "role": text,
+        "content": text,
+        "tool_calls": datasets.List({"function": {"name": text, "arguments": datasets.Json()}}),
+    }
+    typed = datasets.Dataset.from_list(rows, features=datasets.Features({"messages": datasets.List(turn)}))
+    typed.to_parquet(tmp_path / "json.parquet")
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls %}"
+        "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_chat_tokenizer(template)
+    for name, expected in (("records", [given[0], {"to": "x"}]), ("json", given)):
+        loaded = load(str(tmp_path / f"{name}.parquet"), tokenizer)
+        texts = [tokenizer.decode([i for i in labels if i >= 0]) for _, labels in loaded.read(range(2))]
+        assert texts == [f"af{json.dumps(arguments)}<|end|>" for arguments in expected]
 
 
 def test_truncated_and_dropped_rows_are_counted(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:

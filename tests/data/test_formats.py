@@ -1,11 +1,13 @@
 """Recognising and reading rows of every format."""
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from superoffload.data.formats import BadRow, Chat, Pair, Shape, Text, detect, read
-from superoffload.errors import UserError
+from superoffload.data.formats import Chat, Conversation, Pair, Shape, Text, detect, read
+from superoffload.errors import BadRow, UserError
 
 pytestmark = pytest.mark.unit
 
@@ -87,14 +89,144 @@ def test_sharegpt_roles_and_text_parts() -> None:
 
 
 def test_messages_as_json_text_and_tool_calls() -> None:
-    text = '[{"role": "assistant", "content": null, "tool_calls": [{"id": 1}]}]'
-    assert read({"messages": text}, MESSAGES) == Chat(
-        ({"role": "assistant", "content": "", "tool_calls": [{"id": 1}]},)
-    )
+    text = '[{"role": "assistant", "content": null, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]'
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    assert read({"messages": text}, MESSAGES) == Chat(({"role": "assistant", "content": None, "tool_calls": [call]},))
 
 
 def test_text_shape() -> None:
     assert read({"text": "t"}, detect(["text"], "auto", None)) == Text("t")
+
+
+SYSTEM = {"role": "system", "content": "s"}
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": FUNCTION}
+
+
+def read_as(columns: Sequence[str], **row: Any) -> Conversation:
+    return read(row, detect(columns, "auto", None))
+
+
+@pytest.mark.parametrize("column", ["tools", "functions"])
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [TOOL], [FUNCTION], [{"type": "function", **FUNCTION}], [json.dumps(TOOL)], json.dumps([TOOL]),
+        json.dumps([FUNCTION]),
+    ],
+)  # fmt: skip
+def test_tools_of_a_row(column: str, tools: Any) -> None:
+    chat = read_as(["messages", column], messages=[USER, ANSWER], **{column: tools})
+    assert chat == Chat((USER, ANSWER), tools=(TOOL,))
+
+
+@pytest.mark.parametrize("tools", [None, "", " ", "[]", "null", []])
+def test_no_tools(tools: Any) -> None:
+    assert read_as(["messages", "tools"], messages=[USER, ANSWER], tools=tools) == Chat((USER, ANSWER))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("tools", "f()", "the tools are text, but not JSON"),
+        ("tools", TOOL, "the tools are dict, not a list"),
+        ("tools", [7], "a tool is int, not a record"),
+        ("tools", ["f()"], "a tool is text, but not JSON"),
+        ("documents", [7], "a document is int, not text"),
+        ("system", ["s"], "system is list, not text"),
+        ("system", "other", "the column system and the system message of the conversation differ"),
+    ],
+)
+def test_malformed_parts_beside_messages(column: str, value: Any, words: str) -> None:
+    with pytest.raises(BadRow, match=words):
+        read_as(["messages", column], messages=[SYSTEM, USER, ANSWER], **{column: value})
+
+
+@pytest.mark.parametrize("documents", [[{"text": "x"}], ["x"], '[{"text": "x"}]'])
+def test_documents_of_a_row(documents: Any) -> None:
+    chat = read_as(["messages", "documents"], messages=[USER, ANSWER], documents=documents)
+    assert chat == Chat((USER, ANSWER), documents=({"text": "x"},))
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_message_beside_a_conversation(column: str) -> None:
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "bad", "weight": 0},
+        {"from": "gpt", "value": "a"},
+    ]
+    bad = {"role": "assistant", "content": "bad"}
+    columns = ["conversations", column]
+    chat = read_as(columns, conversations=turns, **{column: "s"})
+    assert chat == Chat((SYSTEM, USER, bad, ANSWER), untrained=frozenset({2}))
+    for nothing in (None, "", " "):
+        assert read_as(columns, conversations=turns, **{column: nothing}) == Chat(
+            (USER, bad, ANSWER), untrained=frozenset({1})
+        )
+    same = [SYSTEM, USER, ANSWER]
+    assert read_as(["messages", column], messages=same, **{column: "s "}) == Chat((SYSTEM, USER, ANSWER))
+
+
+@pytest.mark.parametrize("history", [[["q0", "a0"]], '[["q0", "a0"]]', [("q0", "a0")]])
+def test_pairs_with_a_system_message_and_a_history(history: Any) -> None:
+    columns = ["instruction", "input", "output", "system", "history"]
+    chat = read_as(columns, instruction="q", input="x", output="a", system="s", history=history)
+    asked = {"role": "user", "content": "q\n\nx"}
+    earlier = ({"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"})
+    assert chat == Chat((SYSTEM, *earlier, asked, ANSWER))
+    # Every row of such a data set is a chat, so that all are written in the same template.
+    assert read_as(columns, instruction="q", input="", output="a", system="", history=None) == Chat((USER, ANSWER))
+    columns = ["prompt", "completion", "tools"]
+    assert read_as(columns, prompt="q", completion="a", tools=[TOOL]) == Chat((USER, ANSWER), tools=(TOOL,))
+    # A column that none of the first rows has.
+    assert read_as(["prompt", "completion"], prompt="q", completion="a", system="s") == Chat((SYSTEM, USER, ANSWER))
+
+
+@pytest.mark.parametrize("history", [[["q0"]], ["q0", "a0"], [["q0", None]], {"q0": "a0"}, "q0"])
+def test_malformed_history(history: Any) -> None:
+    with pytest.raises(BadRow, match="history"):
+        read_as(["instruction", "output", "history"], instruction="q", output="a", history=history)
+
+
+def test_prompts_and_completions_that_are_messages() -> None:
+    earlier = [USER, {"role": "assistant", "content": "given"}, USER]
+    columns = ["prompt", "completion", "tools"]
+    chat = read_as(columns, prompt=earlier, completion=[ANSWER, {**ANSWER, "weight": 0}], tools=[FUNCTION])
+    assert chat == Chat((*earlier, ANSWER, ANSWER), tools=(TOOL,), untrained=frozenset({1, 4}))
+    with pytest.raises(BadRow, match="the messages of the completion are text, but not JSON"):
+        read_as(columns, prompt=[USER], completion="a")
+    with pytest.raises(BadRow, match="the list of messages of the completion is empty"):
+        read_as(columns, prompt=[USER], completion=[])
+
+
+def test_pairs_of_preferences_are_refused_with_a_hint() -> None:
+    for columns in (["prompt", "chosen", "rejected"], ["chosen", "rejected"]):
+        with pytest.raises(UserError, match=r"preferred and a rejected answer.*messages=chosen.*completion=chosen"):
+            detect(columns, "auto", None)
+    assert detect(["chosen", "rejected"], "auto", "messages=chosen").name == "messages"
+    assert detect(["prompt", "chosen", "rejected"], "auto", "completion=chosen").name == "prompt_completion"
+
+
+def test_an_answer_labelled_as_bad_is_refused() -> None:
+    columns = ["prompt", "completion", "label"]
+    for label in (True, None, "no", 0):
+        assert read_as(columns, prompt="q", completion="a", label=label) == Pair("q", "", "a")
+    with pytest.raises(BadRow, match="label is false"):
+        read_as(columns, prompt="q", completion="a", label=False)
+
+
+def test_errors_name_the_data_set() -> None:
+    with pytest.raises(UserError, match=r"--columns prompt=q: eval\.jsonl has no column q; its columns are a, b"):
+        detect(["a", "b"], "auto", "prompt=q", "eval.jsonl")
+    for name in ("auto", "text"):
+        with pytest.raises(UserError, match=f"--dataset_format {name}: .*eval.jsonl has"):
+            detect(["a", "b"], name, None, "eval.jsonl")
+
+
+def test_optional_parts_under_other_names() -> None:
+    shape = detect(["q", "a", "s", "t"], "auto", "prompt=q,completion=a,system=s,functions=t")
+    assert read({"q": "q", "a": "a", "s": "s", "t": [TOOL]}, shape) == Chat((SYSTEM, USER, ANSWER), tools=(TOOL,))
 
 
 @pytest.mark.parametrize(

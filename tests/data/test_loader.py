@@ -1,6 +1,7 @@
 """Batches: an order determined by (seed, epoch), equal work, every row once."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,47 @@ def test_load_from_files(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
     assert loader.load(tokenizer, DataSettings(dataset_name=(name,)), 0)[1] is None
     with pytest.raises(UserError, match=r"--eval_dataset .*--eval_percentage"):
         DataSettings(dataset_name=(name,), eval_dataset=other, eval_percentage=5)
+
+
+def test_columns_that_do_not_fit_the_evaluation_set(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
+    name = jsonl([{"q": "q", "a": "a"}])
+    other = jsonl([{"prompt": "q", "completion": "a"}], "other.jsonl")
+    settings = DataSettings(dataset_name=name, eval_dataset=other, columns="prompt=q,completion=a")
+    with pytest.raises(
+        UserError, match=r"--columns .*: /.*/other\.jsonl has no column q; its columns are prompt, comp"
+    ):
+        loader.load(tokenizer, settings, 0)
+
+
+CONFIGS = "---\nconfigs:\n- config_name: en\n  data_files: en.jsonl\n- config_name: nb\n  data_files: nb.jsonl\n---\n"
+
+
+def test_configs_of_both_data_sets(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
+    folder = Path(jsonl([{"prompt": "q", "completion": "a"}] * 3, "en.jsonl")).parent
+    jsonl([{"prompt": "q", "completion": "a"}] * 2, "nb.jsonl")
+    (folder / "README.md").write_text(CONFIGS)
+    chosen: dict[str, Any] = {"dataset_config": "en", "eval_config": "nb", "eval_split": "train[:1]"}
+    settings = DataSettings(dataset_name=str(folder), eval_dataset=str(folder), **chosen)
+    rows, held_out = loader.load(tokenizer, settings, 0)
+    assert held_out is not None and (len(rows), len(held_out)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "in_turns"),
+    [
+        ({"prompt": "q", "completion": "a"}, False),
+        ({"messages": [{"role": "user", "content": "q"}]}, True),
+        ({"prompt": "q", "completion": "a", "system": "s"}, True),
+        ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}, True),
+    ],
+)
+def test_sample_prompts_are_turns_if_the_rows_are_chats(
+    jsonl: WriteJsonLines, tokenizer: Tokenizer, row: dict[str, Any], in_turns: bool
+) -> None:
+    settings = DataSettings(dataset_name=jsonl([b"{broken", row]))
+    [ids] = loader.tokenize_prompts(["Say it."], tokenizer, settings)
+    heading = "### User:" if in_turns else "### Instruction:"
+    assert tokenizer.decode(ids).startswith(f"{heading}\nSay it.")
 
 
 def test_statistics(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
