@@ -52,7 +52,7 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     """
     rows = sources.open_rows(spec.name, spec.split, spec.flag)
     rows = rows.select(range(max(1, int(len(rows) * spec.percentage / 100))))
-    encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
+    encoder = Encoder(tokenizer, settings)
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
     key = _key(rows, tokenizer, encoder.template, settings)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "superoffload" / key
@@ -88,6 +88,8 @@ def _key(rows: datasets.Dataset, tokenizer: Tokenizer, template: str | None, set
                 "max_length",
                 "train_on_prompt",
                 "skip_bad_rows",
+                "drop_unrendered",
+                "keep_empty_answers",
             )
         },
     }

@@ -59,9 +59,16 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Turns with `role`, `content` (empty if a turn has only tool calls) and any other fields a template may use."""
+    """Turns with `role`, `content` (None if a turn has only tool calls) and any other fields a template may use.
+
+    tools, documents: what the row offers the model, for templates that take them. untrained: indices of assistant turns
+    that the row keeps out of the loss (`weight: 0`, `train: false`, ...).
+    """
 
     turns: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    documents: tuple[dict[str, Any], ...] = ()
+    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
         return []
     rows = sources.open_rows(settings.dataset_name, settings.dataset_split, "dataset_name")
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
-    encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
-    return [encoder.prompt_ids(prompt, in_turns=shape.name == "messages") for prompt in prompts]
+    encoder = Encoder(tokenizer, settings)
+    return [encoder.prompt_ids(prompt, shape.name) for prompt in prompts]
 
 
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:

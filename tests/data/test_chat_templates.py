@@ -1,0 +1,31 @@
+"""The targets in the templates of real model families are what their generation marks enclose, or the row is refused."""
+
+import pytest
+
+from tests.helpers import chat_templates
+from tests.helpers.chat_templates import CONVERSATIONS, without_end
+
+pytestmark = pytest.mark.unit
+
+# The marks of GLM end a turn with the header of the next role, and those of Gemma leave out the token that asks for
+# the result of a tool, with which its own template ends a call.
+OTHER_END = {"glm4moe", "diffusion_gemma"}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "metaspace"])
+@pytest.mark.parametrize("name", chat_templates.families())
+def test_targets_are_what_the_marks_enclose(name: str, kind: str) -> None:
+    for title, turns in CONVERSATIONS.items():
+        result = chat_templates.found(name, turns, kind)
+        if result.refused:
+            assert "template" in result.refused, title
+            continue
+        expected = chat_templates.right(name, turns, chat_templates.found(name, turns))
+        assert expected is not None, f"{title}: the marks leave something out, but the targets are {result.targets}"
+        found = [text.rstrip() for text in result.targets]
+        if kind == "metaspace":  # its decoder removes a blank at the start, and writes one for each U+2581
+            expected, found = [[text.replace("\u2581", " ").lstrip() for text in texts] for texts in (expected, found)]
+        if name in OTHER_END:
+            assert list(map(without_end, found)) == list(map(without_end, expected)), title
+        else:
+            assert found == expected, title
