@@ -150,7 +150,9 @@ class DataSettings(Settings):
         False,
         shapes_run=True,
     )
-    keep_empty_answers: bool = setting("Train on empty answers, which teach the model to say nothing.", False, shapes_run=True)
+    keep_empty_answers: bool = setting(
+        "Train on empty answers, which teach the model to say nothing.", False, shapes_run=True
+    )
     num_proc: int = setting("Number of processes that tokenise on each machine.", 1, minimum=1)
     eval_percentage: float = setting(
         "Percentage of the rows to hold out for evaluation; 0: none.", 0.0, minimum=0, maximum=50, shapes_run=True

@@ -1,6 +1,5 @@
 """Find the assistant's turns in a rendered chat template, exactly or not at all."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 from superoffload.data import skeleton
 from superoffload.data.formats import BadRow, Chat
 from superoffload.data.skeleton import Drawn, Skeleton
-from superoffload.data.template import OPENED, Form, Span, Template, Turn, in_form
+from superoffload.data.template import OPENED, Form, Span, Template, Turn, in_form, shared
 
 # What a template writes if it does not expect null content.
 PRINTED_NULL = re.compile(r"\b(None|null|Undefined)\b")
@@ -98,6 +97,8 @@ class _Search:
     def found(self, drop: bool) -> Found:
         """Find every turn of the assistant. Raises `BadRow` if one cannot be found."""
         drawn = Drawn(self._template.render(self._bare, **self._options))
+        if any(skeleton.prints_python(turn.get("tool_calls"), drawn.text) for turn in self._bare):
+            raise BadRow("the chat template writes the arguments of tool calls as Python, not as JSON")
         lost = skeleton.missing(drawn, self._pieces)
         if lost and not drop:
             raise BadRow(_unwritten(lost[0][1], lost[0][0], self._turns[lost[0][0]]["role"]))
@@ -128,11 +129,14 @@ class _Search:
             for index, turn in enumerate(self._turns)
             if turn["role"] != "assistant" and not skeleton.is_written(str(turn["content"] or ""), self._text)
         ]
-        for name in self._options:
-            others = {key: value for key, value in self._options.items() if key != name}
-            if self._template.render(self._turns, **others) == self._text:
-                result.append(_unwritten(name))
-        return result
+        return result + [_unwritten(name) for name in self._options if self._without(name) == self._text]
+
+    def _without(self, name: str) -> str:
+        others = {key: value for key, value in self._options.items() if key != name}
+        try:
+            return self._template.render(self._turns, **others)
+        except BadRow:
+            return ""
 
     def _turn(self, turn: int, floor: int) -> Said:
         first, last, footer = self._extent(turn)
@@ -189,7 +193,7 @@ class _Search:
             return len(prompt), len(prompt) if usual.strip() or nothing_else else limit
         header = usual
         if asked:
-            header = OPENED.sub("", asked[len(os.path.commonprefix([self._closed_before(turn), asked])) :])
+            header = OPENED.sub("", asked[shared(self._closed_before(turn), asked) :])
         if not header.strip():
             return floor, limit
         at = self._text.rfind(header, floor, limit)
@@ -215,7 +219,7 @@ class _Search:
             if special.at_end(said):
                 return start + len(said), True
             return self._next_token(turn, start + len(footer)) or (start + len(footer), False)
-        common = len(os.path.commonprefix([footer, text[start : start + len(footer)]]))
+        common = shared(footer, text[start : start + len(footer)])
         matches = list(special.pattern.finditer(footer))
         within = [match.end() for match in matches if match.end() <= common]
         if within:
@@ -229,20 +233,22 @@ class _Search:
     def _next_token(self, turn: int, position: int) -> tuple[int, bool] | None:
         """Return the end of the special token at a position if it ends turns; None if it opens the next one.
 
-        The token ends turns if it is the end-of-sequence token or if it also ends the turn before.
+        The token ends turns if it is the end-of-sequence token, or if it also ends the turn before or a user turn.
         """
         while position < len(self._text) and self._text[position].isspace():
             position += 1
         match = self._special.pattern.match(self._text, position)
         if match is None:
             return None
-        ends = match.group() == self._special.eos or self._closed_before(turn).rstrip().endswith(match.group())
-        return (match.end(), True) if ends else None
+        ended = (self._special.eos, self._template.closed.rstrip(), self._closed_before(turn).rstrip())
+        return (match.end(), True) if any(text.endswith(match.group()) for text in ended) else None
 
     def _marked(self, turn: int, floor: int, marks: Sequence[Span]) -> list[Said]:
         """Return the marked spans of a turn. If they leave out its end-of-turn token, it is part of the last one."""
         places = [self._places[at] for at in self._drawn.of_turn(self._pieces, turn)]
-        later = [self._places[at].start for at, piece in enumerate(self._drawn.pieces) if self._pieces[piece].turn > turn]
+        later = [
+            self._places[at].start for at, piece in enumerate(self._drawn.pieces) if self._pieces[piece].turn > turn
+        ]
         own = [mark for mark in marks if mark[0] < mark[1] and mark[0] >= floor]
         own = [mark for mark in own if not later or mark[1] <= min(later)]
         for piece in {place.piece for place in places}:

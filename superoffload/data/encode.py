@@ -189,7 +189,7 @@ class Encoder:
             new = self._ids(text) if index else self._first_ids(text)
             target = is_answer
             if is_answer:
-                self._check(new, text)
+                self._check(new, text.removesuffix(self._tokenizer.eos_token or ""))
                 if trained and not trained[number]:
                     target, untrained = False, untrained + 1
                 elif not text.strip() and not self._settings.keep_empty_answers:

@@ -62,7 +62,7 @@ class Skeleton:
         if turn.get("tool_calls"):
             result["tool_calls"] = [self._call(call, index) for call in turn["tool_calls"]]
         if len(self.pieces) == before and keep_empty:
-            result["content"] = self._placeholder("", index, "content")
+            result["content"] = (turn.get("content") or "") + self._placeholder("", index, "content")
         return result
 
     def _placeholder(self, text: str, index: int, field: str) -> str:
@@ -102,6 +102,14 @@ class Skeleton:
         if isinstance(value, Mapping):
             return {key: self._argument(item, index) for key, item in value.items()}
         return [self._argument(item, index) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def prints_python(value: Any, text: str) -> bool:
+    """Return whether a text holds a mapping or list as Python prints it, which differs from JSON."""
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    if any(prints_python(item, text) for item in items):
+        return True
+    return bool(items) and str(value) in text and str(value) != json.dumps(value, ensure_ascii=False, default=str)
 
 
 class Drawn:

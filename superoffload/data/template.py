@@ -1,7 +1,6 @@
 """The Jinja template in use: where it comes from, what form of a conversation it takes, and its text for one."""
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,9 @@ class Form:
 class Template:
     """A compiled chat template.
 
-    `marked` is whether it has `{% generation %}` marks; `header` is what it writes to ask for an answer after a user
-    turn, empty if it writes nothing. Raises `UserError` if the text is empty or not a valid template; `flag` is what the message begins with.
+    `marked` is whether it has `{% generation %}` marks. `closed` is the text of a conversation that is one user turn;
+    `header` is what the template adds to ask for an answer, empty if it adds nothing. Raises `UserError` if the text is
+    empty or not a valid template; `flag` is what the message begins with.
     """
 
     def __init__(self, text: str, tokenizer: Tokenizer, flag: str) -> None:
@@ -54,15 +54,15 @@ class Template:
             self._as_parts = not self._writes_text() and self._writes_parts()
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{flag}: line {error.lineno} is not valid Jinja: {first_line(error)}") from error
-        self.header = self._find_header()
+        self.closed, self.header = self._around_turns()
 
-    def _find_header(self) -> str:
+    def _around_turns(self) -> tuple[str, str]:
         turns = [{"role": "user", "content": "q"}]
         try:
             closed, asked = self.render(turns), self.render(turns, ask=True)
         except BadRow:
-            return ""
-        return asked[len(os.path.commonprefix([closed, asked])) :]
+            return "", ""
+        return closed, asked[shared(closed, asked) :]
 
     def _writes_text(self) -> bool:
         try:
@@ -108,6 +108,12 @@ class Template:
         if any(turn.get("content") is None for turn in turns):
             nulls = [None, ""] if ASKS_FOR_NONE.search(self.text) else ["", None]
         return [Form(null, as_json) for as_json in ((False, True) if calls else (False,)) for null in nulls]
+
+
+def shared(first: str, second: str) -> int:
+    """Return the number of characters with which two texts begin alike."""
+    differ = (at for at, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differ, min(len(first), len(second)))
 
 
 def in_form(turns: Sequence[Turn], form: Form) -> list[Turn]:

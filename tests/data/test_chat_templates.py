@@ -1,7 +1,8 @@
-"""The targets in the templates of real model families are what their generation marks enclose, or the row is refused."""
+"""In the templates of real model families, the targets are what generation marks enclose, or the row is refused."""
 
 import pytest
 
+from tests.benchmarks import chat_templates as table
 from tests.helpers import chat_templates
 from tests.helpers.chat_templates import CONVERSATIONS, without_end
 
@@ -29,3 +30,20 @@ def test_targets_are_what_the_marks_enclose(name: str, kind: str) -> None:
             assert list(map(without_end, found)) == list(map(without_end, expected)), title
         else:
             assert found == expected, title
+
+
+@pytest.mark.parametrize("name", chat_templates.families())
+def test_templates_with_marks_give_what_these_enclose(name: str) -> None:
+    for title, turns in CONVERSATIONS.items():
+        result = chat_templates.found(f"{name}_training", turns)
+        expected = chat_templates.marked(name, turns)
+        if result.refused:
+            assert expected is None, f"{title}: {result.refused}"
+        else:
+            assert result.targets == expected, title
+
+
+def test_table_is_that_of_the_code() -> None:
+    text = table.PAGE.read_text(encoding="utf-8")
+    assert "wrong" not in chat_templates.table()
+    assert table.with_table(text) == text, "write it again with: python -m tests.benchmarks.chat_templates"

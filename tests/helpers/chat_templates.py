@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,11 @@ def assistant(text: str | None, **more: Any) -> Turn:
     return {"role": "assistant", "content": text, **more}
 
 
-CALL = {"type": "function", "id": "abcde1234", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 2}}}
+CALL = {
+    "type": "function",
+    "id": "abcde1234",
+    "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 2}},
+}
 RESULT = {"role": "tool", "content": "rain", "tool_call_id": "abcde1234", "name": "weather"}
 CONVERSATIONS: dict[str, list[Turn]] = {
     "multi-turn": [user("Is water wet?"), assistant("Yes"), user("How are you?"), assistant("Fine, and you?")],
@@ -92,7 +95,7 @@ class Form:
         if "reasoning_content" in turn:
             turn["thinking"] = turn["reasoning_content"]
         if self.as_json and "tool_calls" in turn:
-            function = {**CALL["function"], "arguments": '{"city": "Oslo", "days": 2}'}
+            function = {"name": "weather", "arguments": '{"city": "Oslo", "days": 2}'}
             turn["tool_calls"] = [{**CALL, "function": function}]
         return {**turn, "content": [{"type": "text", "text": turn["content"]}]} if self.parts else turn
 
@@ -207,3 +210,12 @@ def verdict(name: str, turns: list[Turn]) -> str:
     expected = right(name, turns, result)
     same = expected is not None and list(map(without_end, expected)) == list(map(without_end, result.targets))
     return "right" if same else "wrong"
+
+
+def table() -> str:
+    """Return the table of families and conversations as Markdown."""
+    lines = ["| family | " + " | ".join(CONVERSATIONS) + " |", "| --- |" + " --- |" * len(CONVERSATIONS)]
+    for name in families():
+        verdicts = [verdict(name, turns) for turns in CONVERSATIONS.values()]
+        lines.append(f"| `{name}` | " + " | ".join(verdicts) + " |")
+    return "\n".join(lines) + "\n"
