@@ -184,22 +184,29 @@ class _Search:
         except BadRow:
             asked = ""
         prompt = OPENED.sub("", asked)
-        usual = OPENED.sub("", self._template.header)
         if turn and self._text.startswith(prompt) and floor <= len(prompt) <= limit:
-            at = self._text.rfind(usual, len(prompt), limit) if usual.strip() else -1
-            if at >= 0:  # a header that the prompt does not have here
-                return at + len(usual), at + len(usual)
+            at = self._after(self._template.header, len(prompt), limit)
+            if at is not None:  # a header that the prompt does not have here
+                return at, at
             nothing_else = not self._text[len(prompt) : limit].strip()
-            return len(prompt), len(prompt) if usual.strip() or nothing_else else limit
-        header = usual
-        if asked:
-            header = OPENED.sub("", asked[shared(self._closed_before(turn), asked) :])
-        if not header.strip():
+            return len(prompt), len(prompt) if self._template.header.strip() or nothing_else else limit
+        header = asked[shared(self._closed_before(turn), asked) :] if asked else self._template.header
+        if not OPENED.sub("", header).strip():
             return floor, limit
-        at = self._text.rfind(header, floor, limit)
-        if at < 0:
+        at = self._after(header, floor, limit)
+        if at is None:
             raise BadRow(_not_found(turn, "the header before it is not the one that asks for it"))
-        return at + len(header), at + len(header)
+        return at, at
+
+    def _after(self, header: str, start: int, end: int) -> int | None:
+        """Return where the last header of a part of the text ends; white space around it may differ."""
+        header = OPENED.sub("", header)
+        core = header.strip()
+        at = self._text.rfind(core, start, end) if core else -1
+        if at < 0:
+            return None
+        at += len(core)
+        return at + shared(header[len(header.rstrip()) :], self._text[at:end])
 
     def _closed_before(self, turn: int) -> str:
         try:
