@@ -253,15 +253,18 @@ class _Search:
     def _marked(self, turn: int, floor: int, marks: Sequence[Span]) -> list[Said]:
         """Return the marked spans of a turn. If they leave out its end-of-turn token, it is part of the last one."""
         places = [self._places[at] for at in self._drawn.of_turn(self._pieces, turn)]
-        later = [
-            self._places[at].start for at, piece in enumerate(self._drawn.pieces) if self._pieces[piece].turn > turn
-        ]
-        own = [mark for mark in marks if mark[0] < mark[1] and mark[0] >= floor]
-        own = [mark for mark in own if not later or mark[1] <= min(later)]
-        for piece in {place.piece for place in places}:
-            if not any(s <= p.start and p.end <= e for p in places if p.piece == piece for s, e in own):
-                raise BadRow(_not_found(turn, "its generation marks do not enclose it"))
-        said = [Said(turn, 0, start, end, self._special.at_end(self._text[start:end].rstrip())) for start, end in own]
+        inside = [[p.piece for p in places if start <= p.start and p.end <= end] for start, end in marks]
+        if {piece for pieces in inside for piece in pieces} != {place.piece for place in places}:
+            raise BadRow(_not_found(turn, "its generation marks do not enclose it"))
+        own = [number for number, pieces in enumerate(inside) if pieces and marks[number][0] >= floor]
+        first, last = own[0], own[-1]
+        # A mark beside these with nothing between belongs to the turn as well, e.g. one around the end-of-turn token.
+        while first and marks[first - 1][0] >= floor and not self._text[marks[first - 1][1] : marks[first][0]].strip():
+            first -= 1
+        while last + 1 < len(marks) and not self._text[marks[last][1] : marks[last + 1][0]].strip():
+            last += 1
+        spans = [mark for mark in marks[first : last + 1] if mark[0] < mark[1]]
+        said = [Said(turn, 0, start, end, self._special.at_end(self._text[start:end].rstrip())) for start, end in spans]
         if not said[-1].closed:
             _, last, footer = self._extent(turn)
             end, closed = self._end(turn, self._places[last].end, footer)

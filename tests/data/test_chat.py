@@ -18,7 +18,7 @@ from tests.helpers.tokenizers import decode_targets, make_chat_tokenizer, make_t
 
 pytestmark = pytest.mark.unit
 
-each_kind = pytest.mark.parametrize("kind", ["gpt2", "metaspace"])
+each_kind = pytest.mark.parametrize("kind", ["gpt2", "metaspace", "llama2"])
 Turn = dict[str, Any]
 
 CHATML = (
@@ -76,16 +76,35 @@ def targets(template: str, row: Conversation | Sequence[Turn], kind: str = "gpt2
 )
 def test_first_word_after_a_blank_of_the_template_is_a_target(template: str, expected: list[str], kind: str) -> None:
     row = [user("Is water wet?"), assistant("Yes"), user("How are you?"), assistant("Fine, and you?")]
-    expected = [text.lstrip() for text in expected] if kind == "metaspace" else expected  # its decoder removes it
-    assert targets(template, row, kind) == expected
+    found = targets(template, row, kind)
+    if kind != "gpt2":  # SentencePiece adds blanks and removes them
+        expected, found = [[text.replace(" ", "") for text in texts] for texts in (expected, found)]
+    assert found == expected
 
 
-@pytest.mark.parametrize("kind", ["gpt2"])
-def test_token_of_the_first_word_takes_the_blank(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "token"), [("gpt2", "\u0120Yes"), ("metaspace", "\u2581Y"), ("llama2", "\u2581")])
+def test_token_of_the_first_word_takes_the_blank(kind: str, token: str) -> None:
     tokenizer = make_trained_tokenizer(kind, ADDED, BLANK)
     encoded = encode(tokenizer, [user("Is water wet?"), assistant("Yes")])
     first = next(label for label in encoded.labels if label >= 0)
-    assert tokenizer.decode([first]) == " Yes"
+    assert tokenizer.convert_ids_to_tokens([first])[0].startswith(token)  # type: ignore[attr-defined]
+
+
+def test_marks_around_an_empty_answer_belong_to_no_other_turn() -> None:
+    marks = CHATML.replace(
+        "{{ m.content }}<|end|>",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% generation %}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}",
+    )
+    turns = [user("q"), assistant("Yes"), user("q"), assistant(""), user("q"), assistant("No")]
+    assert targets(marks, turns) == ["Yes<|end|>", "No<|end|>"]
+    assert targets(marks, turns[2:4]) == []
+    assert targets(marks, turns, keep_empty_answers=True) == ["Yes<|end|>", "<|end|>", "No<|end|>"]
+
+
+def test_two_answers_one_after_the_other() -> None:
+    turns = [user("q"), assistant("Yes"), assistant("No"), user("q")]
+    assert targets(CHATML, turns) == ["Yes<|end|>", "No<|end|>"]
 
 
 def test_offsets_without_white_space_give_the_same_targets() -> None:
@@ -115,7 +134,9 @@ def test_call_is_a_target_with_and_without_text(kind: str) -> None:
     called = '<call>weather {"city": "Oslo\'s \\"centre\\"", "days": 2}</call><|end|>'
     for text in (None, "", "Let me look."):
         row = [user("q"), assistant(text, tool_calls=[WEATHER]), {"role": "tool", "content": "rain"}, assistant("Yes")]
-        assert targets(CALLS, row, kind) == [(text or "") + called, "Yes<|end|>"]
+        found = [text.replace(" ", "") if kind == "llama2" else text for text in targets(CALLS, row, kind)]
+        expected = [(text or "") + called, "Yes<|end|>"]
+        assert found == [text.replace(" ", "") if kind == "llama2" else text for text in expected]
 
 
 def test_call_that_the_template_does_not_write() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from superoffload.data.encode import IGNORED, Encoded
@@ -54,13 +54,17 @@ def _trained(kind: str, special: tuple[str, ...]) -> str:
         trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     else:
         inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+        if kind == "metaspace":
+            inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+        else:
+            inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
         inner.decoder = decoders.Sequence(
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=names, show_progress=False)
-    inner.train_from_iterator([WORDS] * 4, trainer)
+    words = [WORDS] if kind != "llama2" else [word + " " for word in WORDS.split()]
+    inner.train_from_iterator(words * 4, trainer)
     inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return str(inner.to_str())
 
@@ -68,9 +72,9 @@ def _trained(kind: str, special: tuple[str, ...]) -> str:
 def make_trained_tokenizer(
     kind: str, special: Sequence[str], chat_template: str | None = None, **options: Any
 ) -> "protocols.Tokenizer":
-    """Make a tokenizer of whole words: `gpt2` (byte-level BPE) or `metaspace` (as SentencePiece, with byte fallback).
+    """Make a tokenizer of whole words: `gpt2` (byte-level BPE), `metaspace` or `llama2` (both as SentencePiece).
 
-    `options` replace the names of its special tokens.
+    `llama2` puts a blank before each text between special tokens, and its tokens may reach over several words. `options` replace the names of its special tokens.
     """
     tokens = tuple(dict.fromkeys(["<bos>", "<eos>", "<pad>", *options.values(), *special]))
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", **options}
