@@ -97,7 +97,8 @@ class _Search:
     def found(self, drop: bool) -> Found:
         """Find every turn of the assistant. Raises `BadRow` if one cannot be found."""
         drawn = Drawn(self._template.render(self._bare, **self._options))
-        if any(skeleton.prints_python(turn.get("tool_calls"), drawn.text) for turn in self._bare):
+        calls = [turn["tool_calls"] for turn in self._bare if turn.get("tool_calls")]
+        if calls and skeleton.prints_python(calls, drawn.text):
             raise BadRow("the chat template writes the arguments of tool calls as Python, not as JSON")
         lost = skeleton.missing(drawn, self._pieces)
         if lost and not drop:
@@ -120,7 +121,15 @@ class _Search:
         for turn in sorted({piece.turn for piece in self._pieces}):
             floor = said[-1].end if said else 0
             said += [self._turn(turn, floor)] if marks is None else self._marked(turn, floor, marks)
+        self._check_arguments(said)
         return Found(self._text, said, len(lost) + len(others))
+
+    def _check_arguments(self, said: Sequence[Said]) -> None:
+        for index, turn in enumerate(self._turns):
+            if turn.get("tool_calls") and turn["role"] == "assistant":
+                words = "".join(self._text[part.start : part.end] for part in said if part.turn == index)
+                if not skeleton.writes_arguments(self._row.turns[index]["tool_calls"], words):
+                    raise BadRow(_unwritten("tool_calls", index, turn["role"]))
 
     def _unwritten_beside(self) -> list[str]:
         """List what the template leaves out of the row besides the assistant's turns."""
@@ -283,6 +292,6 @@ def _unwritten(field: str, turn: int | None = None, role: str = "") -> str:
 
 def _not_found(turn: int, reason: str) -> str:
     return (
-        f"--chat_template: the assistant's answer (message {turn + 1}) cannot be found in the rendered text: {reason}; "
+        f"the assistant's answer (message {turn + 1}) cannot be found in the text of the chat template: {reason}; "
         "use --chat_template plain, or a template with {% generation %} marks"
     )

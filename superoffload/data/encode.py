@@ -137,7 +137,8 @@ class Encoder:
         if isinstance(conversation, Text):
             return self._segments([(conversation.text, True)])
         if isinstance(conversation, Pair):
-            conversation = replace(conversation, prompt=conversation.prompt.removeprefix(self._bos_text))
+            if self._bos_text and conversation.prompt.startswith(self._bos_text):
+                conversation = replace(conversation, prompt=conversation.prompt.removeprefix(self._bos_text))
             if not self._pairs_as_chat:
                 return self._segments([(alpaca_prompt(conversation), False), (conversation.answer, True)])
             conversation = as_chat(conversation)
@@ -183,13 +184,13 @@ class Encoder:
         is the end-of-sequence token. `trained` says which answers are targets, all of them by default.
         """
         ids: list[int] = []
-        is_target: list[bool] = []
+        labels: list[int] = []
         number = empty = untrained = 0
         for index, (text, is_answer) in enumerate(segments):
             new = self._ids(text) if index else self._first_ids(text)
             target = is_answer
             if is_answer:
-                self._check(new, text.removesuffix(self._tokenizer.eos_token or ""))
+                self._check(new, text.removesuffix(self._special.eos))
                 if trained and not trained[number]:
                     target, untrained = False, untrained + 1
                 elif not text.strip() and not self._settings.keep_empty_answers:
@@ -198,8 +199,8 @@ class Encoder:
                 if not new or new[-1] != self._eos:
                     new.append(self._eos)
             ids += new
-            is_target += [target] * len(new)
-        return replace(self._encoded(ids, is_target), empty=empty, untrained=untrained)
+            labels += new if target or self._settings.train_on_prompt else [IGNORED] * len(new)
+        return Encoded(ids, labels, empty=empty, untrained=untrained)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -214,17 +215,19 @@ class Encoder:
         answers = {index for index, turn in enumerate(row.turns) if turn["role"] == "assistant"}
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
-        is_target = [False] * len(ids)
+        labels = [IGNORED] * len(ids)
         for turn in said:
             tokens = _covered(encoded["offset_mapping"], turn, text)
             self._check(ids[tokens], text[turn.start : turn.end])
-            is_target[tokens] = [True] * (tokens.stop - tokens.start)
+            labels[tokens] = ids[tokens]
         last = found.said[-1] if found.said else None
         if last is not None and not last.closed and not text[last.end :].strip():
             # The template does not close the last turn; without an end the model would never learn to stop.
-            ids, is_target = [*ids, self._eos], [*is_target, last.turn not in row.untrained]
-        return replace(
-            self._encoded(ids, is_target),
+            ids.append(self._eos)
+            labels.append(self._eos if last.turn not in row.untrained else IGNORED)
+        return Encoded(
+            ids,
+            list(ids) if self._settings.train_on_prompt else labels,
             empty=len(answers - row.untrained - {turn.turn for turn in found.said}),
             untrained=len(answers & row.untrained),
             unwritten=found.unwritten,
@@ -235,11 +238,6 @@ class Encoder:
         decoded = self._decode(ids, skip_special_tokens=False)
         if text not in decoded and _loosely(text) not in _loosely(decoded):
             raise BadRow(f"the tokenizer cannot write what the assistant says: it becomes {decoded[:200]!r}")
-
-    def _encoded(self, ids: list[int], is_target: list[bool]) -> Encoded:
-        if self._settings.train_on_prompt:
-            return Encoded(ids, list(ids))
-        return Encoded(ids, [token if target else IGNORED for token, target in zip(ids, is_target, strict=True)])
 
 
 def _loosely(text: str) -> str:

@@ -104,6 +104,17 @@ class Skeleton:
         return [self._argument(item, index) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def writes_arguments(calls: Any, said: str) -> bool:
+    """Return whether a text holds the names of all arguments and the values that are not text, which are no pieces."""
+    if isinstance(calls, (list, tuple)):
+        return all(writes_arguments(call, said) for call in calls)
+    if not isinstance(calls, Mapping):
+        return isinstance(calls, str) or str(calls) in said or json.dumps(calls, default=str) in said
+    if "function" in calls or "arguments" in calls:
+        return writes_arguments(calls.get("function", calls.get("arguments")), said)
+    return all(is_written(str(key), said) and writes_arguments(value, said) for key, value in calls.items())
+
+
 def prints_python(value: Any, text: str) -> bool:
     """Return whether a text holds a mapping or list as Python prints it, which differs from JSON."""
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()

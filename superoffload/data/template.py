@@ -46,7 +46,8 @@ class Template:
     def __init__(self, text: str, tokenizer: Tokenizer, flag: str) -> None:
         self.text = text
         self.marked = MARK.search(text) is not None
-        self._variables = dict(tokenizer.special_tokens_map)
+        # Only those that the template names: each rendering copies them.
+        self._variables = {name: value for name, value in tokenizer.special_tokens_map.items() if name in text}
         self._as_parts = False
         if not text.strip():
             raise UserError(f"{flag}: the chat template is empty")
@@ -135,7 +136,10 @@ def _turn_in_form(turn: Turn, form: Form) -> Turn:
 
 def reasoning_name(turn: Turn) -> str | None:
     """Return the field that holds a turn's reasoning, None if it has none."""
-    return next((name for name in REASONING if isinstance(turn.get(name), str) and turn[name].strip()), None)
+    for name in REASONING:
+        if name in turn and isinstance(turn[name], str) and turn[name].strip():
+            return name
+    return None
 
 
 def _with_json(call: Any) -> Any:

@@ -150,6 +150,17 @@ def test_call_that_the_template_does_not_write() -> None:
         assert (encoded.unwritten, encoded.empty) == (2, 1)
 
 
+@pytest.mark.parametrize("arguments", [{"days": 2}, {"is_wet": True, "since": None}, {"range": [1, 2]}, {"days": {}}])
+def test_arguments_that_the_template_does_not_write(arguments: dict[str, Any]) -> None:
+    row = [user("q"), assistant(None, tool_calls=[{"function": {"name": "weather", "arguments": arguments}}])]
+    assert targets(CALLS, row) == [f"<call>weather {json.dumps(arguments)}</call><|end|>"]
+    keys = CALLS.replace("c.function.arguments |", "c.function.arguments.keys() | list |")
+    for template in (CALLS.replace("{{ c.function.arguments | tojson }}", ""), keys):
+        if template != keys or arguments != {"days": {}}:
+            with pytest.raises(BadRow, match="does not write tool_calls of message 2"):
+                targets(template, row)
+
+
 def test_null_content_reaches_a_template_that_asks_for_it() -> None:
     asks = CALLS.replace("{{ m.content }}", "{% if m.content is none %}nothing{% else %}{{ m.content }}{% endif %}", 1)
     assert targets(asks, [user("q"), assistant(None, tool_calls=[WEATHER])])[0].startswith("nothing<call>")

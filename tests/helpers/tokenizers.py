@@ -74,7 +74,8 @@ def make_trained_tokenizer(
 ) -> "protocols.Tokenizer":
     """Make a tokenizer of whole words: `gpt2` (byte-level BPE), `metaspace` or `llama2` (both as SentencePiece).
 
-    `llama2` puts a blank before each text between special tokens, and its tokens may reach over several words. `options` replace the names of its special tokens.
+    `llama2` puts a blank before each text between special tokens, and its tokens may reach over several words.
+    `options` replace the names of its special tokens.
     """
     tokens = tuple(dict.fromkeys(["<bos>", "<eos>", "<pad>", *options.values(), *special]))
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", **options}
