@@ -150,9 +150,9 @@ class DataSettings(Settings):
         "Column names, if they differ from the format's, e.g. prompt=question,completion=answer.", None, shapes_run=True
     )
     chat_template: str = setting(
-        "auto, tokenizer (the tokenizer's own template), plain, or a file that holds a Jinja template. auto uses the "
-        "Alpaca template for pairs of prompt and answer, and the tokenizer's template for chats, or plain if it has "
-        "none.",
+        "auto, tokenizer (the tokenizer's own template), plain, the name of one of the tokenizer's templates, or a "
+        "file: a Jinja template, or a tokenizer_config.json. auto uses the Alpaca template for pairs of prompt and "
+        "answer, and the tokenizer's template for chats, or plain if it has none.",
         "auto",
         shapes_run=True,
     )
@@ -177,6 +177,15 @@ class DataSettings(Settings):
     )
     skip_bad_rows: bool = setting(
         "Skip malformed rows and report their number, instead of stopping at the first.", False, shapes_run=True
+    )
+    drop_unrendered: bool = setting(
+        "Leave out fields that the chat template does not write (reasoning, tool calls, tools, ...) and report their "
+        "number, instead of stopping at the first.",
+        False,
+        shapes_run=True,
+    )
+    keep_empty_answers: bool = setting(
+        "Train on empty answers, which teach the model to say nothing.", False, shapes_run=True
     )
     num_proc: int = setting("Number of processes that tokenise on each machine.", 1, minimum=1)
     eval_percentage: float = setting(

@@ -78,6 +78,7 @@ LIBRARIES: dict[str, set[str]] = {
     "transformers": {
         "distributed",  # enable_full_determinism
         "log",  # its progress bars
+        "data.template",  # what renders chat templates
         "model.attention", "model.load", "model.tokenizer",
         "export.files", "export.weights",
         "tiny",

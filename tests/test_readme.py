@@ -73,7 +73,7 @@ def test_a_recipe_is_called_correctly(line: str, stand_in: Path) -> None:
 @pytest.mark.parametrize("line", PROGRAMS)
 def test_a_program_exists_and_knows_its_flags(line: str) -> None:
     _, words = split(line)
-    path = REPOSITORY / words[1]
+    path = REPOSITORY / (words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1])
     text = path.read_text(encoding="utf-8")
     for word in words[2:]:
         if word.startswith("--"):

@@ -2,7 +2,7 @@
 
 * sources: a hub id, a folder or a file -> rows
 * formats: rows of every known format -> prompt and answer, or messages
-* chat: the assistant's turns in the text of a chat template
+* template, skeleton, chat: the assistant's turns in the text of a chat template
 * encode: a conversation -> input_ids and labels
 * cache, rows: tokenise once per machine; the tokenised rows on disk
 * packing: lengths -> packs, best-fit decreasing

@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from filelock import FileLock, Timeout
 
 from superoffload.config import DataSettings
 from superoffload.data import formats, sources
-from superoffload.data.encode import VERSION, Encoder
+from superoffload.data.encode import VERSION, Encoded, Encoder
 from superoffload.data.formats import BadRow
 from superoffload.data.rows import RowCounts, TokenizedRows
 from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 
 COUNTS_FILE = "superoffload_counts.json"
+ONLY_COUNTED = ("shortest", "cut", "empty", "untrained", "unwritten")  # columns that the cache does not keep
 POLL_S = 0.1
 # After the lock has been free for this long, a rank other than the machine's first one tokenises.
 PATIENCE_S = 60.0
@@ -58,7 +59,7 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     `UserError` if a row is malformed, or if more than half of the rows have no target token.
     """
     rows = chosen_rows(spec)
-    encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
+    encoder = Encoder(tokenizer, settings)
     encode_row = _RowEncoder(encoder, rows, spec, settings)
     key = _key(rows, tokenizer, encoder.template, settings)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "superoffload" / key
@@ -128,6 +129,8 @@ def _key(rows: datasets.Dataset, tokenizer: Tokenizer, template: str | None, set
                 "max_length",
                 "train_on_prompt",
                 "skip_bad_rows",
+                "drop_unrendered",
+                "keep_empty_answers",
             )
         },
     }
@@ -190,28 +193,31 @@ class _RowEncoder:
                 raise UserError(
                     f"{self.where}: row {index + 1}: {error}; fix it, or skip such rows with --skip_bad_rows"
                 ) from None
-            return _columns([], [], 0, 0, f"row {index + 1}: {error}")
+            return _columns(Encoded([], []), bad=f"row {index + 1}: {error}")
         kept = whole.head(self._max_length)
         cut = len(whole.input_ids) - len(kept.input_ids)
         if not kept.target_tokens:
-            return _columns([], [], 0, whole.shortest, "")
-        return {**_columns(kept.input_ids, kept.labels, kept.target_tokens, whole.shortest, ""), "cut": cut}
+            kept, cut = replace(whole, input_ids=[], labels=[]), 0
+        return _columns(kept, shortest=whole.shortest, cut=cut)
 
 
-def _columns(input_ids: list[int], labels: list[int], targets: int, shortest: int, bad: str) -> dict[str, Any]:
+def _columns(row: Encoded, shortest: int = 0, cut: int = 0, bad: str = "") -> dict[str, Any]:
     return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "length": len(input_ids),
-        "targets": targets,
+        "input_ids": row.input_ids,
+        "labels": row.labels,
+        "length": len(row.input_ids),
+        "targets": row.target_tokens,
         "shortest": shortest,
-        "cut": 0,
+        "cut": cut,
+        "empty": row.empty,
+        "untrained": row.untrained,
+        "unwritten": row.unwritten,
         "bad": bad,
     }
 
 
 def _tokenize(rows: datasets.Dataset, encode_row: _RowEncoder, target: Path, key: str) -> None:
-    numbers = {name: datasets.Value("int32") for name in ("length", "targets", "shortest", "cut")}
+    numbers = {name: datasets.Value("int32") for name in ("length", "targets", *ONLY_COUNTED)}
     ids = datasets.Sequence(datasets.Value("int32"))
     features = datasets.Features({"input_ids": ids, "labels": ids, **numbers, "bad": datasets.Value("string")})
     try:
@@ -236,7 +242,7 @@ def _tokenize(rows: datasets.Dataset, encode_row: _RowEncoder, target: Path, key
 
 def _save(done: datasets.Dataset, target: Path) -> None:
     """Write the rows that have a target token, and how many of the others were dropped and why."""
-    columns = {name: _numbers(done, name) for name in ("targets", "shortest", "cut")}
+    columns = {name: _numbers(done, name) for name in ("targets", *ONLY_COUNTED)}
     bad = [text for text in done.with_format(None)["bad"] if text]
     kept = np.flatnonzero(columns["targets"] > 0)
     counts = RowCounts(
@@ -245,9 +251,12 @@ def _save(done: datasets.Dataset, target: Path) -> None:
         dropped=len(done) - len(kept) - len(bad),
         truncated=int((columns["cut"] > 0).sum()),
         first_bad=next(iter(bad), ""),
+        empty_answers=int(columns["empty"].sum()),
+        untrained_turns=int(columns["untrained"].sum()),
+        dropped_fields=int(columns["unwritten"].sum()),
     )
     lost = columns["shortest"][columns["targets"] == 0]
-    done = done.select(kept).remove_columns(["shortest", "cut", "bad"])
+    done = done.select(kept).remove_columns([*ONLY_COUNTED, "bad"])
     done.save_to_disk(str(target))
     record = {**asdict(counts), "shortest_of_dropped": int(lost.max()) if len(lost) else 0}
     (target / COUNTS_FILE).write_text(json.dumps(record), encoding="utf-8")
@@ -255,6 +264,15 @@ def _save(done: datasets.Dataset, target: Path) -> None:
 
 def _numbers(table: datasets.Dataset, column: str) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.asarray(table.data.column(column).to_numpy(), dtype=np.int64)
+
+
+def _not_trained_on(counts: RowCounts) -> str:
+    reasons = []
+    if counts.empty_answers:
+        reasons.append(f"{counts.empty_answers} answers are empty, which --keep_empty_answers would train on")
+    if counts.untrained_turns:
+        reasons.append(f"the rows keep {counts.untrained_turns} answers out of the loss themselves")
+    return "".join(f"; {reason}" for reason in reasons)
 
 
 def _read(folder: Path, spec: DatasetSpec, settings: DataSettings) -> TokenizedRows:
@@ -271,7 +289,7 @@ def _read(folder: Path, spec: DatasetSpec, settings: DataSettings) -> TokenizedR
         )
         raise UserError(
             f"--max_length {settings.max_length}: {counts.dropped} of {counts.given} rows of {spec.name} have no "
-            f"target token within this length; {remedy}"
+            f"target token within this length; {remedy}{_not_trained_on(counts)}"
         )
     table = datasets.load_from_disk(str(folder))
     lengths, targets = _numbers(table, "length"), _numbers(table, "targets")

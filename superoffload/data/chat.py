@@ -1,159 +1,297 @@
 """Find the assistant's turns in a rendered chat template, exactly or not at all."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import jinja2
+from superoffload.data import skeleton
+from superoffload.data.formats import BadRow, Chat
+from superoffload.data.skeleton import Drawn, Skeleton
+from superoffload.data.template import OPENED, Form, Span, Template, Turn, in_form, shared
 
-from superoffload.data.formats import BadRow
-from superoffload.errors import UserError
-from superoffload.protocols import Tokenizer
-
-Turns = Sequence[dict[str, Any]]
-Render = Callable[[Turns, bool], str]  # (turns, add_generation_prompt) -> text
-Span = tuple[int, int]
-
-PLACEHOLDER = "\ue000answer\ue001"  # private-use characters, which no template and no row contains
+# What a template writes if it does not expect null content.
+PRINTED_NULL = re.compile(r"\b(None|null|Undefined)\b")
 
 
-def renderer(tokenizer: Tokenizer, template: str | None) -> Render:
-    """Return a function that renders turns as text, optionally followed by the header that asks for an answer."""
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the assistant says in one turn: the characters from `start` to `end` of the text.
 
-    def render(turns: Turns, add_generation_prompt: bool) -> str:
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    list(turns),
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise _rejected(error) from error
-
-    return render
-
-
-def _rejected(error: jinja2.TemplateError) -> BadRow:
-    return BadRow(f"the chat template rejects it: {' '.join(str(error).split())}")
-
-
-def answer_spans(turns: Turns, render: Render, special: Sequence[str]) -> tuple[str, list[Span]]:
-    """Render a conversation and find what the assistant says in it, for templates without generation marks.
-
-    Returns the text and one span of characters for each assistant turn. A span starts after the turn's
-    header. It includes the end-of-turn token (one of the texts `special`); if the template has none, the span ends
-    where the turn ends.
-
-    A turn starts where the conversation before it ends when rendered with the header for an answer. It ends where
-    the conversation up to and including it ends. Both must be prefixes of the whole text, character by character.
-    Some templates break this: they write the last turn differently (they leave out earlier reasoning, or close with
-    another token), or their header opens a reasoning block that the turn does not have. Such a turn is rendered with a
-    placeholder as its content, and the text around the placeholder must be the text around the turn.
-
-    Raises `UserError` if neither works, or if the text found does not contain the turn's content.
+    `given` is where the prompt ends that asks for it; the template writes only white space between `given` and
+    `start`, or a header that no prompt has. `closed` is whether the end-of-turn token is in the span.
     """
-    whole = render(turns, False)
-    spans: list[Span] = []
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        start = _start(turns, index, render, whole)
-        end = _end(turns, index, render, whole)
-        end = _with_end_token(whole, start, end, special)
-        if end < start or (spans and start < spans[-1][1]):
-            raise UserError(_not_found(index, "the text found overlaps with other text"))
-        if (turn["content"] or "").rpartition("</think>")[2].strip() not in whole[start:end]:
-            raise UserError(_not_found(index, "the template changes its content"))
-        spans.append((start, end))
-    return whole, spans
+
+    turn: int
+    given: int
+    start: int
+    end: int
+    closed: bool
 
 
-def _start(turns: Turns, index: int, render: Render, whole: str) -> int:
-    try:
-        before, with_header = render(turns[:index], False), render(turns[:index], True)
-    except BadRow:  # some templates reject an empty conversation
-        before = with_header = ""
-    if with_header != before and whole.startswith(with_header):
-        return len(with_header)
-    head, _ = _around(turns, index, render)
-    if not whole.startswith(head):
-        raise UserError(_not_found(index, "the text before it depends on its content"))
-    return len(head)
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The text of a conversation, what the assistant says in it, and how many fields the template leaves out."""
+
+    text: str
+    said: list[Said]
+    unwritten: int = 0
 
 
-def _end(turns: Turns, index: int, render: Render, whole: str) -> int:
-    try:
-        closed = render(turns[: index + 1], False)
-    except BadRow:
-        closed = None
-    if closed is not None and whole.startswith(closed):
-        return len(closed)
-    _, tail = _around(turns, index, render)
-    if not whole.endswith(tail):
-        raise UserError(_not_found(index, "the text after it depends on its content"))
-    return len(whole) - len(tail)
+@dataclass(frozen=True, slots=True)
+class Special:
+    """The special tokens of a tokenizer: a pattern that matches any of them, and the end-of-sequence token."""
+
+    pattern: re.Pattern[str]
+    eos: str
+
+    def at_end(self, text: str) -> bool:
+        """Return whether a text ends with a special token."""
+        return any(match.end() == len(text) for match in self.pattern.finditer(text))
 
 
-def _around(turns: Turns, index: int, render: Render) -> tuple[str, str]:
-    """Render the conversation with a placeholder as one turn's content; return the text before and after it."""
-    marked = [*turns[:index], {**turns[index], "content": PLACEHOLDER}, *turns[index + 1 :]]
-    parts = render(marked, False).split(PLACEHOLDER)
-    if len(parts) != 2:
-        raise UserError(_not_found(index, f"its content appears {len(parts) - 1} times"))
-    return parts[0], parts[1]
+def special_tokens(tokens: Sequence[str], eos: str) -> Special:
+    """Make the pattern of special tokens; the longest one that fits wins."""
+    ordered = sorted({*tokens, eos}, key=lambda token: (-len(token), token))
+    return Special(re.compile("|".join(re.escape(token) for token in ordered)), eos)
 
 
-def _with_end_token(whole: str, start: int, end: int, special: Sequence[str]) -> int:
-    """Return the end of a turn including its end-of-turn token; `end` itself if there is no such token."""
-    if is_closed(whole[start:end], special):
-        return start + len(whole[start:end].rstrip())
-    rest = whole[end:]
-    following = rest.lstrip()
-    for token in special:
-        if following.startswith(token):
-            return end + len(rest) - len(following) + len(token)
-    return end
+def find(row: Chat, template: Template, special: Special, *, keep_empty: bool, drop_unrendered: bool) -> Found:
+    """Render a conversation and find what the assistant says in it.
+
+    The row is handed over in each form that the template may take, until one is written completely. With
+    `drop_unrendered`, a field that the template leaves out in every form is dropped instead of refused; with
+    `keep_empty`, turns that say nothing are found too. Raises `BadRow` if the template rejects the row, leaves out a
+    field, or writes a turn in a way that cannot be told apart from what is around it.
+    """
+    forms = template.forms(row.turns)
+    problems: list[BadRow] = []
+    for drop in (False, True) if drop_unrendered else (False,):
+        for form in forms:
+            try:
+                return _Search(row, template, special, form, keep_empty).found(drop)
+            except BadRow as problem:
+                problems.append(problem)
+    raise problems[0]
 
 
-def is_closed(said: str, special: Sequence[str]) -> bool:
-    """Return whether a turn ends with an end-of-turn token, ignoring white space after it."""
-    said = said.rstrip()
-    return any(said.endswith(token) for token in special)
+class _Search:
+    """The search in one rendering of one row."""
+
+    def __init__(self, row: Chat, template: Template, special: Special, form: Form, keep_empty: bool) -> None:
+        self._row, self._template, self._special, self._form = row, template, special, form
+        self._keep_empty = keep_empty
+        self._options: dict[str, Any] = {}
+        if row.tools:
+            self._options["tools"] = list(row.tools)
+        if row.documents:
+            self._options["documents"] = list(row.documents)
+        self._use(list(row.turns))
+
+    def _use(self, turns: list[Turn]) -> None:
+        self._turns = in_form(turns, self._form)
+        self._skeleton = Skeleton(turns, self._keep_empty)
+        self._bare = in_form(self._skeleton.turns, self._form)
+        self._pieces = self._skeleton.pieces
+
+    def found(self, drop: bool) -> Found:
+        """Find every turn of the assistant. Raises `BadRow` if one cannot be found."""
+        drawn = Drawn(self._template.render(self._bare, **self._options))
+        calls = [turn["tool_calls"] for turn in self._bare if turn.get("tool_calls")]
+        if calls and skeleton.prints_python(calls, drawn.text):
+            raise BadRow("the chat template writes the arguments of tool calls as Python, not as JSON")
+        lost = skeleton.missing(drawn, self._pieces)
+        if lost and not drop:
+            raise BadRow(_unwritten(lost[0][1], lost[0][0], self._turns[lost[0][0]]["role"]))
+        if lost:
+            self._use(skeleton.without(self._row.turns, lost))
+            drawn = Drawn(self._template.render(self._bare, **self._options))
+            if skeleton.missing(drawn, self._pieces):
+                raise BadRow("the chat template writes the assistant's turns otherwise without the fields it left out")
+        marks: list[Span] | None = None
+        if self._template.marked:
+            self._text, marks = self._template.render_marked(self._turns, **self._options)
+        else:
+            self._text = self._template.render(self._turns, **self._options)
+        others = self._unwritten_beside()
+        if others and not drop:
+            raise BadRow(others[0])
+        self._drawn, self._places = drawn, skeleton.align(self._text, drawn, self._pieces)
+        said: list[Said] = []
+        for turn in sorted({piece.turn for piece in self._pieces}):
+            floor = said[-1].end if said else 0
+            said += [self._turn(turn, floor)] if marks is None else self._marked(turn, floor, marks)
+        self._check_arguments(said)
+        return Found(self._text, said, len(lost) + len(others))
+
+    def _check_arguments(self, said: Sequence[Said]) -> None:
+        for index, turn in enumerate(self._turns):
+            if turn.get("tool_calls") and turn["role"] == "assistant":
+                words = "".join(self._text[part.start : part.end] for part in said if part.turn == index)
+                if not skeleton.writes_arguments(self._row.turns[index]["tool_calls"], words):
+                    raise BadRow(_unwritten("tool_calls", index, turn["role"]))
+
+    def _unwritten_beside(self) -> list[str]:
+        """List what the template leaves out of the row besides the assistant's turns."""
+        result = [
+            _unwritten("content", index, turn["role"])
+            for index, turn in enumerate(self._turns)
+            if turn["role"] != "assistant" and not skeleton.is_written(str(turn["content"] or ""), self._text)
+        ]
+        return result + [_unwritten(name) for name in self._options if self._without(name) == self._text]
+
+    def _without(self, name: str) -> str:
+        others = {key: value for key, value in self._options.items() if key != name}
+        try:
+            return self._template.render(self._turns, **others)
+        except BadRow:
+            return ""
+
+    def _turn(self, turn: int, floor: int) -> Said:
+        first, last, footer = self._extent(turn)
+        given, start = self._start(turn, floor, self._places[first].start)
+        end, closed = self._end(turn, self._places[last].end, footer)
+        if not floor <= start <= self._places[first].start:
+            raise BadRow(_not_found(turn, "it overlaps with the turn before"))
+        if self._turns[turn].get("content") is None:
+            written = [self._text[start : self._places[first].start], *self._drawn.literals[first + 1 : last + 1]]
+            if PRINTED_NULL.search(" ".join(written)):
+                raise BadRow(_not_found(turn, "the template prints its null content"))
+        return Said(turn, given, start, end, closed)
+
+    def _extent(self, turn: int) -> tuple[int, int, str]:
+        """Return the first and last place of a turn's pieces, and what the template writes after them to end it.
+
+        The conversation up to the turn shows what belongs to it: whatever else stands between its pieces in the whole
+        conversation does not, and then the turn cannot be found.
+        """
+        alone = self._drawn
+        if turn + 1 < len(self._bare):
+            alone = Drawn(self._template.render(self._bare[: turn + 1], **self._options))
+        own = alone.of_turn(self._pieces, turn)
+        here = self._drawn.of_turn(self._pieces, turn)
+        if not own or own != list(range(own[0], len(alone.pieces))):
+            raise BadRow(_not_found(turn, "it is written in several places"))
+        first, last = here[0], here[0] + len(own) - 1
+        same = [alone.pieces[at] for at in own] == self._drawn.pieces[first : last + 1]
+        between = alone.literals[own[0] + 1 : own[-1] + 1] == self._drawn.literals[first + 1 : last + 1]
+        if not (same and between):
+            raise BadRow(_not_found(turn, "the template writes it otherwise depending on what follows"))
+        seen: set[int] = set()
+        for at in here:
+            piece = self._drawn.pieces[at]
+            # A call may name its function twice, and so may the result that answers it.
+            if piece in seen and self._pieces[piece].field != "tool_calls":
+                raise BadRow(_not_found(turn, f"its {self._pieces[piece].field} is written twice"))
+            seen.add(piece)
+        return first, last, alone.literals[-1]
+
+    def _start(self, turn: int, floor: int, limit: int) -> tuple[int, int]:
+        """Return where the prompt for a turn ends and where the turn starts, at most `limit`."""
+        try:
+            asked = self._template.render(self._turns[:turn], ask=True, **self._options) if turn else ""
+        except BadRow:
+            asked = ""
+        prompt = OPENED.sub("", asked)
+        if turn and self._text.startswith(prompt) and floor <= len(prompt) <= limit:
+            at = self._after(self._template.header, len(prompt), limit)
+            if at is not None:  # a header that the prompt does not have here
+                return at, at
+            nothing_else = not self._text[len(prompt) : limit].strip()
+            return len(prompt), len(prompt) if self._template.header.strip() or nothing_else else limit
+        header = asked[shared(self._closed_before(turn), asked) :] if asked else self._template.header
+        if not OPENED.sub("", header).strip():
+            return floor, limit
+        at = self._after(header, floor, limit)
+        if at is None:
+            raise BadRow(_not_found(turn, "the header before it is not the one that asks for it"))
+        return at, at
+
+    def _after(self, header: str, start: int, end: int) -> int | None:
+        """Return where the last header of a part of the text ends; white space around it may differ."""
+        header = OPENED.sub("", header)
+        core = header.strip()
+        at = self._text.rfind(core, start, end) if core else -1
+        if at < 0:
+            return None
+        at += len(core)
+        return at + shared(header[len(header.rstrip()) :], self._text[at:end])
+
+    def _closed_before(self, turn: int) -> str:
+        try:
+            return self._template.render(self._turns[:turn], **self._options) if turn else ""
+        except BadRow:
+            return ""
+
+    def _end(self, turn: int, start: int, footer: str) -> tuple[int, bool]:
+        """Return where a turn ends whose last piece ends at `start`, and whether that is after an end-of-turn token.
+
+        `footer` is what the template writes after the turn if nothing follows. If something follows, it may write
+        less, another token, or the token only then.
+        """
+        text, special = self._text, self._special
+        if text.startswith(footer, start):
+            said = footer.rstrip()
+            if special.at_end(said):
+                return start + len(said), True
+            return self._next_token(turn, start + len(footer)) or (start + len(footer), False)
+        common = shared(footer, text[start : start + len(footer)])
+        matches = list(special.pattern.finditer(footer))
+        within = [match.end() for match in matches if match.end() <= common]
+        if within:
+            return start + within[-1], True
+        differs = min([match.start() for match in matches if match.start() <= common], default=0)
+        found = self._next_token(turn, start + differs)
+        if found is None and not matches and footer.strip():
+            raise BadRow(_not_found(turn, "the template ends it otherwise depending on what follows"))
+        return found or (start + differs, False)
+
+    def _next_token(self, turn: int, position: int) -> tuple[int, bool] | None:
+        """Return the end of the special token at a position if it ends turns; None if it opens the next one.
+
+        The token ends turns if it is the end-of-sequence token, or if it also ends the turn before or a user turn.
+        """
+        while position < len(self._text) and self._text[position].isspace():
+            position += 1
+        match = self._special.pattern.match(self._text, position)
+        if match is None:
+            return None
+        ended = (self._special.eos, self._template.closed.rstrip(), self._closed_before(turn).rstrip())
+        return (match.end(), True) if any(text.endswith(match.group()) for text in ended) else None
+
+    def _marked(self, turn: int, floor: int, marks: Sequence[Span]) -> list[Said]:
+        """Return the marked spans of a turn. If they leave out its end-of-turn token, it is part of the last one."""
+        places = [self._places[at] for at in self._drawn.of_turn(self._pieces, turn)]
+        inside = [[p.piece for p in places if start <= p.start and p.end <= end] for start, end in marks]
+        if {piece for pieces in inside for piece in pieces} != {place.piece for place in places}:
+            raise BadRow(_not_found(turn, "its generation marks do not enclose it"))
+        own = [number for number, pieces in enumerate(inside) if pieces and marks[number][0] >= floor]
+        first, last = own[0], own[-1]
+        # A mark beside these with nothing between belongs to the turn as well, e.g. one around the end-of-turn token.
+        while first and marks[first - 1][0] >= floor and not self._text[marks[first - 1][1] : marks[first][0]].strip():
+            first -= 1
+        while last + 1 < len(marks) and not self._text[marks[last][1] : marks[last + 1][0]].strip():
+            last += 1
+        spans = [mark for mark in marks[first : last + 1] if mark[0] < mark[1]]
+        said = [Said(turn, 0, start, end, self._special.at_end(self._text[start:end].rstrip())) for start, end in spans]
+        if not said[-1].closed:
+            _, last, footer = self._extent(turn)
+            end, closed = self._end(turn, self._places[last].end, footer)
+            if closed and end > said[-1].end:
+                said[-1] = Said(turn, 0, said[-1].start, end, True)
+        return said
 
 
-def _not_found(index: int, reason: str) -> str:
+def _unwritten(field: str, turn: int | None = None, role: str = "") -> str:
+    where = f" of message {turn + 1} ({role})" if turn is not None else ""
     return (
-        f"--chat_template: the assistant's answer (message {index + 1}) cannot be found in the rendered text: "
-        f"{reason}; use --chat_template plain, or a template with {{% generation %}} marks"
+        f"the chat template does not write {field}{where}; choose another with --chat_template, "
+        "or leave such fields out with --drop_unrendered"
     )
 
 
-def marked_tokens(
-    tokenizer: Tokenizer, template: str, turns: Turns, special: Sequence[str]
-) -> tuple[list[int], list[bool]]:
-    """Tokenise with a template that marks its generation spans; return the ids, and for each whether it is a target.
-
-    If the marks leave out the end-of-turn token, it becomes a target as well. Raises `UserError` if nothing is
-    marked although there is an assistant turn.
-    """
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(turns), chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-        )
-    except jinja2.TemplateError as error:
-        raise _rejected(error) from error
-    ids, is_target = list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if answers and not any(is_target):
-        raise UserError(_not_found(answers[0], "its generation marks enclose nothing"))
-    ends = set(tokenizer.convert_tokens_to_ids(list(special)))
-    start = 0
-    for position in range(1, len(ids)):
-        if is_target[position] and not is_target[position - 1]:
-            start = position
-        left_out = is_target[position - 1] and not is_target[position] and ids[position] in ends
-        if left_out and not is_closed(tokenizer.decode(ids[start:position]), special):
-            is_target[position] = True
-    return ids, is_target
+def _not_found(turn: int, reason: str) -> str:
+    return (
+        f"the assistant's answer (message {turn + 1}) cannot be found in the text of the chat template: {reason}; "
+        "use --chat_template plain, or a template with {% generation %} marks"
+    )

@@ -1,16 +1,18 @@
 """A conversation -> input_ids, and labels that say which tokens are targets."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from superoffload.data import chat
-from superoffload.data.formats import Chat, Conversation, Pair, Text, turns_of
+from superoffload.config import DataSettings
+from superoffload.data import chat, template
+from superoffload.data.formats import BadRow, Chat, Conversation, Pair, Text, turns_of
 from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 
 IGNORED = -100  # the label of a token that is not a target
-VERSION = 3  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
+VERSION = 4  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
 
 # The Alpaca template.
 INSTRUCTION = "### Instruction:\n"
@@ -30,11 +32,16 @@ PLAIN_HEADS = {
 class Encoded:
     """One row as the model sees it: `input_ids` and `labels`, int lists of equal length.
 
-    `labels[i]` is `input_ids[i]` if the token is a target, else -100. The model shifts the labels itself.
+    `labels[i]` is `input_ids[i]` if the token is a target, else -100. The model shifts the labels itself. The row has
+    `empty` answers without a word, `untrained` turns that it keeps out of the loss itself, and `unwritten` fields that
+    the template leaves out; none of them has a target.
     """
 
     input_ids: list[int]
     labels: list[int]
+    empty: int = 0
+    untrained: int = 0
+    unwritten: int = 0
 
     @property
     def target_tokens(self) -> int:
@@ -48,7 +55,7 @@ class Encoded:
 
     def head(self, max_length: int) -> "Encoded":
         """Truncate to the first `max_length` tokens, which keeps the start of an answer that is too long."""
-        return Encoded(self.input_ids[:max_length], self.labels[:max_length])
+        return replace(self, input_ids=self.input_ids[:max_length], labels=self.labels[:max_length])
 
 
 def alpaca_prompt(pair: Pair) -> str:
@@ -65,7 +72,7 @@ def as_chat(pair: Pair) -> Chat:
 def plain_segments(turns: Chat) -> list[tuple[str, bool]]:
     """Write turns under `### System:`, `### User:`, `### Tool:` and `### Assistant:`, separated by empty lines.
 
-    Returns texts and whether each is a target; every target is the content of one assistant turn.
+    Returns texts, and for each whether it is the content of an assistant turn.
     """
     segments: list[tuple[str, bool]] = []
     given = ""
@@ -75,126 +82,190 @@ def plain_segments(turns: Chat) -> list[tuple[str, bool]]:
             segments += [(given, False), (turn["content"] or "", True)]
             given = "\n\n"
         else:
-            given += f"{turn['content']}\n\n"
+            given += f"{turn['content'] or ''}\n\n"
     return [*segments, (given.rstrip(), False)] if given.strip() else segments
+
+
+def _beside_plain(turns: Chat) -> list[str]:
+    """List what the plain template leaves out of a row."""
+    beside = [name for name, value in (("tools", turns.tools), ("documents", turns.documents)) if value]
+    for index, turn in enumerate(turns.turns):
+        if turn["role"] == "assistant":
+            fields = ["tool_calls"] if turn.get("tool_calls") else []
+            fields += [name] if (name := template.reasoning_name(turn)) else []
+            beside += [f"{field} of message {index + 1}" for field in fields]
+    return beside
 
 
 class Encoder:
     """Turns conversations into tokens with one tokenizer and one template.
 
-    `chat_template` is `auto` (upstream's Alpaca headings for pairs; for chats the tokenizer's template, or the plain
-    one if it has none), `tokenizer`, `plain`, or a file that holds a Jinja template. `template` is the text of the
-    Jinja template, None if none is used. Raises `UserError` if the template is missing or cannot be used.
+    `settings.chat_template` is `auto` (upstream's Alpaca headings for pairs; for chats the tokenizer's template, or
+    the plain one if it has none), `tokenizer`, `plain`, the name of one of the tokenizer's templates, or a file that
+    holds a template. `template` is the text of the Jinja template, None if none is used. Raises `UserError` if the
+    template is missing or cannot be used.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: str, train_on_prompt: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: DataSettings) -> None:
         self._tokenizer = tokenizer
+        self._settings = settings
         self._eos = tokenizer.eos_token_id
-        self._train_on_prompt = train_on_prompt
-        self._pairs_as_chat = chat_template != "auto"
-        self.template = _template(tokenizer, chat_template)
-        self._marks = self.template is not None and "{% generation" in self.template.replace("{%-", "{%")
-        self._render = chat.renderer(tokenizer, self.template)
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        self._special = tuple(sorted(special, key=lambda text: (-len(text), text)))
+        self._decode = tokenizer.backend_tokenizer.decode if tokenizer.is_fast else tokenizer.decode
+        self._bos = getattr(tokenizer, "bos_token_id", None)
+        self._bos_text = getattr(tokenizer, "bos_token", None) or ""
+        self._pairs_as_chat = settings.chat_template != "auto"
+        self.template = template.choose(tokenizer, settings.chat_template)
+        self._jinja: template.Template | None = None
+        flag = f"--chat_template {settings.chat_template}"
         if self.template is not None and not tokenizer.is_fast:
             raise UserError(
-                f"--chat_template {chat_template}: needs a fast tokenizer, which reports the characters that each "
-                "token covers; use --chat_template plain"
+                f"{flag}: needs a fast tokenizer, which reports the characters that each token covers; "
+                "use --chat_template plain"
             )
+        if self.template is not None:
+            self._jinja = template.Template(self.template, tokenizer, flag)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        self._special = chat.special_tokens(tuple(special), tokenizer.eos_token or "")
 
     def __call__(self, conversation: Conversation) -> Encoded:
-        """Encode one row without truncating it. Raises `BadRow` if the template rejects it."""
+        """Encode one row without truncating it.
+
+        Raises `BadRow` if the template rejects it, or if the targets would not say exactly what the row says.
+        """
         if isinstance(conversation, Text):
             return self._segments([(conversation.text, True)])
-        if isinstance(conversation, Pair) and not self._pairs_as_chat:
-            return self._segments([(alpaca_prompt(conversation), False), (conversation.answer, True)])
-        turns = as_chat(conversation) if isinstance(conversation, Pair) else conversation
-        return self._segments(plain_segments(turns)) if self.template is None else self._chat(turns)
+        if isinstance(conversation, Pair):
+            if self._bos_text and conversation.prompt.startswith(self._bos_text):
+                conversation = replace(conversation, prompt=conversation.prompt.removeprefix(self._bos_text))
+            if not self._pairs_as_chat:
+                return self._segments([(alpaca_prompt(conversation), False), (conversation.answer, True)])
+            conversation = as_chat(conversation)
+        return self._plain(conversation) if self._jinja is None else self._chat(conversation, self._jinja)
 
-    def prompt_ids(self, prompt: str, in_turns: bool) -> list[int]:
-        """Tokenise a prompt as in a row of the training data, up to where the answer begins.
-
-        `in_turns` is whether the rows of the training data are chats; the prompt is then written as a user turn.
-        """
-        pair = Pair(prompt=prompt, context="", answer="")
-        turns = as_chat(pair)
-        if not (in_turns or self._pairs_as_chat):
-            text = alpaca_prompt(pair)
-        elif self.template is None:
+    def prompt_ids(self, prompt: str, dataset_format: str) -> list[int]:
+        """Tokenise a prompt as in a row of the training data of a format, up to where the answer begins."""
+        turns = as_chat(Pair(prompt=prompt, context="", answer=""))
+        if dataset_format == "text":
+            text = prompt
+        elif not (dataset_format == "messages" or self._pairs_as_chat):
+            text = alpaca_prompt(Pair(prompt=prompt, context="", answer=""))
+        elif self._jinja is None:
             text = plain_segments(turns)[0][0]
         else:
-            rendered = self._render(turns.turns[:1], True)
+            rendered = self._jinja.render(turns.turns[:1], ask=True)
             return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return self._first_ids(text)
+
+    def _first_ids(self, text: str) -> list[int]:
+        """Tokenise the start of a row: with the beginning-of-sequence token once, and without an end."""
         ids = list(self._tokenizer(text)["input_ids"])
+        if len(ids) > 1 and self._bos is not None and ids[0] == ids[1] == self._bos:
+            ids = ids[1:]
         return ids[:-1] if ids and ids[-1] == self._eos else ids
 
-    def _segments(self, segments: Iterable[tuple[str, bool]]) -> Encoded:
-        """Tokenise texts separately and end each target with the end-of-sequence token.
+    def _plain(self, turns: Chat) -> Encoded:
+        unwritten = _beside_plain(turns)
+        if unwritten and not self._settings.drop_unrendered:
+            raise BadRow(
+                f"the plain template does not write {unwritten[0]}; choose another with --chat_template, "
+                "or leave such fields out with --drop_unrendered"
+            )
+        answers = [index for index, turn in enumerate(turns.turns) if turn["role"] == "assistant"]
+        encoded = self._segments(plain_segments(turns), [index not in turns.untrained for index in answers])
+        return replace(encoded, unwritten=len(unwritten))
+
+    def _segments(self, segments: Iterable[tuple[str, bool]], trained: Sequence[bool] = ()) -> Encoded:
+        """Tokenise texts separately, and end each answer with the end-of-sequence token.
 
         Separately, so that an answer follows exactly the tokens of the prompt alone, as it does in generation.
         Targets are found by length and never by token id, so that the model learns to stop even if the padding token
-        is the end-of-sequence token.
+        is the end-of-sequence token. `trained` says which answers are targets, all of them by default.
         """
         ids: list[int] = []
-        is_target: list[bool] = []
-        for index, (text, segment_is_target) in enumerate(segments):
-            new = list(self._tokenizer(text, add_special_tokens=index == 0)["input_ids"])
-            if index == 0 and new and new[-1] == self._eos:
-                new.pop()
-            if segment_is_target:
-                new.append(self._eos)
+        labels: list[int] = []
+        number = empty = untrained = 0
+        for index, (text, is_answer) in enumerate(segments):
+            new = self._ids(text) if index else self._first_ids(text)
+            target = is_answer
+            if is_answer:
+                self._check(new, text.removesuffix(self._special.eos))
+                if trained and not trained[number]:
+                    target, untrained = False, untrained + 1
+                elif not text.strip() and not self._settings.keep_empty_answers:
+                    target, empty = False, empty + 1
+                number += 1
+                if not new or new[-1] != self._eos:
+                    new.append(self._eos)
             ids += new
-            is_target += [segment_is_target] * len(new)
-        return self._encoded(ids, is_target)
+            labels += new if target or self._settings.train_on_prompt else [IGNORED] * len(new)
+        return Encoded(ids, labels, empty=empty, untrained=untrained)
 
-    def _chat(self, turns: Chat) -> Encoded:
-        if self._marks:
-            assert self.template is not None
-            return self._encoded(*chat.marked_tokens(self._tokenizer, self.template, turns.turns, self._special))
-        text, spans = chat.answer_spans(turns.turns, self._render, self._special)
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _chat(self, row: Chat, jinja: template.Template) -> Encoded:
+        keep_empty = self._settings.keep_empty_answers
+        found = chat.find(
+            row, jinja, self._special, keep_empty=keep_empty, drop_unrendered=self._settings.drop_unrendered
+        )
+        text = found.text
+        said = [turn for turn in found.said if turn.turn not in row.untrained]
+        answers = {index for index, turn in enumerate(row.turns) if turn["role"] == "assistant"}
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, is_target = list(encoded["input_ids"]), _covered(encoded["offset_mapping"], spans)
-        answered_last = bool(spans) and not text[spans[-1][1] :].strip()
-        if answered_last and not chat.is_closed(text[slice(*spans[-1])], self._special):
+        ids = list(encoded["input_ids"])
+        labels = [IGNORED] * len(ids)
+        for turn in said:
+            tokens = _covered(encoded["offset_mapping"], turn, text)
+            self._check(ids[tokens], text[turn.start : turn.end])
+            labels[tokens] = ids[tokens]
+        last = found.said[-1] if found.said else None
+        if last is not None and not last.closed and not text[last.end :].strip():
             # The template does not close the last turn; without an end the model would never learn to stop.
-            ids, is_target = [*ids, self._eos], [*is_target, True]
-        return self._encoded(ids, is_target)
+            ids.append(self._eos)
+            labels.append(self._eos if last.turn not in row.untrained else IGNORED)
+        return Encoded(
+            ids,
+            list(ids) if self._settings.train_on_prompt else labels,
+            empty=len(answers - row.untrained - {turn.turn for turn in found.said}),
+            untrained=len(answers & row.untrained),
+            unwritten=found.unwritten,
+        )
 
-    def _encoded(self, ids: list[int], is_target: list[bool]) -> Encoded:
-        if self._train_on_prompt:
-            return Encoded(ids, list(ids))
-        return Encoded(ids, [token if target else IGNORED for token, target in zip(ids, is_target, strict=True)])
+    def _check(self, ids: Sequence[int], text: str) -> None:
+        """Raise `BadRow` unless tokens say a text, apart from what a tokenizer may normalise."""
+        decoded = self._decode(ids, skip_special_tokens=False)
+        if text not in decoded and _loosely(text) not in _loosely(decoded):
+            raise BadRow(f"the tokenizer cannot write what the assistant says: it becomes {decoded[:200]!r}")
 
 
-def _covered(offsets: Iterable[tuple[int, int]], spans: list[chat.Span]) -> list[bool]:
-    """Return for each token whether it starts inside one of the spans, which are sorted and do not overlap.
+def _loosely(text: str) -> str:
+    """Remove what tokenizers normalise: white space (U+2581 too, which stands for it), case, accents, other forms."""
+    kept = (char for char in unicodedata.normalize("NFKD", text) if unicodedata.category(char) not in ("Mn", "Cf"))
+    return "".join("".join(kept).replace("\u2581", " ").split()).lower()
 
-    A token that starts in the header and reaches into the answer is not a target: the header is given.
+
+def _covered(offsets: Sequence[tuple[int, int]], said: chat.Said, text: str) -> slice:
+    """Return the tokens that say what is said in one turn; `offsets` are the characters that each token covers.
+
+    A token counts if it starts inside what is said. One that starts before it counts if it only takes the white space
+    that the template writes after the prompt; in generation it comes right after the prompt's tokens. Raises `BadRow`
+    if a token holds a part of an answer and other text.
     """
-    is_target = []
-    index = 0
-    for start, end in offsets:
-        while index < len(spans) and start >= spans[index][1]:
-            index += 1
-        is_target.append(index < len(spans) and spans[index][0] <= start < end)
-    return is_target
-
-
-def _template(tokenizer: Tokenizer, chat_template: str) -> str | None:
-    """Return the text of the Jinja template in use; None for the plain template."""
-    if chat_template == "plain":
-        return None
-    if chat_template in ("auto", "tokenizer"):
-        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        if own is None and chat_template == "tokenizer":
-            raise UserError("--chat_template tokenizer: the tokenizer has no chat template; use plain, or name a file")
-        return own
-    try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat_template {chat_template}: not a readable file; use auto, tokenizer, plain, or a file that holds "
-            "a Jinja template"
-        ) from error
+    first = bisect_left(offsets, (said.start,))
+    last = bisect_left(offsets, (said.end,), lo=first)
+    while first and offsets[first - 1][1] > said.start:
+        first -= 1
+    while first < last:
+        start, end = offsets[first]
+        reached = offsets[first - 1][1] if first else 0
+        # Some tokenizers leave white space out of the offsets.
+        start = reached if reached < start and text[reached:start].isspace() else start
+        if start >= said.start or (start >= said.given and text[start : said.start].isspace()):
+            break
+        if text[said.start : end].strip():
+            raise BadRow(f"one token holds the start of message {said.turn + 1} and the text before it")
+        first += 1
+    if first < last and text[said.end : offsets[last - 1][1]].strip():
+        raise BadRow(f"one token holds the end of message {said.turn + 1} and the text after it")
+    return slice(first, last)

@@ -67,9 +67,9 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     first, *_ = mixture.parse(settings.dataset_name)
     rows = sources.open_rows(first.name, settings.dataset_split, "dataset_name", settings.dataset_config)
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, first.name)
-    encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
-    in_turns = _are_chats(rows, shape)
-    return [encoder.prompt_ids(prompt, in_turns=in_turns) for prompt in prompts]
+    encoder = Encoder(tokenizer, settings)
+    dataset_format = "messages" if _are_chats(rows, shape) else shape.name
+    return [encoder.prompt_ids(prompt, dataset_format) for prompt in prompts]
 
 
 def _are_chats(rows: Any, shape: formats.Shape) -> bool:

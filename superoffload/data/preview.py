@@ -1,5 +1,6 @@
 """Show rows as the model sees them."""
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -8,7 +9,9 @@ from superoffload.data.rows import TokenizedRows
 from superoffload.protocols import Tokenizer
 
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
-MARKS = (">>>", "<<<")
+MARKS = ("\u27e6", "\u27e7")  # white square brackets
+# A mark in the data, or backslashes before one or before the end of a piece, where a mark may follow.
+ESCAPED = re.compile(rf"\\+(?=[{MARKS[0]}{MARKS[1]}]|\Z)|[{MARKS[0]}{MARKS[1]}]")
 
 
 def shown_rows(rows: TokenizedRows, tokenizer: Tokenizer, count: int, colours: bool) -> Iterator[str]:
@@ -20,8 +23,9 @@ def shown_rows(rows: TokenizedRows, tokenizer: Tokenizer, count: int, colours: b
 
 
 def shown(ids: list[int], labels: list[int], tokenizer: Tokenizer, colours: bool) -> str:
-    """Write the tokens of one row as text: targets green and the rest dim, or targets between `>>>` and `<<<`.
+    """Write the tokens of one row as text: targets green and the rest dim, or targets between white square brackets.
 
+    Such a bracket in the text itself has a backslash before it, and so has a backslash before any of the brackets.
     The first token of a row is never predicted, because no token precedes it, so it is not shown as a target.
     """
     targets = [position > 0 and label != IGNORED for position, label in enumerate(labels)]
@@ -31,5 +35,10 @@ def shown(ids: list[int], labels: list[int], tokenizer: Tokenizer, colours: bool
         if colours:
             text += f"{GREEN if is_target else DIM}{piece}{RESET}"
         else:
+            piece = ESCAPED.sub(_escape, piece)
             text += f"{MARKS[0]}{piece}{MARKS[1]}" if is_target else piece
     return text
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found.group() * 2 if found.group().startswith("\\") else "\\" + found.group()

@@ -12,7 +12,9 @@ class RowCounts:
     """How many rows the data set holds, and what became of them.
 
     `dropped` rows have no target token within the maximum length; `truncated` rows were shortened to it and kept;
-    `bad` rows are malformed and were skipped; `first_bad` says what is wrong with the first of them.
+    `bad` rows are malformed and were skipped; `first_bad` says what is wrong with the first of them. Over all rows,
+    `empty_answers` say nothing and are not trained on, `untrained_turns` are answers that rows keep out of the loss
+    themselves, and `dropped_fields` are those that the chat template does not write.
     """
 
     given: int
@@ -20,6 +22,9 @@ class RowCounts:
     truncated: int
     bad: int
     first_bad: str = ""
+    empty_answers: int = 0
+    untrained_turns: int = 0
+    dropped_fields: int = 0
 
     @classmethod
     def total(cls, counts: Mapping[str, "RowCounts"]) -> "RowCounts":

@@ -29,11 +29,22 @@ class RowStatistics:
     def in_short(self) -> str:
         """Return the figures as a part of a line."""
         counts = self.counts
+        left_out = "".join(f", {value} {name}" for name, value in self._left_out().items())
         return (
             f"{self.rows:,} rows, {self.tokens:,} tokens ({self._target_fraction():.1%} targets), "
             f"median length {self.percentiles[PERCENTILES.index(50)]}, longest {self.longest} | "
-            f"{counts.truncated:,} truncated, {counts.dropped:,} dropped, {counts.bad:,} malformed"
+            f"{counts.truncated:,} truncated, {counts.dropped:,} dropped, {counts.bad:,} malformed{left_out}"
         )
+
+    def _left_out(self) -> dict[str, str]:
+        """Return what is not trained on within the rows, if there is anything."""
+        counts = self.counts
+        found = {
+            "empty answers": counts.empty_answers,
+            "untrained turns": counts.untrained_turns,
+            "dropped fields": counts.dropped_fields,
+        }
+        return {name: f"{value:,}" for name, value in found.items() if value}
 
     def _target_fraction(self) -> float:
         return self.target_tokens / max(1, self.tokens)
@@ -46,6 +57,7 @@ class RowStatistics:
             "truncated": f"{counts.truncated:,} (the start of the answer is kept)",
             "dropped": f"{counts.dropped:,} (no target token within the maximum length)",
             "malformed": f"{counts.bad:,}" + (f" (skipped; first: {counts.first_bad})" if counts.bad else ""),
+            **self._left_out(),
             "tokens": f"{self.tokens:,}",
             "target tokens": f"{self.target_tokens:,} ({self._target_fraction():.1%})",
         }

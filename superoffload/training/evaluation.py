@@ -23,7 +23,7 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--sample_prompts {path}: cannot be read ({error})") from error
     prompts = tuple(line for line in lines if line.strip())

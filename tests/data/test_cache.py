@@ -109,6 +109,8 @@ def test_every_setting_that_matters_changes_the_key(
         (tokenizer, {"max_length": 32}),
         (tokenizer, {"train_on_prompt": True}),
         (tokenizer, {"skip_bad_rows": True}),
+        (tokenizer, {"drop_unrendered": True}),
+        (tokenizer, {"keep_empty_answers": True}),
         (tokenizer, {"dataset_format": "text"}),
         (tokenizer, {"columns": "prompt=text"}),
         (tokenizer, {"chat_template": "plain"}),
@@ -169,3 +171,47 @@ def test_messages_of_a_typed_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = load(str(tmp_path / "rows.parquet"), tokenizer)
     ids, labels = rows.read([2])[0]
     assert tokenizer.decode(ids[labels >= 0]) == "the answer<eos>"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}", "does not write tool_calls of message 2"),
+        (
+            "{% for m in messages %}{{ m.content + 'x' if m.tool_calls else m.content }}{% endfor %}",
+            "TypeError|write tool",
+        ),
+        ("{% for m in messages %}{{ m.content | upper if m.tool_calls else m.content }}{% endfor %}", "does not write"),
+    ],
+)
+def test_row_that_a_template_cannot_write_is_named_or_skipped(
+    jsonl: WriteJsonLines, template: str, reason: str
+) -> None:
+    tokenizer = make_chat_tokenizer(template)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]}
+    bad = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    name = jsonl([good, good, bad])
+    with pytest.raises(UserError, match=f"--dataset_name .*: row 3: .*({reason}).*--skip_bad_rows"):
+        load(name, tokenizer)
+    counts = load(name, tokenizer, skip_bad_rows=True).counts
+    assert (counts.given, counts.bad) == (3, 1) and counts.first_bad.startswith("row 3: ")
+
+
+def test_empty_answers_are_dropped_and_counted_unless_kept(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
+    empty = [{"prompt": "q", "completion": ""}, {"prompt": "q", "completion": "  "}]
+    name = jsonl([*pairs(4), *empty])
+    rows = load(name, tokenizer)
+    assert (len(rows), rows.counts.empty_answers, rows.counts.dropped) == (4, 2, 2)
+    kept = load(name, tokenizer, keep_empty_answers=True)
+    assert (len(kept), kept.counts.empty_answers) == (6, 0)
+    with pytest.raises(UserError, match="2 answers are empty, which --keep_empty_answers would train on"):
+        load(jsonl(empty, "empty.jsonl"), tokenizer)
+
+
+def test_dropped_fields_are_counted(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
+    said = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    name = jsonl([{"messages": [{"role": "user", "content": "q"}, said]}] * 3)
+    with pytest.raises(UserError, match="row 1: the plain template does not write reasoning_content of message 2"):
+        load(name, tokenizer)
+    assert load(name, tokenizer, drop_unrendered=True).counts.dropped_fields == 3

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from superoffload.data.chat import Turns, answer_spans
+from superoffload.config import DataSettings
 from superoffload.data.encode import IGNORED, Encoded, Encoder, alpaca_prompt, plain_segments
 from superoffload.data.formats import BadRow, Chat, Pair, Text
 from superoffload.errors import UserError
@@ -57,8 +58,8 @@ MARKS = (
 )
 
 
-def encoder(tokenizer: Tokenizer, template: str = "auto", train_on_prompt: bool = False) -> Encoder:
-    return Encoder(tokenizer, template, train_on_prompt)
+def encoder(tokenizer: Tokenizer, template: str = "auto", **settings: Any) -> Encoder:
+    return Encoder(tokenizer, DataSettings(chat_template=template, **settings))
 
 
 def test_pair_is_written_as_upstream_does_and_learns_to_stop(tokenizer: Tokenizer, decoded_targets: Decode) -> None:
@@ -137,13 +138,18 @@ def test_every_turn_of_the_assistant_in_any_template(
     assert found == expected if expected else all(run == "hi there<|end|>\n" for run in found) and len(found) == 2
 
 
-def test_reasoning_of_the_last_turn_is_a_target(decoded_targets: Decode) -> None:
+def test_reasoning_that_only_the_last_turn_keeps(decoded_targets: Decode) -> None:
     think = "<think>\nhm\n</think>\n\n"
     turns = [
         {**turn, "content": think + turn["content"]} if turn["role"] == "assistant" else turn for turn in TURNS.turns
     ]
-    encoded = encoder(make_chat_tokenizer(THINKS))(Chat(tuple(turns)))
+    tokenizer = make_chat_tokenizer(THINKS)
+    with pytest.raises(BadRow, match="does not write reasoning in content of message 3"):
+        encoder(tokenizer)(Chat(tuple(turns)))
+    encoded = encoder(tokenizer, drop_unrendered=True)(Chat(tuple(turns)))
     assert decoded_targets(encoded) == ["hi there<|end|>", f"{think}hi there<|end|>"]
+    assert encoded.unwritten == 1
+    assert decoded_targets(encoder(tokenizer)(Chat(tuple(turns[-2:])))) == [f"{think}hi there<|end|>"]
 
 
 def test_tokens_are_those_of_the_whole_rendered_text() -> None:
@@ -161,38 +167,49 @@ def test_answer_of_several_bytes_a_character(decoded_targets: Decode) -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "changes its content|depends on"),
-        (CHATML.replace("{{ m.content }}", "{{ m.content[0] }}"), "cannot be found"),
-        ("{{ messages | length }} {% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "2 times"),
-        (MARKS.replace("{{ m.content }}{% endgen", "{% endgen"), "enclose nothing"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "does not write content of message 3"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content | reverse }}"), "does not write content of message 3"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content | replace('i t', 'it') }}"), "does not write content of"),
+        (CHATML.replace("<|end|>", "{{ '!' if m.content == 'hi there' }}<|end|>"), "changes content of message 3"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content | length }}"), "changes content|other text"),
+        (CHATML.replace("<|end|>", "{{ m.content | length }}<|end|>"), "changes content|other text"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "its content is written twice"),
+        ("{{ messages | length }} {% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "twice"),
+        (MARKS.replace("{{ m.content }}{% endgen", "{% endgen"), "does not write content of message 3"),
+        (MARKS.replace("{{ m.content }}{% endgeneration %}", "{% endgeneration %}{{ m.content }}"), "do not enclose"),
+        (MARKS.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}"), "enclose"),
     ],
 )
-def test_span_that_cannot_be_found_is_an_error(template: str, reason: str) -> None:
-    with pytest.raises(UserError, match=reason) as error:
+def test_turn_that_cannot_be_found_is_a_bad_row(template: str, reason: str) -> None:
+    with pytest.raises(BadRow, match=reason) as error:
         encoder(make_chat_tokenizer(template))(TURNS)
-    assert "--chat_template plain" in str(error.value)
+    assert "--chat_template" in str(error.value) or "changes" in str(error.value) or "other text" in str(error.value)
 
 
-def test_row_that_the_template_rejects_is_a_bad_row() -> None:
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-    with pytest.raises(BadRow, match="no system"):
-        encoder(make_chat_tokenizer(template))(TURNS)
+@pytest.mark.parametrize(
+    "code",
+    [
+        "{{ raise_exception('no system') }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[0].content.index('nowhere') }}",
+        "{{ {}['x'].y }}",
+        "{{ '%d' | format(messages[0].content) }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[0].content.nothing() }}",
+    ],
+)
+def test_any_error_in_a_template_is_a_bad_row(code: str) -> None:
+    tokenizer = make_chat_tokenizer("{% if messages[0].role == 'system' %}" + code + "{% endif %}" + CHATML)
+    with pytest.raises(BadRow, match="the chat template rejects it: "):
+        encoder(tokenizer)(TURNS)
+    assert encoder(tokenizer)(Chat(TURNS.turns[1:])).target_tokens
 
 
-def test_template_may_reject_an_empty_conversation() -> None:
-    template = "{% set first = messages[0].role %}{{ first[0] }}" + CHATML
-    turns = [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "q"}]
-
-    def render(given: Turns, add_generation_prompt: bool) -> str:
-        if not given:
-            return ""
-        tokenizer = make_chat_tokenizer(template)
-        return str(
-            tokenizer.apply_chat_template(list(given), tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-
-    text, spans = answer_spans(turns, render, ["<|end|>"])
-    assert [text[a:b] for a, b in spans] == ["hi<|end|>"]
+@pytest.mark.parametrize("template", [CHATML, THINKS, RETURNS, MARKS])
+def test_conversation_may_start_with_the_assistant(template: str, decoded_targets: Decode) -> None:
+    turns = Chat(({"role": "assistant", "content": "hello"}, *TURNS.turns[1:3]))
+    assert decoded_targets(encoder(make_chat_tokenizer(template))(turns))[0] == "hello<|end|>"
+    assert len(decoded_targets(encoder(make_chat_tokenizer(template))(turns))) == 2
 
 
 def test_choice_of_the_template(tmp_path: Path, decoded_targets: Decode) -> None:

@@ -193,13 +193,29 @@ def test_sample_prompts_are_turns_if_the_rows_are_chats(
 
 
 def test_statistics(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
-    name = jsonl([{"prompt": f"q{n}", "completion": "a" * n} for n in range(20)])
+    name = jsonl([{"prompt": f"q{n}", "completion": "a" * (n + 1)} for n in range(20)])
     rows, _ = loader.load(tokenizer, DataSettings(dataset_name=(name,)), 0)
     found = make_batches(rows).statistics()
     assert found.tokens == rows.lengths.sum() and found.target_tokens == rows.targets.sum()
     assert sum(count for _, count in found.histogram) == found.rows == 20
     assert "packs" in found.short() and "steps per epoch" in found.short() and "\n" not in found.short()
     assert any("up to" in line for line in found.lines())
+    assert not any("empty answers" in line for line in (found.short(), *found.lines()))
+
+
+def test_what_is_left_out_of_the_loss_is_in_the_statistics(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
+    said = {"role": "assistant", "content": "a"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    empty = {"role": "assistant", "content": ""}
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, *turns]} for turns in ([said, empty], [said, call], [empty])
+    ]
+    name = jsonl([*rows, *rows[:1] * 3])
+    found, _ = loader.load(tokenizer, DataSettings(dataset_name=name, drop_unrendered=True), 0)
+    assert (found.counts.empty_answers, found.counts.dropped_fields, found.counts.dropped) == (6, 1, 1)
+    shown = make_batches(found).statistics()
+    assert "1 dropped, 0 malformed, 6 empty answers, 1 dropped fields |" in shown.short()
+    assert "empty answers    6" in shown.lines() and "dropped fields   1" in shown.lines()
 
 
 def make_batches(rows: TokenizedRows) -> Batches:

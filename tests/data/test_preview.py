@@ -1,5 +1,6 @@
 """What `superoffload preview` prints."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_rows_and_statistics(capsys: Capture, folder: str, jsonl: WriteJsonLines
     name = jsonl([{"instruction": "q", "output": f"answer {n}"} for n in range(9)])
     out = preview(capsys, "--model_name", folder, "--dataset_name", name, "-n", "2", "--batch_size", "2")
     assert out.count("--- row") == 2
-    assert ">>>answer 1<eos><<<" in out and "answer 2" not in out
+    assert "\u27e6answer 1<eos>\u27e7" in out and "answer 2" not in out
     for word in ("rows ", "tokens ", "target tokens", "p50", "truncated", "dropped", "packs ", "steps per epoch", "##"):
         assert word in out
 
@@ -68,7 +69,22 @@ def test_colours_and_plain_marks(tokenizer: Tokenizer) -> None:
     labels = [-100] * (len(ids) - 1) + ids[-1:]
     head, tail = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[-1:])
     assert shown(ids, labels, tokenizer, colours=True) == f"{DIM}{head}{RESET}{GREEN}{tail}{RESET}"
-    assert shown(ids, labels, tokenizer, colours=False) == f"{head}>>>{tail}<<<"
+    assert shown(ids, labels, tokenizer, colours=False) == f"{head}\u27e6{tail}\u27e7"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("said", ["\u27e6", "a\u27e7b", "\\", "\\\u27e7", "\\\\\u27e6\\", "\\n", ">>>", "c:\\x\\"])
+def test_plain_marks_can_be_told_from_the_same_characters_in_the_data(tokenizer: Tokenizer, said: str) -> None:
+    given, answer = tokenizer(said + "q")["input_ids"], tokenizer(said)["input_ids"]
+    text = shown(
+        [*given, *answer, *given], [-100] * len(given) + answer + [-100] * len(given), tokenizer, colours=False
+    )
+    parts = [""]
+    for plain, slashes, mark in re.findall(r"(.*?)(\\*)([\u27e6\u27e7]|\Z)", text, re.S):
+        half, escaped = divmod(len(slashes), 2)
+        parts[-1] += plain + "\\" * half + (mark if escaped else "")
+        parts += [""] if mark and not escaped else []
+    assert parts == [said + "q", said, said + "q"]
 
 
 def test_mistakes_are_one_line(folder: str, jsonl: WriteJsonLines) -> None:

@@ -76,8 +76,9 @@ def test_when_to_evaluate() -> None:
 @pytest.mark.unit
 def test_prompts_are_read_one_per_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_text("First one.\n\nSecond one.\n")
-    assert evaluation.read_prompts(str(path)) == ("First one.", "Second one.")
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text("First one.\n\nSecond one.\n", encoding=encoding)
+        assert evaluation.read_prompts(str(path)) == ("First one.", "Second one.")
     assert evaluation.read_prompts(None) == ()
     path.write_text("\n\n")
     with pytest.raises(UserError, match="has no prompts"):
