@@ -26,7 +26,7 @@ except ImportError:  # torch before 2.10
     varlen_attn = None
 
 SDPA_VARLEN, TORCH_VARLEN = "sdpa_varlen", "torch_varlen"
-PARAMETERS = {"scale", "window_size", "enable_gqa"}  # of varlen_attn; its first versions lack some of them
+PARAMETERS = {"scale", "window_size"}  # of varlen_attn; its first version lacks them
 LARGEST_HEAD, HEAD_MULTIPLE = 256, 8  # sizes of a head that the kernel takes
 SDPA_ONLY = ("position_bias", "softcap", "s_aux")  # options that the kernel cannot express; s_aux is a sink
 TRIAL_LENGTHS, TRIAL_WINDOW = (40, 1, 23), 7
@@ -70,13 +70,13 @@ def choose(settings: ModelSettings, config: Any, ds_config: DsConfig, packs: boo
 
 def _problem_of_varlen(config: Any, ds_config: DsConfig) -> str | None:
     """Try torch's kernel on two small packs, forward and backward; return why it cannot be used, None if it can."""
-    if varlen_attn is None or not inspect.signature(varlen_attn).parameters.keys() >= PARAMETERS:
+    if varlen_attn is None or not PARAMETERS <= _parameters(varlen_attn):
         return f"torch {torch.__version__} has no varlen_attn with {', '.join(sorted(PARAMETERS))}"
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dtype = getattr(torch, dtype_name(ds_config))
     try:
-        distance = max(_distance_from_sdpa(size, dtype, window) for window in (None, TRIAL_WINDOW))
+        distance = max(distance_from_sdpa(size, dtype, window) for window in (None, TRIAL_WINDOW))
     except (RuntimeError, ValueError, TypeError) as error:
         return f"torch's varlen_attn failed: {first_line(error)}"
     if not distance <= TRIAL_TOLERANCE:
@@ -84,7 +84,12 @@ def _problem_of_varlen(config: Any, ds_config: DsConfig) -> str | None:
     return None
 
 
-def _distance_from_sdpa(size: int, dtype: torch.dtype, window: int | None) -> float:
+@functools.cache
+def _parameters(kernel: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kernel).parameters)
+
+
+def distance_from_sdpa(size: int, dtype: torch.dtype, window: int | None) -> float:
     """Return the largest difference between the two kernels' outputs and gradients, relative to the largest element."""
     device = get_accelerator().current_device_name()
     generator = torch.Generator().manual_seed(0)  # its own, so that the run's random numbers stay the same
@@ -122,6 +127,8 @@ def attend_at_once(module: torch.nn.Module, *states: Any, **options: Any) -> tup
     query, key, value = (state[0].transpose(0, 1) for state in states[:3])
     bounds, longest = options["cu_seq_lens_q"], options["max_length_q"]
     window = options.get("sliding_window")
+    # Versions without the parameter take fewer heads of key and value as they are.
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _parameters(varlen_attn) else {}
     output = varlen_attn(
         query,
         key,
@@ -132,7 +139,7 @@ def attend_at_once(module: torch.nn.Module, *states: Any, **options: Any) -> tup
         longest,
         scale=options.get("scaling"),
         window_size=(window - 1 if window else -1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return output[None], None
 

@@ -202,8 +202,8 @@ def old(query: Any, key: Any, value: Any, a: Any, b: Any, c: int, d: int, is_cau
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [
-        (None, "has no varlen_attn with enable_gqa, scale, window_size"),
-        (old, "has no varlen_attn with enable_gqa, scale, window_size"),
+        (None, "has no varlen_attn with scale, window_size"),
+        (old, "has no varlen_attn with scale, window_size"),
         (fails, "torch's varlen_attn failed: USE_FLASH_ATTENTION was not enabled for build."),
         (forgets_documents, "torch's varlen_attn differs from sdpa by"),
         (forgets_window, "torch's varlen_attn differs from sdpa by"),
@@ -220,6 +220,19 @@ def test_a_kernel_that_is_missing_fails_or_errs_is_not_chosen(
         assert choose() == "sdpa_varlen"
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("Packs are attended to one document at a time: ") and reason in message
+
+
+def test_a_kernel_without_the_parameter_for_grouped_heads_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.11."""
+
+    def kernel(
+        query: Any, key: Any, value: Any, a: Any, b: Any, c: int, d: int, *, scale: Any = None, window_size: Any = None
+    ) -> torch.Tensor:
+        return reference(query, key, value, a, b, c, d, scale=scale, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "get_accelerator", Cuda)
+    assert choose() == "torch_varlen"
 
 
 @pytest.mark.parametrize("name", [attention.TORCH_VARLEN, attention.SDPA_VARLEN])
