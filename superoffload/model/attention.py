@@ -74,6 +74,8 @@ def _problem_of_varlen(config: Any, ds_config: DsConfig) -> str | None:
         return f"torch {torch.__version__} has no varlen_attn with {', '.join(sorted(PARAMETERS))}"
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if _refuses_heads(size):
+        return f"torch's varlen_attn does not take heads of {size}"
     dtype = getattr(torch, dtype_name(ds_config))
     try:
         distance = max(distance_from_sdpa(size, dtype, window) for window in (None, TRIAL_WINDOW))
@@ -155,9 +157,13 @@ def _problem_of_call(module: torch.nn.Module, states: Any, options: dict[str, An
         (query.dtype not in (torch.bfloat16, torch.float16), f"{query.dtype}"),
         (not query.dtype == key.dtype == value.dtype, "several dtypes"),
         (size != value.shape[-1], f"heads of {size} and {value.shape[-1]}"),
-        (size > LARGEST_HEAD or size % HEAD_MULTIPLE != 0, f"heads of {size}"),
+        (_refuses_heads(size), f"heads of {size}"),
     )
     return next((what for holds, what in checks if holds), None)
+
+
+def _refuses_heads(size: int) -> bool:
+    return size > LARGEST_HEAD or size % HEAD_MULTIPLE != 0
 
 
 @functools.cache

@@ -162,9 +162,9 @@ class Cuda:
         return "cpu"
 
 
-def choose(kind: str = "llama", ds_config: dict[str, Any] = BF16, **values: Any) -> str | None:
-    settings = config.build({"model_name": "m", "output_dir": "o", **values}).model
-    return attention.choose(settings, transformers.AutoConfig.for_model(kind), ds_config, True)
+def choose(kind: str = "llama", ds_config: dict[str, Any] = BF16, **changes: Any) -> str | None:
+    settings = config.build({"model_name": "m", "output_dir": "o"}).model
+    return attention.choose(settings, transformers.AutoConfig.for_model(kind, **changes), ds_config, True)
 
 
 def test_the_kernel_is_chosen_on_cuda_where_it_gives_the_numbers_of_sdpa(
@@ -177,9 +177,9 @@ def test_the_kernel_is_chosen_on_cuda_where_it_gives_the_numbers_of_sdpa(
     assert torch.equal(before, torch.get_rng_state())
     assert [options["window_size"] for options in stand_in] == [(-1, 0), (6, 0)]
     assert choose(ds_config={}) == "sdpa_varlen"  # float32
+    assert choose("llama", hidden_size=32 * 260) == "sdpa_varlen"  # heads of 260
     assert choose("gpt_oss") is None  # sinks: transformers has no sdpa for it
     assert choose("gemma2") is None  # soft-capping: neither
-    assert choose(attn_implementation="sdpa") == "sdpa"
 
 
 def fails(*_: Any, **__: Any) -> torch.Tensor:
