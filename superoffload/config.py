@@ -81,8 +81,8 @@ class ModelSettings(Settings):
 
     model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
     attn_implementation: str = setting(
-        "Attention kernel; auto uses flash_attention_2 if it can run; else, for packs on CUDA, torch's varlen_attn if it "
-        "gives the numbers of sdpa; else sdpa (one document at a time in packs).",
+        "Attention kernel; auto uses flash_attention_2 if it can run; else, for packs on CUDA, torch's varlen_attn if "
+        "it gives the numbers of sdpa; else sdpa (one document at a time in packs).",
         "auto",
         choices=("auto", "eager", "sdpa", "flash_attention_2"),
     )
