@@ -1,0 +1,23 @@
+"""Write a Llama with random weights, a tokenizer and rows: python -m tests.benchmarks.gpu.models PRESET FOLDER."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from superoffload import tiny
+from tests.benchmarks.offload_speed import PRESETS, llama_config
+
+
+def write(preset: str, folder: Path) -> None:
+    """Write the model to folder/model in bf16, and the rows of the quick start beside it."""
+    tiny.write(folder)
+    tokens = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257}  # those of the tokenizer
+    torch.set_default_dtype(torch.bfloat16)
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config(PRESETS[preset], **tokens)).save_pretrained(folder / "model")
+
+
+if __name__ == "__main__":
+    write(sys.argv[1], Path(sys.argv[2]))
