@@ -81,7 +81,8 @@ class Bench:
         if status != 0:
             how = "took too long" if status is None else f"ended with status {status}"
             last = "\n".join(line for line in text.splitlines() if line.strip()).splitlines()[-LINES:]
-            raise PartError("\n".join([f"{Path(command[0]).name} {how}; see {log}", *last]))
+            name = command[1] if command[0] == "-m" else Path(command[0]).name
+            raise PartError("\n".join([f"{name} {how}; see {log}", *last]))
         return text
 
     def benchmark(self, script: str, *flags: str, name: str) -> dict[str, Any]:
