@@ -13,10 +13,11 @@ from tests.benchmarks.offload_speed import PRESETS, llama_config
 def write(preset: str, folder: Path) -> None:
     """Write the model to folder/model in bf16, and the rows of the quick start beside it."""
     tiny.write(folder)
-    tokens = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257}  # those of the tokenizer
+    # The tokens of the tokenizer, and as many positions as any part uses.
+    more = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257, "max_position_embeddings": 8192}
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
-    LlamaForCausalLM(llama_config(PRESETS[preset], **tokens)).save_pretrained(folder / "model")
+    LlamaForCausalLM(llama_config(PRESETS[preset], **more)).save_pretrained(folder / "model")
 
 
 if __name__ == "__main__":
