@@ -15,7 +15,7 @@ import pytest
 
 from tests.benchmarks import on_gpu
 from tests.benchmarks.gpu import machine, parts, report
-from tests.benchmarks.gpu.programs import Bench, PartError
+from tests.benchmarks.gpu.programs import Bench, Outcome, PartError
 from tests.benchmarks.gpu.report import Row
 from tests.benchmarks.offload_speed import growth
 from tests.helpers.ranks import REPOSITORY, run
@@ -163,6 +163,25 @@ def test_memory_is_compared_with_a_budget() -> None:
     assert row.compare == "device within the budget of 18.1 GiB; host **above** the budget of 61.6 GiB"
 
 
+def outcome(out: Path, losses: list[float], weights: bytes) -> Outcome:
+    """Write what a run leaves behind; its last step is step 4."""
+    (out / "model_step4").mkdir(parents=True)
+    (out / "model_step4" / "model.safetensors").write_bytes(weights)
+    first = 5 - len(losses)
+    lines = [{"step": first + i, "loss": loss, "step_time_s": time.monotonic()} for i, loss in enumerate(losses)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return Outcome(out=out, text="", summary={})
+
+
+@pytest.mark.unit
+def test_two_runs_are_compared_in_numbers_and_weights(tmp_path: Path) -> None:
+    whole = outcome(tmp_path / "whole", [4.0, 3.0, 2.0, 1.0], b"weights")
+    assert parts.differences(whole, outcome(tmp_path / "same", [4.0, 3.0, 2.0, 1.0], b"weights")) == []
+    assert parts.differences(whole, outcome(tmp_path / "resumed", [2.0, 1.0], b"weights")) == []
+    found = parts.differences(whole, outcome(tmp_path / "other", [2.0, 1.5], b"Weights"))
+    assert len(found) == 2 and found[0].startswith("step 4: ") and found[1] == "the exported weights"
+
+
 def is_running(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
@@ -196,7 +215,8 @@ def test_flash_attn_can_be_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_every_part_can_be_rehearsed(tmp_path: Path) -> None:
-    command = ["bash", str(REPOSITORY / "tests/benchmarks/on_gpu.sh"), "--rehearse", "--work", str(tmp_path)]
+    script = str(REPOSITORY / "tests/benchmarks/on_gpu.sh")
+    command = ["bash", script, "--rehearse", "--part-limit-s", "1800", "--work", str(tmp_path)]
     done = run(command, timeout_s=2300, PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "on_gpu.json").read_text(encoding="utf-8"))
