@@ -23,6 +23,7 @@ from tests.helpers.ranks import REPOSITORY, run
 GPU: dict[str, Any] = {
     "device": "a GPU", "devices": 1, "capability": [9, 0], "device_gib": 80.0, "device_free_gib": 79.0, "cores": 16,
     "host_gib": 120.0, "torch": "2.13", "cuda": "13.0", "deepspeed": "0.19.8", "transformers": "5", "flash_attn": False,
+    "pytest": "9", "pytest-timeout": "2",
 }  # fmt: skip
 Call = Callable[..., int]
 
@@ -114,9 +115,11 @@ def test_without_a_device_or_a_compiler_nothing_runs(
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].startswith("Error: no CUDA device: ")
     assert errors[1].startswith("Error: no C++ compiler: no-such-compiler is not on PATH")
-    monkeypatch.setattr(on_gpu, "describe_machine", lambda: {**GPU, "capability": [7, 5]})
+    monkeypatch.setattr(on_gpu, "describe_machine", lambda: {**GPU, "capability": [7, 5], "deepspeed": ""})
     monkeypatch.delenv("CXX")
-    assert call() == 2 and "has no bf16" in capsys.readouterr().err
+    assert call() == 2
+    error = capsys.readouterr().err
+    assert "has no bf16" in error and "no deepspeed: `pip install deepspeed`" in error
 
 
 @pytest.mark.unit

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+PACKAGES = ("deepspeed", "transformers", "pytest", "pytest-timeout")
 DEVICE_GIB = 40
 DISK_GIB = 25  # random weights of 1 and 3 billion parameters in bf16, and what the runs write
 
@@ -38,10 +39,16 @@ def describe() -> dict[str, Any]:
         "host_gib": psutil.virtual_memory().available / GIB,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "deepspeed": importlib.metadata.version("deepspeed"),
-        "transformers": importlib.metadata.version("transformers"),
+        **{name: _version(name) for name in PACKAGES},
         "flash_attn": importlib.util.find_spec("flash_attn") is not None,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def problems(machine: Mapping[str, Any], work: Path, rehearse: bool) -> list[str]:
@@ -60,6 +67,7 @@ def problems(machine: Mapping[str, Any], work: Path, rehearse: bool) -> list[str
         )
     if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
         found.append("no ninja: `pip install ninja`")
+    found += [f"no {name}: `pip install {name}`" for name in PACKAGES if not machine[name]]
     free = shutil.disk_usage(work).free / GIB
     if not rehearse and free < DISK_GIB:
         found.append(f"{free:.0f} GiB free in {work}, {DISK_GIB} are needed: choose another folder with --work")
