@@ -17,6 +17,7 @@ from tests.helpers.runs import logged
 
 Found = tuple[list[Row], dict[str, Any]]
 MODES = ("superoffload", "zerooffload")
+SMALL = ("--rounds", "1", "--steps", "1", "--warmup", "1")
 ATTENTION, LOSS_KERNEL, PARAMETERS = r", attention (\S+),", r"Loss kernel: (.*)", r": ([\d,]+) parameters"
 LOSS_GIB = 1.5  # of the chunked loss kernel at the size of the recipe for 8B
 HOST_BYTES = 18  # per parameter: float32 master weight, gradient and two moments, and bf16 weights
@@ -193,7 +194,7 @@ def two_ranks(bench: Bench) -> Found:
 def step_times(bench: Bench, preset: str, *flags: str) -> Found:
     flags = ("--loss", "chunked", *flags)
     if bench.rehearse:
-        preset, lengths, rounds = "tiny", ["16", "32"], ["--rounds", "1", "--steps", "1", "--warmup", "1"]
+        preset, lengths, rounds = "tiny", ["16", "32"], [*SMALL, "--clipping", "off", "always"]
     else:
         lengths, rounds = ["2048", "4096", "8192"], ["--rounds", "4", "--steps", "2", "--warmup", "2"]
     found = bench.benchmark(
@@ -247,7 +248,7 @@ def memory_row(what: str, peaks: Mapping[str, int], parameters: int, layers: int
 
 def overlap_comm(bench: Bench) -> Found:
     rows, data = [], {}
-    size = ["--preset", "tiny", "--rounds", "1", "--steps", "1", "--warmup", "1", "--clipping", "off"]
+    size = ["--preset", "tiny", *SMALL, "--clipping", "off"]
     if not bench.rehearse:
         size = [
             "--preset",
