@@ -43,7 +43,7 @@ def accepts(spec: Field[Any], value: Any) -> bool:
     if value is None:
         return True
     if isinstance(value, tuple):
-        return all(_accepts(spec, item) for item in value)
+        return all(accepts(spec, item) for item in value)
     if isinstance(value, float) and not math.isfinite(value):
         return False
     return not (
@@ -98,7 +98,8 @@ class ModelSettings(Settings):
 
     model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
     attn_implementation: str = setting(
-        "Attention kernel; auto uses flash_attention_2 if it can run, else sdpa (one document at a time in packs).",
+        "Attention kernel; auto uses flash_attention_2 if it can run; else, for packs on CUDA, torch's varlen_attn if "
+        "it gives the numbers of sdpa; else sdpa (one document at a time in packs).",
         "auto",
         choices=("auto", "eager", "sdpa", "flash_attention_2"),
     )
@@ -119,8 +120,8 @@ class DataSettings(Settings):
     """Data."""
 
     dataset_name: tuple[str, ...] = setting(
-        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.tsv/.arrow file (JSON and CSV may be compressed), or several of "
-        "these. NAME:0.3 takes a share of the rows, NAME#500 a number of rows, drawn with --seed.",
+        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.tsv/.arrow file (JSON and CSV may be compressed), or several. "
+        "NAME:0.3 takes a share of the rows, NAME#500 a number of rows, drawn with --seed.",
         ("tatsu-lab/alpaca",),
         several=True,
         shapes_run=True,

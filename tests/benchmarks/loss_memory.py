@@ -1,6 +1,7 @@
 """Measure the loss kernels: time and peak memory of forward and backward through the output head, in bf16.
 
     python tests/benchmarks/loss_memory.py
+    python tests/benchmarks/loss_memory.py --device cuda --width 4096 --positions 16384     # the 8B recipe's head
 
 Each measurement is a process of its own, and the kernels take turns. `plain` computes the logits of every position,
 `targets only` those of target positions, `linear_cross_entropy` is torch's own on target positions, and `chunked` is
@@ -38,9 +39,10 @@ def measure(kernel: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     dtype = torch.float32 if kernel == "reference" else torch.bfloat16
     # Made in bf16, so that the peak before the measurement is not higher than what is kept.
-    hidden = torch.empty((1, options.positions, options.width), dtype=torch.bfloat16).normal_().to(dtype)
-    weight = torch.empty((options.vocabulary, options.width), dtype=torch.bfloat16).normal_(0, 0.05).to(dtype)
-    labels = torch.randint(options.vocabulary, (1, options.positions))
+    place: dict[str, Any] = {"dtype": torch.bfloat16, "device": options.device}
+    hidden = torch.empty((1, options.positions, options.width), **place).normal_().to(dtype)
+    weight = torch.empty((options.vocabulary, options.width), **place).normal_(0, 0.05).to(dtype)
+    labels = torch.randint(options.vocabulary, (1, options.positions), device=options.device)
     labels[:, 1::2] = IGNORED
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -57,16 +59,24 @@ def measure(kernel: str, options: argparse.Namespace) -> dict[str, Any]:
             return functional.linear_cross_entropy(states, weight, targets, reduction="sum")
         return functional.cross_entropy(functional.linear(states, weight).float(), targets, reduction="sum")
 
-    before = psutil.Process().memory_info().rss
-    times, value = [], 0.0
+    def peak_bytes() -> int:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+            return int(torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    before = torch.cuda.memory_allocated() if options.device == "cuda" else psutil.Process().memory_info().rss
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times, value, peak = [], 0.0, 0
     for _ in range(options.repeats + 1):
         start = time.perf_counter()
         loss_sum = loss()
         (loss_sum / options.positions).backward()
+        peak = peak_bytes()  # waits for the device
         times.append(time.perf_counter() - start)
         value = loss_sum.item()
         hidden.grad = weight.grad = None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"times_s": times[1:], "peak_bytes": peak - before, "loss": value}
 
 
@@ -103,6 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes for each kernel")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--machine", default=f"{os.cpu_count()} CPU cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,11 +1,14 @@
 """Compare step times of this package's optimizer, DeepSpeed's own SuperOffload and ZeRO-Offload.
 
     python tests/benchmarks/offload_speed.py                      # on a CPU: small models, four cases
-    python tests/benchmarks/offload_speed.py --preset llama-1b --length 4096     # on a GPU
+    python tests/benchmarks/offload_speed.py --preset llama-1b --length 4096 --loss chunked     # on a GPU
 
 Every mode runs in a process of its own. The processes take turns of a few steps each, so that a change in the
-machine's load affects all of them, and only one runs at a time. A step is split into forward, backward and optimizer
-(`engine.step()`, which is the exposed wait). Weights and tokens are random.
+machine's load affects all of them, and only one runs at a time. With --alone, they do not even live at the same time:
+three models of 3 billion parameters need 170 GB of host memory. A step is split into forward, backward and optimizer
+(`engine.step()`, which is the exposed wait). On a GPU the device is waited for after each part, which hides what parts
+overlap, so the time of a whole step is measured in steps of its own, without any wait between their parts. Weights and
+tokens are random.
 
 Clipping: "off"; "rare", a threshold of twice the usual norm; "always", half the usual norm.
 
@@ -24,7 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -71,20 +74,19 @@ PRESETS = {
         hidden=1536, intermediate=4096, layers=3, heads=8, kv_heads=8, vocabulary=4096, length=8, sub_group=8_000_000
     ),
     "small-groups": Shape(**SMALL, length=128, sub_group=400_000),
+    "tiny": Shape(
+        hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=512, length=32, sub_group=40_000
+    ),
     "llama-1b": Shape(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256, length=4096),
     "llama-3b": Shape(hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8, vocabulary=128256, length=4096),
 }
 
 
-def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
-    """Return a DeepSpeed engine in this mode."""
-    import deepspeed
-    import torch
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(shape: Shape, **more: Any) -> Any:
+    """Return the model's configuration for transformers."""
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -92,7 +94,18 @@ def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
+        **more,
     )
+
+
+def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
+    """Return a DeepSpeed engine in this mode."""
+    import deepspeed
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
     ds_config = {
         "train_micro_batch_size_per_gpu": shape.batch,
         "gradient_accumulation_steps": options["accumulation"],
@@ -102,7 +115,7 @@ def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
             "stage": 3,
             "sub_group_size": shape.sub_group,
             "reduce_bucket_size": shape.sub_group,
-            "overlap_comm": False,
+            "overlap_comm": options["overlap_comm"],
             "offload_optimizer": {
                 "device": "cpu",
                 "pin_memory": torch.cuda.is_available(),
@@ -113,7 +126,7 @@ def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
         },
     }
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(llama_config(shape)).to(torch.bfloat16)
     if torch.cuda.is_available():
         model.gradient_checkpointing_enable()
     adam = DeepSpeedCPUAdam(model.parameters(), lr=1e-5)
@@ -155,6 +168,12 @@ class Bench:
         self.engine = build_engine(mode, shape, options)
         self.shape = shape
         self.accumulation = options["accumulation"]
+        self.length = shape.length
+        self.chunked: Any = None
+        if options["loss"] == "chunked":
+            from superoffload.model.head import ChunkedLoss, Transform
+
+            self.chunked = ChunkedLoss(Transform())
         self.norms: list[float] = []
         self.generator = torch.Generator().manual_seed(1)
 
@@ -164,32 +183,69 @@ class Bench:
         self.engine.optimizer.clip_grad = CLIPPING[kind] * usual
         return float(self.engine.optimizer.clip_grad)
 
-    def step(self) -> dict[str, float]:
-        """Take one optimizer step; return the times of its parts in seconds."""
-        forward = backward = optimizer = 0.0
-        started = self._now()
-        for _ in range(self.accumulation):
-            size = (self.shape.batch, self.shape.length)
-            tokens = self.torch.randint(self.shape.vocabulary, size, generator=self.generator)
+    def steps(self, count: int) -> list[dict[str, float]]:
+        """Take steps and return the times of their parts; on a GPU, whole steps are measured in as many more steps."""
+        if not self.torch.cuda.is_available():
+            return [self.step() for _ in range(count)]
+        started = self._now(wait=True)
+        for _ in range(count):
+            self.step(wait=False)
+        step_s = (self._now(wait=True) - started) / count
+        return [{**self.step(), "step_s": step_s} for _ in range(count)]
+
+    def at_length(self, length: int) -> None:
+        """Train on sequences of this length from now on, and start measuring the peak of device memory."""
+        self.length = length
+        if self.torch.cuda.is_available():
+            self.torch.cuda.reset_peak_memory_stats()
+
+    def memory(self) -> dict[str, int]:
+        """Return the peaks of device and host memory in bytes."""
+        from superoffload.training.metrics import peak_memory
+
+        return peak_memory()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the statistics of this package's optimizer, {} in the other modes."""
+        found = getattr(self.engine.optimizer, "statistics", None)
+        return asdict(found) if found else {}
+
+    def _loss(self, tokens: Any) -> Any:
+        if self.chunked is None:
             tokens = tokens.to(self.engine.device)
-            t0 = self._now()
-            loss = self.engine(input_ids=tokens, labels=tokens).loss
-            t1 = self._now()
+            return self.engine(input_ids=tokens, labels=tokens).loss
+        from superoffload.data.collate import Batch
+
+        targets = tokens.shape[0] * (tokens.shape[1] - 1)
+        batch = Batch(inputs={"input_ids": tokens, "labels": tokens}, lengths=(), target_tokens=targets)
+        return self.chunked(self.engine, batch) / targets
+
+    def step(self, wait: bool = True) -> dict[str, float]:
+        """Take one optimizer step; return the times of its parts in seconds, waiting for the device after each."""
+        forward = backward = optimizer = 0.0
+        started = self._now(wait)
+        for _ in range(self.accumulation):
+            size = (self.shape.batch, self.length)
+            tokens = self.torch.randint(self.shape.vocabulary, size, generator=self.generator)
+            t0 = self._now(wait)
+            loss = self._loss(tokens)
+            t1 = self._now(wait)
             self.engine.backward(loss)
-            t2 = self._now()
+            t2 = self._now(wait)
             self.engine.step()
-            t3 = self._now()
+            t3 = self._now(wait)
             forward, backward, optimizer = forward + t1 - t0, backward + t2 - t1, optimizer + t3 - t2
-        self.norms.append(float(self.engine.get_global_grad_norm()))
+        if wait:
+            self.norms.append(float(self.engine.get_global_grad_norm()))
         return {
             "forward_s": forward,
             "backward_s": backward,
             "optimizer_s": optimizer,
-            "step_s": self._now() - started,
+            "step_s": self._now(wait) - started,
         }
 
-    def _now(self) -> float:
-        if self.torch.cuda.is_available():
+    def _now(self, wait: bool) -> float:
+        if wait and self.torch.cuda.is_available():
             self.torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -197,16 +253,14 @@ class Bench:
 def child(connection: Connection, mode: str, shape: dict[str, Any], options: dict[str, Any]) -> None:
     """Serve commands of the parent until it sends None."""
     sys.path.insert(0, str(ROOT))
+    from superoffload import ops
+
+    ops.prepare()  # another ninja on PATH would compile the operators again
     bench = Bench(mode, Shape(**shape), options)
     connection.send(sum(p.ds_numel for p in bench.engine.module.parameters()))
     while (command := connection.recv()) is not None:
-        name, argument = command
-        if name == "clip":
-            connection.send(bench.clip(argument))
-        else:
-            connection.send([bench.step() for _ in range(argument)])
-    if mode == "ours":
-        connection.send(asdict(bench.engine.optimizer.statistics))
+        name, *arguments = command
+        connection.send(getattr(bench, name)(*arguments))
     bench.engine.destroy()
 
 
@@ -232,43 +286,96 @@ def start(mode: str, shape: Shape, options: dict[str, Any]) -> tuple[Any, Connec
     return process, ours
 
 
-def ask(connection: Connection, command: Any) -> Any:
-    """Send a command, return the answer."""
+def ask(connection: Connection, *command: Any) -> Any:
+    """Send a command, the name of a method of `Bench` and its arguments; return the answer."""
     connection.send(command)
     return connection.recv()
 
 
-def run_case(name: str, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the times of every mode and clipping for one shape."""
+def run_case(name: str, shape: Shape, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the times of every mode and clipping for one shape, one result for each length."""
     modes = options["modes"]
-    running = {mode: start(mode, shape, options) for mode in modes}
-    result: dict[str, Any] = {"case": name, "shape": asdict(shape), "clipping": {}}
-    try:
-        for mode in modes:
-            result["parameters"] = running[mode][1].recv()
-            ask(running[mode][1], ("steps", options["warmup"]))
+    lengths = options["length"] or [shape.length]
+    found: list[Measured] = []
+    for together in [[mode] for mode in modes] if options["alone"] else [modes]:
+        running = {mode: start(mode, shape, options) for mode in together}
+        try:
+            connections = {mode: connection for mode, (_, connection) in running.items()}
+            found.append(measure(connections, lengths, options))
+            for connection in connections.values():
+                connection.send(None)
+        finally:
+            for process, connection in running.values():
+                connection.close()
+                process.join(60)
+                if process.is_alive():
+                    process.kill()
+    results = []
+    for length in lengths:
+        cells = {kind: {k: v for m in found for k, v in m.cells[length, kind].items()} for kind in options["clipping"]}
+        results.append(
+            {
+                "case": name if len(lengths) == 1 else f"{name} {length}",
+                "shape": asdict(shape) | {"length": length},
+                "parameters": found[0].parameters,
+                "clipping": {kind: summary({k: c.rounds for k, c in cell.items()}) for kind, cell in cells.items()},
+                "statistics": {kind: cell["ours"].statistics for kind, cell in cells.items() if "ours" in cell},
+                "memory": {mode: memory for m in found for mode, memory in m.memory[length].items()},
+            }
+        )
+    return results
+
+
+@dataclass(slots=True)
+class Cell:
+    """What one mode did at one length and clipping: its times by round, and the statistics of its optimizer."""
+
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What some modes did, by length (and clipping) and mode."""
+
+    parameters: int
+    cells: dict[tuple[int, str], dict[str, Cell]]
+    memory: dict[int, dict[str, dict[str, int]]]
+
+
+def measure(running: dict[str, Connection], lengths: list[int], options: dict[str, Any]) -> Measured:
+    """Let the modes that are running take turns at every length and clipping."""
+    modes = tuple(running)
+    parameters = max(connection.recv() for connection in running.values())  # all the same
+    cells: dict[tuple[int, str], dict[str, Cell]] = {}
+    memory: dict[int, dict[str, dict[str, int]]] = {}
+    for length in lengths:
+        for connection in running.values():
+            ask(connection, "at_length", length)
+            ask(connection, "steps", options["warmup"])
         for kind in options["clipping"]:
-            for _, connection in running.values():
-                ask(connection, ("clip", kind))
-                ask(connection, ("steps", 2))
-            times: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
-            for round_number in range(options["rounds"]):
-                turn = round_number % len(modes)
+            cell = cells[length, kind] = {mode: Cell() for mode in modes}
+            for connection in running.values():
+                ask(connection, "clip", kind)
+                ask(connection, "steps", 2)
+            before = {mode: ask(connection, "statistics") for mode, connection in running.items()}
+            for number in range(options["rounds"]):
+                turn = number % len(modes)
                 for mode in (*modes[turn:], *modes[:turn]):
-                    steps = ask(running[mode][1], ("steps", options["steps"]))
-                    times[mode].append({p: statistics.median(s[p] for s in steps) for p in PARTS})
-            result["clipping"][kind] = summary(times)
-        for mode in modes:
-            running[mode][1].send(None)
-            if mode == "ours":
-                result["statistics"] = running[mode][1].recv()
-    finally:
-        for process, connection in running.values():
-            connection.close()
-            process.join(30)
-            if process.is_alive():
-                process.kill()
-    return result
+                    steps = ask(running[mode], "steps", options["steps"])
+                    cell[mode].rounds.append({p: statistics.median(s[p] for s in steps) for p in PARTS})
+            for mode, connection in running.items():
+                cell[mode].statistics = growth(before[mode], ask(connection, "statistics"))
+        memory[length] = {mode: ask(connection, "memory") for mode, connection in running.items()}
+    return Measured(parameters=parameters, cells=cells, memory=memory)
+
+
+def growth(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Subtract two readings of the statistics; what a reading holds more than the other counts from 0."""
+    return {
+        name: growth(before.get(name, {}), value) if isinstance(value, dict) else value - before.get(name, 0)
+        for name, value in after.items()
+    }
 
 
 def summary(times: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -328,13 +435,17 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=list(PRESETS)[:4])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--clipping", nargs="+", choices=list(CLIPPING), default=list(CLIPPING))
-    parser.add_argument("--length", type=int, help="tokens per sequence instead of the preset's")
+    parser.add_argument("--length", type=int, nargs="+", help="tokens per sequence instead of the preset's")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps per mode and round")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--ratio", type=float, default=1.0)
     parser.add_argument("--cores-perc", type=float, default=0.8)
+    parser.add_argument("--overlap-comm", action="store_true", help="DeepSpeed's overlap_comm")
+    parser.add_argument("--loss", choices=("plain", "chunked"), default="plain", help="the loss kernel")
+    parser.add_argument("--alone", action="store_true", help="start one mode after the other, not all at once")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
     parser.add_argument("--name", default="offload_speed", help="stem of the result files")
     options = vars(parser.parse_args())
     import deepspeed
@@ -342,10 +453,7 @@ def main() -> None:
 
     cases: list[dict[str, Any]] = []
     for name in options["preset"]:
-        shape = PRESETS[name]
-        if options["length"]:
-            shape = Shape(**{**asdict(shape), "length": options["length"]})
-        cases.append(run_case(name, shape, options))
+        cases += run_case(name, PRESETS[name], options)
         report = {
             "machine": machine(),
             "deepspeed": deepspeed.__version__,
@@ -353,14 +461,13 @@ def main() -> None:
             "command": " ".join(["python", "tests/benchmarks/offload_speed.py", *sys.argv[1:]]),
             "cases": cases,
         }
-        write(report, options["name"])  # after every case, so that an interruption loses one case
+        write(report, options["results"], options["name"])  # after every case, so that an interruption loses one case
     sys.stdout.write(markdown(report))
 
 
-def write(report: dict[str, Any], name: str) -> None:
-    """Write the report to results/NAME.json and results/NAME.md."""
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
+def write(report: dict[str, Any], folder: Path, name: str) -> None:
+    """Write the report to FOLDER/NAME.json and FOLDER/NAME.md."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / f"{name}.md").write_text(markdown(report))
 

@@ -1,18 +1,12 @@
 #!/usr/bin/env bash
-# Run everything that needs a CUDA device; results go to tests/benchmarks/results.
-#   bash tests/benchmarks/on_gpu.sh
-# Tests equality with ZeRO-Offload and checkpoints on the device, then measures copy rates and the step times of this
-# package, DeepSpeed's SuperOffload and ZeRO-Offload for random models of 1 and 3 billion parameters. Needs about 30 GiB
-# of device memory and three times 18 bytes of host memory per parameter.
+# Run everything that needs a CUDA device: tests of equality, whole runs, and measurements.
+#   bash tests/benchmarks/on_gpu.sh                       every part
+#   bash tests/benchmarks/on_gpu.sh equality train        some parts; --help lists them
+#   bash tests/benchmarks/on_gpu.sh --rehearse            every part small, on the CPU
+# Needs 40 GiB of device memory; a part takes up to about 8 minutes on an H100. Parts that a call has finished are not
+# repeated by the next one unless the code changes (--again repeats them). A part that fails does not stop the others; the
+# exit status is then 1. The table is tests/benchmarks/results/on_gpu.md, logs are in on_gpu_output/logs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-OFFLOAD_ACCELERATOR=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 python -m pytest -m '' -k 'not two_ranks' \
-    tests/offload/test_equality.py tests/offload/zero3/test_checkpointing.py
-python tests/benchmarks/pinned_rates.py
-for length in 2048 8192; do
-    for preset in llama-1b llama-3b; do
-        python tests/benchmarks/offload_speed.py --preset "$preset" --length "$length" --rounds 5 --steps 2 \
-            --name "offload_speed_${preset}_${length}_cuda"
-    done
-done
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python}" -m tests.benchmarks.on_gpu "$@"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ..settings import OffloadSettings
 from .partitions import ArenaPartitions
@@ -106,18 +107,19 @@ class HostGradients:
         DeepSpeed would copy them to its accumulation buffer on the host, back to the device for the norm, and to
         the host again: three transfers where one is enough.
         """
+        on_host = get_accelerator().is_synchronized_device()
         for param, partition in zip(params, partitions, strict=True):
             if param.partition_numel() * zero._get_param_partition_rank(param) < param.ds_numel:  # not only padding
                 unrounded = zero.gradient_accumulation_dtype in (torch.float32, partition.dtype)
-                if unrounded and partition.device.type == "cpu":
+                if unrounded and on_host:
                     self._write_on_host(zero, param, partition.view(-1))
                 else:
                     gradient = partition.to(zero.gradient_accumulation_dtype).view(-1)
                     zero._offload_grad_partition_at_boundary(param, gradient, {}, {})
                 zero._offload_boundary_param_ids.add(param.ds_id)
                 self._bypassed.add(param.ds_id)
-            if param.grad is not None and param.grad.device.type != "cpu":
-                param.grad.record_stream(torch.accelerator.current_stream())
+            if param.grad is not None and not on_host:
+                param.grad.record_stream(get_accelerator().current_stream())
             param.grad = None
 
     def _write_on_host(self, zero: ZeroOptimizer, param: DsParameter, partition: torch.Tensor) -> None:
