@@ -80,6 +80,17 @@ class ModelSettings(Settings):
     """Model."""
 
     model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
+    revision: str | None = setting("Branch, tag or commit of the model on the hub.", None, shapes_run=True)
+    trust_remote_code: bool = setting("Run code that the model brings along; read it first.", False)
+    init_missing: bool = setting(
+        "Train weights that the model's files lack from random values, instead of refusing the model.", False
+    )
+    resize_embeddings: bool = setting(
+        "Add rows to the embedding and the output layer, up to a multiple of 64, if the tokenizer has more tokens than "
+        "they have rows; new rows start as the mean of the others.",
+        False,
+        shapes_run=True,
+    )
     attn_implementation: str = setting(
         "Attention kernel; auto uses flash_attention_2 if it can run, else sdpa (one document at a time in packs).",
         "auto",
@@ -95,6 +106,11 @@ class ModelSettings(Settings):
         "auto",
         choices=("auto", "chunked", "plain"),
     )
+
+    @property
+    def origin(self) -> tuple[str, str | None, bool]:
+        """Return what loads a part of the model: its name, its revision, and whether its code may run."""
+        return self.model_name, self.revision, self.trust_remote_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +215,11 @@ class TrainingSettings(Settings):
         shapes_run=True,
     )
     deterministic: bool = setting("Use only deterministic kernels (slower).", False)
+    stop_on_nan: int = setting(
+        "End the run with an error after this many steps in a row whose loss is infinite or NaN; 0: never.",
+        5,
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +320,16 @@ class Config:
     measurement: MeasurementSettings
     tracking: TrackingSettings
     explicit: frozenset[str] = frozenset()
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Return what the run reads, by flag: hub ids, folders or files."""
+        data = self.data
+        return {
+            "model_name": self.model.model_name,
+            "dataset_name": data.dataset_name,
+            "eval_dataset": data.eval_dataset,
+        }
 
 
 GROUPS: dict[str, Any] = {

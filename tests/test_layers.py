@@ -41,20 +41,21 @@ LIBRARIES: dict[str, set[str]] = {
     "datasets": {"data.cache", "data.sources"},
     "deepspeed": {
         "distributed",
-        "model.attention", "model.load",
+        "model.attention", "model.load", "model.vocabulary",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save",
         "training.engine",
         "offload.install", "offload.zero3.contract", "offload.zero3.optimizer", "offload.zero3.service",
     },
     "huggingface_hub": {"hub", "model.tokenizer", "export.weights"},
-    "safetensors": {"export.weights"},
+    "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},
     "torch": {
         "distributed", "ops", "protocols",
         "data.collate",
-        "model.attention", "model.head", "model.isolation", "model.load", "model.loss_kernel",
+        "model.architecture", "model.attention", "model.head", "model.isolation", "model.load", "model.loss_kernel",
+        "model.vocabulary", "model.weights",
         "checkpoint.rank_files",
-        "export.files", "export.weights",
+        "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.step",
         "tiny",
         "offload.install", "offload.shared.state", "offload.trainer.pinning", "offload.worker", "offload.zero3",
@@ -62,7 +63,7 @@ LIBRARIES: dict[str, set[str]] = {
     "transformers": {
         "distributed",  # enable_full_determinism
         "log",  # its progress bars
-        "model.attention", "model.load", "model.tokenizer",
+        "model.architecture", "model.attention", "model.load", "model.quantization", "model.tokenizer", "model.weights",
         "export.files", "export.weights",
         "tiny",
     },

@@ -10,7 +10,10 @@ import click
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dtype", default="bfloat16", show_default=True, help="Weight dtype: bfloat16, float32 or float16.")
 @click.option("--max_shard_size", default="5GB", show_default=True, help="Maximum size of a weight file.")
-def command(checkpoint_or_output_dir: Path, target: Path, dtype: str, max_shard_size: str) -> None:
+@click.option("--trust_remote_code", is_flag=True, help="Run code that the model brings along; read it first.")
+def command(
+    checkpoint_or_output_dir: Path, target: Path, dtype: str, max_shard_size: str, trust_remote_code: bool
+) -> None:
     """Export a checkpoint as a Hugging Face model folder.
 
     The first argument is the folder of one checkpoint (OUTPUT_DIR/global_stepN), or the output folder of a run, whose
@@ -20,4 +23,4 @@ def command(checkpoint_or_output_dir: Path, target: Path, dtype: str, max_shard_
     from superoffload.export import weights
 
     log.setup("INFO")
-    weights.export(checkpoint_or_output_dir, target, dtype, max_shard_size)
+    weights.export(checkpoint_or_output_dir, target, dtype, max_shard_size, trust_remote_code=trust_remote_code)

@@ -41,7 +41,12 @@ class Group:
 
 
 def export(
-    source: Path, target: Path, dtype: str = DEFAULT_DTYPE, max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    source: Path,
+    target: Path,
+    dtype: str = DEFAULT_DTYPE,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the checkpoint at `source`, an output folder or a checkpoint's own, as a model to the folder `target`.
 
@@ -55,7 +60,7 @@ def export(
     _check_target(target)
     checkpoint = rank_files.read(source.expanduser())
     require_intact(checkpoint.folder)
-    model = files.empty_model(checkpoint)
+    model = files.empty_model(checkpoint, trust_remote_code)
     groups = plan(model, _wanted(model, checkpoint, DTYPES[dtype]))
     split = _split(groups, max_shard_size)
     _check_space(target, sum(tensor.nbytes for group in groups for tensor in group.targets.values()))

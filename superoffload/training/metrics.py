@@ -99,6 +99,9 @@ class Meter:
         self._clock = clock
         self._mark = clock()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
+        self._step_loss_sum = torch.zeros_like(self._loss_sum)
+        self.bad_loss = torch.zeros_like(self._loss_sum)
+        """1 if this rank's loss of the last step is infinite or NaN, else 0; float64 `[]` on the device."""
         self._current, self._interval = _Work(), _Work()
         self._steps: list[_Work] = []
         self.last_loss = float("nan")
@@ -122,6 +125,7 @@ class Meter:
     def add(self, batch: Batch, loss_sum: torch.Tensor) -> None:
         """Count one micro-batch; `loss_sum` is the detached sum of the losses of its target tokens."""
         self._loss_sum += loss_sum
+        self._step_loss_sum += loss_sum
         self._current.tokens += sum(batch.lengths)
         self._current.target_tokens += batch.target_tokens
         self._current.positions += batch.positions
@@ -129,6 +133,8 @@ class Meter:
 
     def end_step(self) -> None:
         """Finish an optimizer step and record its time."""
+        self.bad_loss = (~self._step_loss_sum.isfinite()).double()
+        self._step_loss_sum.zero_()
         now = self._clock()
         self._current.steps, self._current.time_s = 1, now - self._mark
         self._mark = now

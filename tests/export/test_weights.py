@@ -100,7 +100,7 @@ def test_numbers_too_large_for_float16(damaged: Path, tmp_path: Path) -> None:
         ({"max_shard_size": "0"}, "--max_shard_size 0: not a size such as 5GB or 500MB"),
     ],
 )
-def test_invalid_options(options: dict[str, str], text: str, trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_invalid_options(options: dict[str, Any], text: str, trained: dict[str, Trained], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=text):
         weights.export(trained["llama"].output_dir, tmp_path / "target", **options)
     assert list(tmp_path.iterdir()) == []
