@@ -85,10 +85,7 @@ def _longer(old: torch.nn.Parameter, rows: int, ds_config: DsConfig) -> torch.nn
     with deepspeed.zero.GatheredParameters([old]), torch.no_grad():
         mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
         whole = torch.cat([old, mean.expand(rows - old.shape[0], *mean.shape[1:])])
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=whole.dtype):
-        holder = torch.nn.Module()
-        holder.weight = torch.nn.Parameter(torch.empty_like(whole))
-    new: Any = holder.weight
-    with deepspeed.zero.GatheredParameters([new], modifier_rank=0), torch.no_grad():
-        new.copy_(whole)
-    return new  # type: ignore[no-any-return]
+    holder: Any = torch.nn.Module()
+    holder.weight = torch.nn.Parameter(whole)
+    deepspeed.zero.Init(module=holder, config_dict_or_path=ds_config, dtype=whole.dtype)  # partitions it in place
+    return holder.weight  # type: ignore[no-any-return]

@@ -83,10 +83,12 @@ class Run:
             raise self._diverged(self.progress.step)
 
     def _diverged(self, step: int) -> UserError:
+        training, steps = self.config.training, self.bad_steps
+        flag = f"stop_on_nan {steps}" if steps == training.stop_on_nan else f"lr {training.lr:g}"
         good = f"resume from {self.saved.path}, the last good checkpoint," if self.saved.path else "start again"
         return UserError(
-            f"--stop_on_nan {self.config.training.stop_on_nan}: the loss was infinite or NaN in {self.bad_steps} "
-            f"step(s) in a row, the last of them step {step}; {good} with a lower --lr"
+            f"--{flag}: the loss was infinite or NaN in {steps} step(s) in a row, the last of them step {step}; "
+            f"{good} with a lower --lr"
         )
 
     def evaluate(self) -> None:
@@ -118,7 +120,7 @@ class Run:
             return
         if distributed.all_reduce_sum(self.meter.bad_loss.clone()).item() or self._bad_gradient():
             self.saved, self.failed = outcomes.spoiled(self.progress.step, self.saved), True
-            logger.error("%s", self.saved.sentence)
+            logger.warning("%s", self.saved.sentence)
             return
         extra = {
             "data": self.batches.extent(),

@@ -18,7 +18,7 @@ TEXT = {
     "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
-OLD = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512}
+OLD = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512, "bos_token_id": 0}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     # dense
