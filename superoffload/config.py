@@ -118,7 +118,9 @@ class DataSettings(Settings):
     """Data."""
 
     dataset_name: str = setting(
-        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.arrow file.", "tatsu-lab/alpaca", shapes_run=True
+        "Hub id (with @REVISION for a branch, tag or commit), folder, or .json/.jsonl/.parquet/.csv/.arrow file.",
+        "tatsu-lab/alpaca",
+        shapes_run=True,
     )
     dataset_split: str = setting(
         "Split of a hub data set or a folder; a single file is used whole.", "train", shapes_run=True

@@ -58,10 +58,11 @@ def _open(path: Path, name: str, split: str, flag: str) -> datasets.Dataset:
         return _open_folder(path, name, split, flag)
     if hub.looks_like_path(name) or path.suffix in READERS:
         raise UserError(f"--{flag} {name}: no such file or folder")
+    name, _, revision = name.partition("@")
     hub.check(
         flag, name, "dataset", lambda: (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
     )
-    return datasets.load_dataset(name, split=split)
+    return datasets.load_dataset(name, split=split, revision=revision or None)
 
 
 def _open_folder(path: Path, name: str, split: str, flag: str) -> datasets.Dataset:

@@ -19,7 +19,7 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
              "*.tiktoken", "chat_template*", "additional_chat_templates")  # fmt: skip
 SETTINGS = (
-    "dataset_name", "dataset_percentage", "max_length", "train_on_prompt", "lr", "lr_scheduler", "warmup",
+    "revision", "dataset_name", "dataset_percentage", "max_length", "train_on_prompt", "lr", "lr_scheduler", "warmup",
     "weight_decay", "max_grad_norm", "batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed",
 )  # fmt: skip
 
@@ -93,7 +93,7 @@ def _write_tokenizer(folder: Path, checkpoint: RankFiles) -> None:
 def card(checkpoint: RankFiles, dtype: str) -> str:
     """Return the model card: base model, data, settings, and the training loss."""
     config, progress = checkpoint.config, checkpoint.progress
-    name, data = str(config.get("model_name", "")), str(config.get("dataset_name", ""))
+    name, data = str(config.get("model_name", "")), str(config.get("dataset_name", "")).partition("@")[0]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {name}"] if _on_the_hub(name) else []
     head += ["datasets:", f"- {data}"] if _on_the_hub(data) else []
@@ -102,7 +102,11 @@ def card(checkpoint: RankFiles, dtype: str) -> str:
     lines = [*head, "---", "", f"# {title}", ""]
     lines += [f"Trained with DeepSpeed ZeRO-3 with the optimizer on the host. The weights are in {dtype}.", ""]
     lines += ["| | |", "| --- | --- |"]
-    rows: dict[str, Any] = {"base model": name, **{key: config.get(key) for key in SETTINGS}}
+    rows: dict[str, Any] = {
+        "base model": name,
+        "revision": config.get("revision"),
+        **{key: config.get(key) for key in SETTINGS},
+    }
     rows |= {"steps": progress.get("step"), "tokens trained on": progress.get("tokens") or None}
     rows["training loss"] = None if loss is None else f"{loss:.4f}"
     lines += [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]

@@ -75,7 +75,8 @@ def load_model(
     """
     skeleton = architecture.empty_model(config, settings.trust_remote_code)
     unused = architecture.unused_parameters(skeleton)
-    described = weights.describe(settings.model_name, weights.find(settings.model_name, settings.revision))
+    files = weights.find(settings.model_name, settings.revision)
+    described = weights.describe(settings.model_name, files)
     options = _options(settings, ds_config, attention)
     if quantized := quantization.dequantizing(config):
         options["quantization_config"] = quantized
@@ -101,7 +102,7 @@ def load_model(
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)
-    _log(settings.model_name, model, dtype_name(ds_config))
+    _log(settings.model_name + weights.commit_of(files), model, dtype_name(ds_config))
     return model  # type: ignore[no-any-return]  # transformers is untyped
 
 

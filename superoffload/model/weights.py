@@ -1,6 +1,7 @@
 """The files of a model's weights: found, described, and compared with the architecture before they are loaded."""
 
 import pickle
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ def find(name: str, revision: str | None = None) -> list[Path]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model_name {name}: {first_line(error)}") from error
     raise UserError(f"--model_name {name}: has no weights (none of {', '.join(FILES)})")
+
+
+def commit_of(files: list[Path]) -> str:
+    """Return the commit that files in the hub's cache belong to, as ` at commit ...`; empty for other files."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", str(files[0]))
+    return f" at commit {found[1]}" if found else ""
 
 
 def describe(name: str, files: Iterable[Path]) -> dict[str, torch.Tensor]:

@@ -67,11 +67,12 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     """
     from superoffload import config, distributed
     from superoffload.ds_config import merge_flags
-    from superoffload.model import attention, isolation, load
+    from superoffload.model import architecture, attention, isolation, load
     from superoffload.model.flops import count_parameters
     from superoffload.training import engine
 
-    write_model(folder, kind, "float32", **FAMILIES[kind])
+    with architecture.without_zero3():  # of an earlier call in this process
+        write_model(folder, kind, "float32", **FAMILIES[kind])
     chosen = config.build({"model_name": str(folder), "output_dir": str(folder / "out"), "lr": NO_STEP,
                            "lr_scheduler": "constant", "warmup": 0.0, "max_grad_norm": 0.0})  # fmt: skip
     merged = merge_flags(FP32, chosen, distributed.world_size())
@@ -140,8 +141,3 @@ def differences(result: dict[str, Any]) -> list[str]:
     if result["export"] != 0:
         found.append(f"an exported weight differs by {result['export']:.2g}")
     return found
-
-
-def measure_on_this_rank(kind: str, folder: str) -> dict[str, Any]:
-    """Call `measure`, for `run_ranks`."""
-    return measure(kind, Path(folder))

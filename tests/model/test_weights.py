@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from superoffload.config import ModelSettings
 from superoffload.errors import UserError
 from superoffload.model import architecture, load, weights
+from superoffload.model.tokenizer import load_tokenizer
 from tests.helpers.families import FAMILIES
 from tests.helpers.models import make_model, write_model
 from tests.helpers.ranks import run_ranks
@@ -132,7 +133,7 @@ def test_a_damaged_file_is_named(form: str, damage: Callable[[Path], Any], text:
 def test_pointers_in_place_of_small_files_are_named(name: str, tmp_path: Path) -> None:
     write_model(tmp_path)
     replace_by_pointer(tmp_path / name)
-    for read in (load.load_config, load.load_tokenizer):
+    for read in (load.load_config, load_tokenizer):
         with pytest.raises(UserError, match=f"{name} is a git-lfs pointer"):
             read(str(tmp_path))
 
