@@ -64,6 +64,7 @@ LIBRARIES: dict[str, set[str]] = {
         "distributed",  # enable_full_determinism
         "log",  # its progress bars
         "model.architecture", "model.attention", "model.load", "model.quantization", "model.tokenizer", "model.weights",
+        "checkpoint.save",
         "export.files", "export.weights",
         "tiny",
     },

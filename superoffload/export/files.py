@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.dynamic_module_utils import custom_object_save
 
 from superoffload import hub
 from superoffload.checkpoint.rank_files import RankFiles
@@ -55,6 +56,8 @@ def write(folder: Path, model: Model, checkpoint: RankFiles, dtype: str) -> None
         if part is not None:
             part.dtype = dtype
     config.save_pretrained(folder)
+    if getattr(model, "_auto_class", None) is not None:
+        custom_object_save(model, folder, config=config)  # the code that the model brings along
     _write_generation_config(folder, model, checkpoint)
     _write_tokenizer(folder, checkpoint)
     (folder / "README.md").write_text(card(checkpoint, dtype), encoding="utf-8")

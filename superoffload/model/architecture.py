@@ -44,7 +44,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Model:
             return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]  # untyped
                 config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
             )
-    except (ValueError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, AttributeError) as error:
         kind = getattr(config, "model_type", type(config).__name__)
         raise UserError(f"--model_name: {kind} is no causal language model: {first_line(error)}") from error
 

@@ -1,5 +1,6 @@
 """Train a small model of a family for a step, and compare with plain transformers: loss, gradient norm and export."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,8 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
 
     with architecture.without_zero3():  # of an earlier call in this process
         write_model(folder, kind, "float32", **FAMILIES[kind])
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(_without_dropout(described)))
     chosen = config.build({"model_name": str(folder), "output_dir": str(folder / "out"), "lr": NO_STEP,
                            "lr_scheduler": "constant", "warmup": 0.0, "max_grad_norm": 0.0})  # fmt: skip
     merged = merge_flags(FP32, chosen, distributed.world_size())
@@ -101,6 +104,16 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
         step_numbers(model_engine, [[row] for row in rows], unpacked)
     result["export"] = _export(model_engine, merged.config)
     return result
+
+
+def _without_dropout(value: Any) -> Any:
+    """Set every probability of dropout in a configuration to zero: it makes each loss a different one."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: 0.0 if "drop" in key and isinstance(item, float) else _without_dropout(item)
+        for key, item in value.items()
+    }  # fmt: skip
 
 
 def _export(model_engine: Engine, config: Any) -> float:
