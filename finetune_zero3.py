@@ -28,7 +28,7 @@ def main(config: "Config") -> int:
     ds_config = read_ds_config(config)
     from superoffload import distributed, log
     from superoffload.checkpoint import output_folder, resume
-    from superoffload.model import attention, isolation, load, loss_kernel
+    from superoffload.model import attention, isolation, load, loss_kernel, vocabulary
     from superoffload.model.flops import shape_of
     from superoffload.model.tokenizer import load_tokenizer
     from superoffload.training import engine, metrics, tracking
@@ -40,21 +40,21 @@ def main(config: "Config") -> int:
     merged = merge_flags(ds_config, config, distributed.world_size())
     config = merged.config
     log.warn(merged.notes)
-    output_folder.prepare(config.output.output_dir)
+    output_folder.prepare(config.output.output_dir, config.inputs)
     lock = output_folder.lock(config.output.output_dir) if distributed.is_rank_0() else None
     distributed.init()
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     checkpoints = resume.find(config)
 
-    model_config = load.load_config(config.model.model_name)
+    model_config = load.load_config(*config.model.origin)
     kernel = attention.choose(config.model, model_config, merged.ds_config, config.data.packs)
-    load.check_leaf_module(config.model.leaf_module, model_config)
-    tokenizer = load_tokenizer(config.model.model_name)
+    load.check_fit(config.model, model_config, config.data.max_length)
+    tokenizer = load_tokenizer(*config.model.origin)
     batches, evaluation = load_data(config, tokenizer, takes_documents=attention.takes_documents(kernel))
+    rows = vocabulary.rows_needed(config.model, model_config, tokenizer, *evaluation.ids(batches))
 
     source = resume.first_intact(config, checkpoints)
-    model = load.load_model(config.model, model_config, merged.ds_config, kernel)
-    shape = shape_of(model)
+    model = load.load_model(config.model, model_config, merged.ds_config, kernel, rows)
     model_engine = engine.create(
         model, resume.with_checkpoint_format(merged.ds_config, source), config.training, batches.total_steps
     )
@@ -71,7 +71,7 @@ def main(config: "Config") -> int:
         tokenizer=tokenizer,
         batches=batches,
         progress=progress,
-        meter=metrics.Meter(config, shape, state.get("meter"), sources=batches.sources),
+        meter=metrics.Meter(config, shape_of(model), state.get("meter"), sources=batches.sources),
         trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
         evaluation=evaluation,
         control=RunControl(config, distributed.is_rank_0()),
@@ -86,8 +86,8 @@ def main(config: "Config") -> int:
     finally:
         run.trackers.finish()
     metrics.report(run.meter.summary(config.measurement.warmup_steps), progress, run.saved, config.output.output_dir)
-    if config.checkpoint.export:
-        run.export()
+    run.check_last_loss()
+    run.export()
     distributed.close()
     output_folder.unlock(lock)
     return CHECKPOINT_ERROR if run.failed and config.checkpoint.fail_on_checkpoint_error else 0
@@ -124,6 +124,7 @@ def train(run: "Run") -> None:
                 lr = run.engine.get_lr()[0]
                 counts = train_step(run, micro_batches)
                 progress.advance(counts.tokens)
+                run.watch_loss(counts.bad_losses)
 
                 if progress.step % config.output.log_interval == 0 or progress.step == run.last_step:
                     grad_norm = float(run.engine.get_global_grad_norm())
@@ -157,7 +158,7 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
     engine = run.engine
     # DeepSpeed divides the loss by the number of micro-batches and averages gradients over the ranks.
     undo_averaging = run.config.training.gradient_accumulation_steps * distributed.world_size()
-    sums = step.sum_over_ranks(micro_batches, run.control.votes())
+    sums = step.sum_over_ranks(micro_batches, run.control.votes(), run.meter.bad_loss)
     for batch in micro_batches:
         losses = run.loss(engine, batch)
         engine.backward(losses.sum() * (undo_averaging / sums.target_tokens).float())

@@ -97,6 +97,17 @@ class ModelSettings(Settings):
     """Model."""
 
     model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
+    revision: str | None = setting("Branch, tag or commit of the model on the hub.", None, shapes_run=True)
+    trust_remote_code: bool = setting("Run code that the model brings along; read it first.", False)
+    init_missing: bool = setting(
+        "Train weights that the model's files lack from random values, instead of refusing the model.", False
+    )
+    resize_embeddings: bool = setting(
+        "Add rows to the embedding and the output layer, up to a multiple of 64, if the tokenizer has more tokens than "
+        "they have rows; new rows start as the mean of the others.",
+        False,
+        shapes_run=True,
+    )
     attn_implementation: str = setting(
         "Attention kernel; auto uses flash_attention_2 if it can run; else, for packs on CUDA, torch's varlen_attn if "
         "it gives the numbers of sdpa; else sdpa (one document at a time in packs).",
@@ -114,14 +125,20 @@ class ModelSettings(Settings):
         choices=("auto", "chunked", "plain"),
     )
 
+    @property
+    def origin(self) -> tuple[str, str | None, bool]:
+        """Return what loads a part of the model: its name, its revision, and whether its code may run."""
+        return self.model_name, self.revision, self.trust_remote_code
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings(Settings):
     """Data."""
 
     dataset_name: tuple[str, ...] = setting(
-        "Hub id, folder, or .json/.jsonl/.parquet/.csv/.tsv/.arrow file (JSON and CSV may be compressed), or several. "
-        "NAME:0.3 takes a share of the rows, NAME#500 a number of rows, drawn with --seed.",
+        "Hub id (with @REVISION for a branch, tag or commit), folder, or .json/.jsonl/.parquet/.csv/.tsv/.arrow file "
+        "(JSON and CSV may be compressed), or several. NAME:0.3 takes a share of the rows, NAME#500 a number of rows, "
+        "drawn with --seed.",
         ("tatsu-lab/alpaca",),
         several=True,
         shapes_run=True,
@@ -254,6 +271,11 @@ class TrainingSettings(Settings):
         shapes_run=True,
     )
     deterministic: bool = setting("Use only deterministic kernels (slower).", False)
+    stop_on_nan: int = setting(
+        "End the run with an error after this many steps in a row whose loss is infinite or NaN; 0: never.",
+        5,
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -376,6 +398,16 @@ class Config:
                 f"--eval_steps {self.evaluation.eval_steps}: there is nothing to evaluate; add --eval_percentage, "
                 "--eval_dataset or --sample_prompts"
             )
+
+    @property
+    def inputs(self) -> tuple[tuple[str, str], ...]:
+        """Return what the run reads, as pairs of a flag and a hub id, folder or file."""
+        data = self.data
+        return (
+            ("model_name", self.model.model_name),
+            *(("dataset_name", name) for name in data.dataset_name),
+            *((("eval_dataset", data.eval_dataset),) if data.eval_dataset else ()),
+        )
 
 
 GROUPS: dict[str, Any] = {

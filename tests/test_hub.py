@@ -1,8 +1,11 @@
 """Errors of the hub in one line; a server on the loopback interface stands in for the hub."""
 
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.unit
 ANSWERS = {
     "/api/models/owner/public/auth-check": (200, ""),
     "/api/models/owner/gated/auth-check": (403, "GatedRepo"),
+    "/api/datasets/owner/public/auth-check": (200, ""),
     "/api/datasets/owner/gated/auth-check": (403, "GatedRepo"),
     "/api/models/owner/broken/auth-check": (500, ""),
 }
@@ -122,3 +126,50 @@ def test_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["owner/gated", "owner/misspelt", "owner/broken"])
 def test_a_cached_name_passes_whatever_the_hub_answers(served: None, name: str) -> None:
     hub.check("model_name", name, "model", cached=lambda: True)
+
+
+def cache_revisions(folder: Path, model: Path, sizes: dict[str, int]) -> None:
+    """Fill a hub cache with revisions of one model, which differ in the number of layers."""
+    repository = folder / "models--owner--cached"
+    (repository / "refs").mkdir(parents=True)
+    for number, (revision, layers) in enumerate(sizes.items()):
+        commit = str(number) * 40
+        (repository / "refs" / revision).write_text(commit)
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for path in model.iterdir():
+            (snapshot / path.name).write_bytes(path.read_bytes())
+        described = json.loads((snapshot / "config.json").read_text())
+        (snapshot / "config.json").write_text(json.dumps({**described, "num_hidden_layers": layers}))
+
+
+def test_a_revision_of_a_cached_model(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from superoffload.model import weights
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache_revisions(tmp_path, model_folder, {"main": 2, "v1": 5})
+    for revision, layers, commit in ((None, 2, "0" * 40), ("v1", 5, "1" * 40)):
+        assert load_config("owner/cached", revision).num_hidden_layers == layers
+        assert load_tokenizer("owner/cached", revision).eos_token == "<eos>"
+        assert weights.commit_of(weights.find("owner/cached", revision)) == f" at commit {commit}"
+    with pytest.raises(UserError, match="--model_name owner/cached: neither a local path nor cached"):
+        load_config("owner/cached", "v2")
+
+
+@pytest.mark.parametrize(("name", "revision"), [("owner/public", None), ("owner/public@v1", "v1")])
+def test_a_revision_of_a_data_set(
+    served: None, name: str, revision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(name: str, **options: Any) -> Any:
+        asked.append((name, options.get("revision")))
+        return datasets.Dataset.from_dict({"text": ["one"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(open_rows(name, "train")) == 1
+    assert asked == [("owner/public", revision)]

@@ -55,21 +55,22 @@ LIBRARIES: dict[str, set[str]] = {
     "datasets": {"data.cache", "data.folders", "data.sources"},
     "deepspeed": {
         "distributed",
-        "model.attention", "model.load",
+        "model.attention", "model.load", "model.vocabulary",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save", "checkpoint.trust",
         "training.engine",
         "offload.install", "offload.zero3.contract", "offload.zero3.optimizer", "offload.zero3.service",
     },
     "huggingface_hub": {"hub", "model.tokenizer", "export.weights"},
     "pyarrow": {"data.files", "data.sources"},
-    "safetensors": {"export.weights"},
+    "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},
     "torch": {
         "distributed", "protocols",
         "data.collate",
-        "model.attention", "model.head", "model.isolation", "model.load", "model.loss_kernel",
+        "model.architecture", "model.attention", "model.head", "model.isolation", "model.load", "model.loss_kernel",
+        "model.vocabulary", "model.weights",
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
-        "export.files", "export.weights",
+        "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
         "tiny",
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.pinning", "offload.worker",
@@ -79,7 +80,8 @@ LIBRARIES: dict[str, set[str]] = {
         "distributed",  # enable_full_determinism
         "log",  # its progress bars
         "data.template",  # what renders chat templates
-        "model.attention", "model.load", "model.tokenizer",
+        "model.architecture", "model.attention", "model.load", "model.quantization", "model.tokenizer", "model.weights",
+        "checkpoint.save",
         "export.files", "export.weights",
         "tiny",
     },

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from superoffload import distributed
@@ -9,11 +10,18 @@ from superoffload.errors import UserError
 from superoffload.log import logger
 
 
-def prepare(folder: str) -> None:
+def prepare(folder: str, inputs: Iterable[tuple[str, str]] = ()) -> None:
     """Create the output folder and write to it once, so that an error shows before training, not after.
 
-    Raises `UserError` if the folder cannot be created or written.
+    `inputs` holds what the run reads, as pairs of a flag and a name. Raises `UserError` if the folder cannot be created
+    or written, or is one of these, whose files would be overwritten.
     """
+    for flag, name in inputs:
+        source = Path(name).expanduser()
+        if source.is_dir() and source.resolve() == Path(folder).resolve():
+            raise UserError(
+                f"--output_dir {folder}: is the folder of --{flag}, which the run would write to; choose another folder"
+            )
     probe = Path(folder) / f".probe_{distributed.rank()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)

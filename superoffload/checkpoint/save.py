@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from transformers.dynamic_module_utils import custom_object_save
 
 from superoffload import config as settings
 from superoffload import distributed
@@ -183,6 +184,8 @@ def save_model_config(model: Model, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     config.use_cache = True  # it is off only for training
     config.save_pretrained(folder)
+    if getattr(model, "_auto_class", None) is not None:
+        custom_object_save(model, folder, config=config)  # the code that the model brings along
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         # Not `save_pretrained`: it rejects contradictions that published models contain.

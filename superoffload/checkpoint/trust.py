@@ -7,6 +7,7 @@ DeepSpeed's checkpoints hold, and nothing else.
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ from superoffload.errors import UserError, first_line
 from superoffload.protocols import Engine
 
 TRUST = "--trust_checkpoint"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """What may run code: a checkpoint's files when they are loaded, and code that the model brings along."""
+
+    files: bool = False
+    code: bool = False
+
+
+NO_TRUST = Trust()
 
 
 def load(path: Path, *, trusted: bool = False) -> Any:

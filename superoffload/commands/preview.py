@@ -8,7 +8,7 @@ import click
 from superoffload import cli, config
 
 GROUPS = {"model": config.ModelSettings, "data": config.DataSettings, "training": config.TrainingSettings}
-OPTIONS = ("model_name", "batch_size", "gradient_accumulation_steps", "seed")
+OPTIONS = ("model_name", "revision", "trust_remote_code", "batch_size", "gradient_accumulation_steps", "seed")
 
 
 def _show(rows: int, **values: Any) -> None:
@@ -23,7 +23,8 @@ def _show(rows: int, **values: Any) -> None:
     from superoffload.model.tokenizer import load_tokenizer
 
     log.setup("WARNING")
-    tokenizer = load_tokenizer(settings.model.model_name)
+    model = settings.model
+    tokenizer = load_tokenizer(model.model_name, model.revision, model.trust_remote_code)
     train, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
     for label, part in train.by_source().items():
         for line in ([label] if label else []) + list(shown_rows(part, tokenizer, rows, sys.stdout.isatty())):

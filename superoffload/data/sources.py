@@ -64,11 +64,12 @@ def _open(name: str, split: str, flag: str, config: str | None) -> datasets.Data
         raise UserError(
             f"no such file or folder; for the config {rest} of {id_}, use --{flag} {id_} --{config_flag} {rest}"
         )
+    name, _, revision = name.partition("@")
     hub.check(
         flag, name, "dataset", lambda: (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
     )
     with listing_configs(name, config, config_flag):
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, revision=revision or None)
 
 
 def _sliced(split: str, open_split: Callable[[str], datasets.Dataset]) -> datasets.Dataset:

@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+from transformers.dynamic_module_utils import custom_object_save
 
 from superoffload import hub
 from superoffload.checkpoint.rank_files import RankFiles
 from superoffload.config import several, shown
 from superoffload.data import mixture
 from superoffload.errors import UserError
-from superoffload.model import load
+from superoffload.model import architecture, load
 from superoffload.model.tokenizer import load_tokenizer
 from superoffload.protocols import Model
 
@@ -22,37 +22,29 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
              "*.tiktoken", "chat_template*", "additional_chat_templates")  # fmt: skip
 SETTINGS = (
-    "dataset_name", "dataset_weights", "dataset_percentage", "max_length", "train_on_prompt", "lr", "lr_scheduler",
-    "warmup", "weight_decay", "max_grad_norm", "batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed",
+    "revision", "dataset_name", "dataset_weights", "dataset_percentage", "max_length", "train_on_prompt", "lr",
+    "lr_scheduler", "warmup", "weight_decay", "max_grad_norm", "batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "seed",
 )  # fmt: skip
 
 
-def empty_model(checkpoint: RankFiles) -> Model:
+def empty_model(checkpoint: RankFiles, trust_remote_code: bool = False) -> Model:
     """Build the model of a checkpoint on the meta device, where weights take no memory.
 
-    Uses the configuration in the output folder, or else that of the model the run started from. Raises `UserError` if
-    neither can be read.
+    Uses the configuration in the output folder, or else that of the model the run started from. Weights are exported as
+    they were trained, so the quantization of the original no longer applies. Raises `UserError` if neither can be read.
     """
-    config = _config(checkpoint)
-    # Weights are exported as they were trained, so the quantization of the original no longer applies.
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None:
-        raise UserError(f"{checkpoint.output_dir}: transformers has no causal language model {config.model_type}")
-    # Not `from_config`: in the process of a run, that would shard the empty model over the ranks.
-    with torch.device("meta"):
-        return model_class(config)  # type: ignore[no-any-return]  # transformers is untyped
+    return architecture.empty_model(_config(checkpoint, trust_remote_code), trust_remote_code)
 
 
-def _config(checkpoint: RankFiles) -> Any:
+def _config(checkpoint: RankFiles, trust_remote_code: bool) -> Any:
     if (checkpoint.output_dir / CONFIG).is_file():
-        return load.load_config(str(checkpoint.output_dir))
+        return load.load_config(str(checkpoint.output_dir), None, trust_remote_code)
     name = checkpoint.config.get("model_name")
     if not name:
         raise UserError(f"{checkpoint.output_dir}: has no config.json; copy the original model's there")
     try:
-        return load.load_config(name)
+        return load.load_config(name, checkpoint.config.get("revision"), trust_remote_code)
     except UserError as error:
         raise UserError(
             f"{checkpoint.output_dir}: has no config.json, and the original cannot be read ({error})"
@@ -63,8 +55,12 @@ def write(folder: Path, model: Model, checkpoint: RankFiles, dtype: str) -> None
     """Write everything but the weights to `folder`."""
     config = model.config
     config.architectures = [type(model).__name__]
-    config.dtype = dtype
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
     config.save_pretrained(folder)
+    if getattr(model, "_auto_class", None) is not None:
+        custom_object_save(model, folder, config=config)  # the code that the model brings along
     _write_generation_config(folder, model, checkpoint)
     _write_tokenizer(folder, checkpoint)
     (folder / "README.md").write_text(card(checkpoint, dtype), encoding="utf-8")
@@ -76,7 +72,9 @@ def _write_generation_config(folder: Path, model: Model, checkpoint: RankFiles) 
         shutil.copyfile(kept, folder / GENERATION_CONFIG)
         return
     try:
-        settings = transformers.GenerationConfig.from_pretrained(str(checkpoint.config.get("model_name")))
+        settings = transformers.GenerationConfig.from_pretrained(
+            str(checkpoint.config.get("model_name")), revision=checkpoint.config.get("revision") or "main"
+        )
     except (OSError, ValueError):
         settings = model.generation_config
     if settings is not None:
@@ -93,7 +91,7 @@ def _write_tokenizer(folder: Path, checkpoint: RankFiles) -> None:
             else:
                 shutil.copyfile(path, folder / path.name)
     elif checkpoint.config.get("model_name"):
-        load_tokenizer(checkpoint.config["model_name"]).save_pretrained(folder)
+        load_tokenizer(checkpoint.config["model_name"], checkpoint.config.get("revision")).save_pretrained(folder)
     else:
         raise UserError(f"{checkpoint.output_dir}: has no tokenizer; copy the original model's files there")
 
@@ -102,7 +100,7 @@ def card(checkpoint: RankFiles, dtype: str) -> str:
     """Return the model card: base model, data, settings, and the training loss."""
     config, progress = checkpoint.config, checkpoint.progress
     name = str(config.get("model_name", ""))
-    data = [mixture.name_of(text) for text in several(config.get("dataset_name") or ())]
+    data = [mixture.name_of(text).partition("@")[0] for text in several(config.get("dataset_name") or ())]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {name}"] if _on_the_hub(name) else []
     on_the_hub = list(filter(_on_the_hub, data))
@@ -113,7 +111,11 @@ def card(checkpoint: RankFiles, dtype: str) -> str:
     lines = [*head, "---", "", f"# {title}", ""]
     lines += [f"Trained with DeepSpeed ZeRO-3 with the optimizer on the host. The weights are in {dtype}.", ""]
     lines += ["| | |", "| --- | --- |"]
-    rows: dict[str, Any] = {"base model": name, **{key: config.get(key) for key in SETTINGS}}
+    rows: dict[str, Any] = {
+        "base model": name,
+        "revision": config.get("revision"),
+        **{key: config.get(key) for key in SETTINGS},
+    }
     rows |= {"steps": progress.get("step"), "tokens trained on": progress.get("tokens") or None}
     rows["training loss"] = None if loss is None else f"{loss:.4f}"
     for key, value in rows.items():

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from superoffload.checkpoint import rank_files
 from superoffload.checkpoint.manifest import require_intact, sync
 from superoffload.checkpoint.rank_files import RankFiles
+from superoffload.checkpoint.trust import NO_TRUST, Trust
 from superoffload.errors import UserError
 from superoffload.export import files
 from superoffload.log import logger
@@ -45,8 +46,7 @@ def export(
     target: Path,
     dtype: str = DEFAULT_DTYPE,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    *,
-    trusted: bool = False,
+    trust: Trust = NO_TRUST,
 ) -> None:
     """Write the checkpoint at `source`, an output folder or a checkpoint's own, as a model to the folder `target`.
 
@@ -58,9 +58,9 @@ def export(
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     target = target.expanduser().resolve()
     _check_target(target)
-    checkpoint = rank_files.read(source.expanduser(), trusted=trusted)
+    checkpoint = rank_files.read(source.expanduser(), trusted=trust.files)
     require_intact(checkpoint.folder)
-    model = files.empty_model(checkpoint)
+    model = files.empty_model(checkpoint, trust.code)
     groups = plan(model, _wanted(model, checkpoint, DTYPES[dtype]))
     split = _split(groups, max_shard_size)
     _check_space(target, sum(tensor.nbytes for group in groups for tensor in group.targets.values()))

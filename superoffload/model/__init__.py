@@ -1,6 +1,10 @@
 """The model: its tokenizer, loading, attention and loss.
 
 * tokenizer: the model's tokenizer; needs neither torch nor DeepSpeed
+* architecture: a model without weights: positions, parameters that text does not reach
+* quantization: quantized weights: dequantize or refuse
+* weights: the files of the weights, compared with the architecture
+* vocabulary: tokens against rows of the embedding; add rows
 * load: the model, sharded as it loads; leaf modules
 * attention: the attention kernel; packs attended to document by document
 * isolation: whether a model keeps packed documents apart, tested when a run starts

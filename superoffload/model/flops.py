@@ -6,13 +6,16 @@ pair of a query and a visible key. PaLM counts every pair of a row; a causal mod
 this module.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from superoffload.log import logger
 from superoffload.protocols import Model
 
+ATTENDING = re.compile(r"attention|full|sliding|hybrid")  # in the names of layer types
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in transformers configurations
 
 
@@ -21,8 +24,8 @@ class ModelShape:
     """What the FLOPs of a model depend on.
 
     `active_parameters`: parameters multiplied for a token (in a mixture of experts, only those routed to).
-    `attention_width`: heads times head dimension. `attention_windows`: per layer, the number of positions visible to a
-    query, itself included; 0 if it sees all earlier positions.
+    `attention_width`: heads times head dimension. `attention_windows`: per layer with attention, the number of
+    positions visible to a query, itself included; 0 if it sees all earlier positions.
     """
 
     active_parameters: int
@@ -35,38 +38,56 @@ def numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
-def count_parameters(model: Model) -> int:
-    """Return the number of elements of all parameters, tied ones counted once."""
-    return sum(numel(parameter) for parameter in model.parameters())
+def count_parameters(model: Model, trained_only: bool = False) -> int:
+    """Return the number of elements of all parameters, tied ones counted once, or only of those that are trained."""
+    return sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad or not trained_only)
 
 
 def shape_of(model: Model) -> ModelShape:
-    """Read from a model what its FLOPs depend on.
+    """Read from a model what its FLOPs depend on; what a model does not say is left out, with a warning.
 
     Parameters of experts count in proportion to the experts per token. The input embedding is a lookup, not a product:
-    it counts only if it is tied to the output layer.
+    it counts only if it is tied to the output layer. Parameters that are not trained are not used, and do not count.
     """
     config = model.config.get_text_config()
+    try:
+        active = _active_parameters(model, config)
+        width, windows = _attention_of(config)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        logger.warning("FLOPs count every parameter and no attention, which this model does not describe (%s)", error)
+        active, width, windows = count_parameters(model, trained_only=True), 0, ()
+    return ModelShape(active_parameters=active, attention_width=width, attention_windows=windows)
+
+
+def _active_parameters(model: Model, config: Any) -> int:
     experts = next((count for count in (getattr(config, key, None) for key in EXPERT_COUNTS) if count), 0)
     per_token = getattr(config, "num_experts_per_tok", None) or experts
     active_share = min(1.0, per_token / experts) if experts else 1.0
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
-    active = sum(
-        numel(parameter) * (active_share if ".experts." in name else 1.0)
-        for name, parameter in model.named_parameters()
-        if parameter is not embedding or tied
+    return int(
+        sum(
+            numel(parameter) * (active_share if ".experts." in name else 1.0)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and (parameter is not embedding or tied)
+        )
     )
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+
+
+def _attention_of(config: Any) -> tuple[int, tuple[int, ...]]:
+    """Return the width of the attention and the window of each layer that has one; `0, ()` if that is not known.
+
+    Layers without attention (state spaces, convolutions, linear attention) cost only their parameters here.
+    """
+    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    if not (isinstance(heads, int) and isinstance(layers, int) and heads):
+        return 0, ()
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["full"] * layers
     window = getattr(config, "sliding_window", None) or 0
-    return ModelShape(
-        active_parameters=int(active),
-        attention_width=heads * head_dim,
-        attention_windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
-    )
+    attending = [str(kind) for kind in kinds if "linear" not in str(kind) and ATTENDING.search(str(kind))]
+    return heads * head_dim, tuple(window if "sliding" in kind else 0 for kind in attending)
 
 
 def causal_pairs(length: int, window: int = 0) -> float:

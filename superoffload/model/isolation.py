@@ -1,5 +1,7 @@
 """Test whether a model keeps packed documents apart, by running it at the start, not by a list of architectures."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -30,6 +32,8 @@ def check(model_engine: Engine, layout: Layout) -> None:
     config = model_engine.module.config
     dtype = next(model_engine.module.parameters()).dtype
     isolated = False
+    if not distributed.all_ranks_ok(changes is None or math.isfinite(changes[0])):
+        raise UserError(f"--model_name {config.name_or_path}: its logits are infinite or NaN; use intact weights")
     if changes is not None:
         noise, leak = changes
         isolated = leak <= NOISE_FACTOR * noise + TOLERANCE.get(dtype, HALF_TOLERANCE)

@@ -10,10 +10,11 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from superoffload.config import ModelSettings
 from superoffload.ds_config import DsConfig, dtype_name
-from superoffload.errors import UserError, first_line
+from superoffload.errors import UserError
 from superoffload.log import hide_bars_of_transformers, logger
-from superoffload.model.flops import count_parameters
-from superoffload.model.tokenizer import check_name, load_tokenizer
+from superoffload.model import architecture, quantization, vocabulary, weights
+from superoffload.model.flops import count_parameters, numel
+from superoffload.model.tokenizer import check_name, explain, load_tokenizer
 from superoffload.protocols import Model, Tokenizer
 
 # Sparse blocks as transformers names them. Ranks may route to different experts, so ZeRO-3 must fetch such a block as a
@@ -21,16 +22,23 @@ from superoffload.protocols import Model, Tokenizer
 SPARSE_BLOCK = re.compile(r"(SparseMoeBlock|MoELayer|MoE|Moe|Experts)$")
 
 
-def load_config(name: str) -> Any:
-    """Read the model's configuration from a folder or the hub; raises `UserError`."""
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Read the model's configuration from a folder or the hub.
+
+    Raises `UserError`, also for weights that are quantized in a form that cannot be trained.
+    """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"--model_name {name}: the folder has no config.json, so it is not a model")
-    check_name(name, "config.json")
+    check_name(name, "config.json", revision)
     try:
-        return transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model_name {name}: {first_line(error)}") from error
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--model_name {name}: {explain(error)}") from error
+    quantization.check(name, config)
+    return config
 
 
 def load_whole(folder: Path) -> tuple[Model, Tokenizer]:
@@ -40,55 +48,97 @@ def load_whole(folder: Path) -> tuple[Model, Tokenizer]:
     return model.eval(), load_tokenizer(str(folder))
 
 
-def check_leaf_module(requested: str | None, config: Any) -> None:
-    """Raise `UserError` if no module of the model has the class `requested`, and suggest candidates.
+def check_fit(settings: ModelSettings, config: Any, max_length: int) -> None:
+    """Raise `UserError` if `--leaf_module` or `--max_length` does not fit the model; reads no weights."""
+    skeleton = architecture.empty_model(config, settings.trust_remote_code)
+    check_leaf_module(settings.leaf_module, skeleton)
+    architecture.check_positions(skeleton, max_length)
 
-    Builds the model on the meta device, which takes about a second for any size.
-    """
-    if requested is None:
-        return
-    with torch.device("meta"):
-        names = _class_names(transformers.AutoModelForCausalLM.from_config(config))
-    if requested not in names:
+
+def check_leaf_module(requested: str | None, skeleton: Model) -> None:
+    """Raise `UserError` if no module of the model has the class `requested`, and suggest candidates."""
+    names = _class_names(skeleton)
+    if requested is not None and requested not in names:
         candidates = ", ".join(name for name in names if SPARSE_BLOCK.search(name))
         hint = f"candidates: {candidates}" if candidates else "none looks like a sparse block; omit the flag"
         raise UserError(f"--leaf_module {requested}: no module of this model has that class; {hint}")
 
 
-def load_model(settings: ModelSettings, config: Any, ds_config: DsConfig, attention: str | None) -> Model:
+def load_model(
+    settings: ModelSettings, config: Any, ds_config: DsConfig, attention: str | None, embedding_rows: int = 0
+) -> Model:
     """Load the model with each rank holding only its partition (collective), ready for ZeRO-3.
 
     `ds_config` must be final: `from_pretrained` partitions every parameter as it is created. `attention` is the result
-    of `attention.choose`. Raises `UserError` if weights are missing or the architecture is unknown.
+    of `attention.choose`. The embedding and the output layer get `embedding_rows` rows, if they have fewer. Raises
+    `UserError` if weights are missing, damaged or not finite, or the architecture is unknown.
     """
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype_name(ds_config))}
-    if attention:
-        options["attn_implementation"] = attention
-    quantization = getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if method == "mxfp4":  # 4-bit experts cannot be trained
-        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-        logger.info("MXFP4 weights are dequantized to %s", dtype_name(ds_config))
+    skeleton = architecture.empty_model(config, settings.trust_remote_code)
+    unused = architecture.unused_parameters(skeleton)
+    files = weights.find(settings.model_name, settings.revision)
+    described = weights.describe(settings.model_name, files)
+    options = _options(settings, ds_config, attention)
+    if quantized := quantization.dequantizing(config):
+        options["quantization_config"] = quantized
+        logger.info("%s weights are dequantized to %s", quantized.quant_method.upper(), dtype_name(ds_config))
+    else:
+        weights.check(settings.model_name, skeleton, described, settings.init_missing)
     hide_bars_of_transformers()
     # transformers keeps only a weak reference, so the model holds it for as long as it lives.
     keep_alive = HfDeepSpeedConfig(ds_config)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(settings.model_name, **options)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(settings.model_name, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--model_name {settings.model_name}: {first_line(error)}") from error
+        raise UserError(f"--model_name {settings.model_name}: {explain(error)}") from error
+    if quantized:
+        lists = (found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+        weights.report(settings.model_name, *lists, settings.init_missing)
     model.hf_deepspeed_config = keep_alive
     model.config.use_cache = False
+    weights.check_finite(settings.model_name, model)
+    if embedding_rows:
+        vocabulary.grow(model, embedding_rows, ds_config)
+    _freeze(model, unused)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)
-    logger.info(
-        "Model %s: %s parameters, attention %s, %s",
-        settings.model_name,
-        f"{count_parameters(model):,}",
-        model.config._attn_implementation,
-        dtype_name(ds_config),
-    )
+    _log(settings.model_name + weights.commit_of(files), model, dtype_name(ds_config))
     return model  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def _options(settings: ModelSettings, ds_config: DsConfig, attention: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype_name(ds_config)),
+        "revision": settings.revision or "main",
+        "trust_remote_code": settings.trust_remote_code,
+        "output_loading_info": True,
+    }
+    return {**options, "attn_implementation": attention} if attention else options
+
+
+def _freeze(model: Model, unused: set[str]) -> None:
+    """Take parameters out of training that get no gradient: Adam would only let them decay."""
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if name in unused and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            part = ".".join(name.split(".")[:2])
+            parts[part] = parts.get(part, 0) + numel(parameter)
+    if parts:
+        counted = ", ".join(f"{part} ({count:,} parameters)" for part, count in parts.items())
+        logger.info("Not trained, because text does not reach it: %s", counted)
+
+
+def _log(name: str, model: Model, dtype: str) -> None:
+    total, trained = count_parameters(model), count_parameters(model, trained_only=True)
+    logger.info(
+        "Model %s: %s parameters%s, attention %s, %s",
+        name,
+        f"{total:,}",
+        "" if trained == total else f", {trained:,} of them trained",
+        model.config._attn_implementation,
+        dtype,
+    )
 
 
 def _class_names(model: Model) -> list[str]:

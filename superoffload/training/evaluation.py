@@ -42,6 +42,10 @@ class Evaluation:
         self._every = every
         self._done_at = -1
 
+    def ids(self, training: Batches) -> tuple[list[Batches], Sequence[Sequence[int]]]:
+        """Return all that a run gives the model: the rows to train on and those held out, and the prompts."""
+        return [training] if self._held_out is None else [training, self._held_out], self._prompts
+
     def due(self, step: int, last: bool) -> bool:
         """Return whether to evaluate after a step: every `every` steps, and after the last one."""
         if self._held_out is None and not self._prompts:

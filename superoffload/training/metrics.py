@@ -111,6 +111,9 @@ class Meter:
         self._mark = clock()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
         self._by_source = SourceLosses(sources, (state or {}).get("sources"))
+        self._step_loss_sum = torch.zeros_like(self._loss_sum)
+        self.bad_loss = torch.zeros_like(self._loss_sum)
+        """1 if this rank's loss of the last step is infinite or NaN, else 0; float64 `[]` on the device."""
         self._current, self._interval = _Work(), _Work()
         self._steps: list[_Work] = []
         self.last_loss = float("nan")
@@ -134,7 +137,9 @@ class Meter:
 
     def add(self, batch: Batch, losses: torch.Tensor) -> None:
         """Count one micro-batch and the losses of its target tokens, summed as `Loss` returns them, detached."""
-        self._loss_sum += losses.sum()
+        loss_sum = losses.sum()
+        self._loss_sum += loss_sum
+        self._step_loss_sum += loss_sum
         self._by_source.add(batch, losses)
         self._current.tokens += sum(batch.lengths)
         self._current.target_tokens += batch.target_tokens
@@ -143,6 +148,8 @@ class Meter:
 
     def end_step(self) -> None:
         """Finish an optimizer step and record its time."""
+        self.bad_loss = (~self._step_loss_sum.isfinite()).double()
+        self._step_loss_sum.zero_()
         now = self._clock()
         self._current.steps, self._current.time_s = 1, now - self._mark
         self._mark = now

@@ -46,3 +46,10 @@ def saved_in(path: Path | None) -> Saved:
     if path is None:
         return Saved(None, "NO CHECKPOINT WAS SAVED: writing it failed, see the errors above", failed=True)
     return Saved(path, f"Checkpoint saved in {path}")
+
+
+def spoiled(step: int, last: Saved) -> Saved:
+    """Describe the outcome of a save that was left out because of the step's loss; `last` is the save before."""
+    return Saved(
+        last.path, f"NO CHECKPOINT WAS SAVED of step {step}: its loss or gradient is infinite or NaN", failed=True
+    )

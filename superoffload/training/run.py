@@ -1,11 +1,13 @@
 """What belongs to one run, and its checkpoint and export."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from superoffload import distributed
 from superoffload.checkpoint import save
+from superoffload.checkpoint.trust import Trust
 from superoffload.config import Config, shown
 from superoffload.data.loader import Batches
 from superoffload.errors import UserError
@@ -39,6 +41,7 @@ class Run:
     saved_step: int = -1
     stopped: bool = False
     failed: bool = False
+    bad_steps: int = 0
 
     @property
     def last_step(self) -> int:
@@ -63,6 +66,32 @@ class Run:
             logger.info("Nothing is left to train: %s was saved after the last step", path)
         distributed.restore_rng_state(state["random"])
 
+    def watch_loss(self, bad_losses: int) -> None:
+        """Count the steps in a row whose loss is infinite or NaN, given how many ranks had one in the step before.
+
+        Raises `UserError` after `--stop_on_nan` of them.
+        """
+        self.bad_steps = self.bad_steps + 1 if bad_losses else 0
+        if self.bad_steps == 1:
+            logger.warning("The loss of step %d is infinite or NaN", self.progress.step - 1)
+        if self.bad_steps and self.bad_steps == self.config.training.stop_on_nan:
+            raise self._diverged(self.progress.step - 1)
+
+    def check_last_loss(self) -> None:
+        """Raise `UserError` if the loss of the last step is infinite or NaN on any rank (collective)."""
+        if distributed.all_reduce_sum(self.meter.bad_loss.clone()).item():
+            self.bad_steps += 1
+            raise self._diverged(self.progress.step)
+
+    def _diverged(self, step: int) -> UserError:
+        training, steps = self.config.training, self.bad_steps
+        flag = f"stop_on_nan {steps}" if steps == training.stop_on_nan else f"lr {training.lr:g}"
+        good = f"resume from {self.saved.path}, the last good checkpoint," if self.saved.path else "start again"
+        return UserError(
+            f"--{flag}: the loss was infinite or NaN in {steps} step(s) in a row, the last of them step {step}; "
+            f"{good} with a lower --lr"
+        )
+
     def evaluate(self) -> None:
         """Evaluate and track the numbers (collective)."""
         numbers = self.evaluation.run(self.engine, self.loss, self.tokenizer, self.progress.step)
@@ -71,21 +100,28 @@ class Run:
         self.meter.start()  # the evaluation's time belongs to no step
 
     def export(self) -> None:
-        """Export the last step's checkpoint as a model folder on rank 0; the others wait without a collective."""
-        if self.saved.path is None or self.stopped:
+        """Export the last step's checkpoint on rank 0 if asked to; the others wait without a collective."""
+        if not self.config.checkpoint.export or self.saved.path is None or self.stopped:
             return
         with distributed.wait_without_collective("export"):
             if distributed.is_rank_0():
                 target = Path(self.config.output.output_dir) / f"model_step{self.progress.step}"
                 try:
-                    weights.export(self.saved.path, target)
+                    weights.export(self.saved.path, target, trust=Trust(code=self.config.model.trust_remote_code))
                 except UserError as error:
                     logger.error("NO MODEL WAS EXPORTED: %s", error)
                     self.failed = True
 
     def save(self) -> None:
-        """Save a checkpoint of this step unless there is one (collective); `saved` describes the outcome."""
+        """Save a checkpoint of this step unless there is one (collective); `saved` describes the outcome.
+
+        Spoiled weights are not saved: the checkpoint would displace a good one.
+        """
         if self.saved_step == self.progress.step and not self.saved.failed:
+            return
+        if distributed.all_reduce_sum(self.meter.bad_loss.clone()).item() or self._bad_gradient():
+            self.saved, self.failed = outcomes.spoiled(self.progress.step, self.saved), True
+            logger.warning("%s", self.saved.sentence)
             return
         extra = {
             "data": self.batches.extent(),
@@ -97,3 +133,8 @@ class Run:
         self.saved, self.saved_step = outcomes.saved_in(path), self.progress.step
         self.failed = self.saved.failed
         self.meter.start()  # the save's time belongs to no step
+
+    def _bad_gradient(self) -> bool:
+        """Return whether the last step's gradient has spoiled the weights; float16 training leaves such steps out."""
+        norm = self.engine.get_global_grad_norm()
+        return norm is not None and not math.isfinite(norm) and not getattr(self.engine.optimizer, "overflow", False)

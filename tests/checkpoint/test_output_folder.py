@@ -23,6 +23,21 @@ def test_preparing_leaves_no_file(tmp_path: Path) -> None:
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
+@pytest.mark.unit
+def test_the_folder_of_the_model_or_the_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for flag in ("model_name", "dataset_name", "eval_dataset"):
+        for name in ("model", "link", "model/../model"):
+            with pytest.raises(UserError, match=f"--output_dir {tmp_path}/{name}: is the folder of --{flag}"):
+                output_folder.prepare(str(tmp_path / name), {flag: str(tmp_path / "model")})
+    assert list((tmp_path / "model").iterdir()) == []
+    output_folder.prepare(
+        str(tmp_path / "model" / "out"), {"model_name": str(tmp_path / "model"), "eval_dataset": None}
+    )
+    output_folder.prepare(str(tmp_path / "new"), {"model_name": "owner/name"})
+
+
 def test_a_read_only_disk(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match="cannot be written \\(Read-only file system\\)"):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from superoffload.model import architecture
 from superoffload.model.flops import (
     ModelShape,
     causal_pairs,
@@ -13,7 +15,8 @@ from superoffload.model.flops import (
     numel,
     shape_of,
 )
-from tests.helpers.models import make_model
+from tests.helpers.families import FAMILIES
+from tests.helpers.models import SIZES, make_model
 
 pytestmark = pytest.mark.unit
 
@@ -73,3 +76,25 @@ def test_sliding_windows_are_read() -> None:
     windowed = make_model("gpt_oss", "float32", num_local_experts=4, num_experts_per_tok=2, head_dim=8,
                           sliding_window=16, layer_types=["sliding_attention", "full_attention"])  # fmt: skip
     assert shape_of(windowed).attention_windows == (16, 0)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_can_be_counted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = architecture.empty_model(transformers.AutoConfig.for_model(kind, **{**SIZES, **FAMILIES[kind]}))
+    shape = shape_of(model)
+    assert "FLOPs" not in caplog.text
+    assert 0 < shape.active_parameters <= count_parameters(model)
+    attending = {"mamba": 0, "mamba2": 0, "bamba": 1, "granitemoehybrid": 1, "jamba": 1, "qwen3_next": 1, "lfm2": 1,
+                 "recurrent_gemma": 1}  # fmt: skip
+    assert len(shape.attention_windows) == attending.get(kind, 2)
+    assert model_flops(shape, [10, 20]) > 0
+
+
+def test_a_model_that_says_nothing_is_counted_by_its_parameters(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("llama", "float32")
+    model.config.num_experts_per_tok = model.config.num_experts = [4, 4]
+    shape = shape_of(model)
+    assert shape == ModelShape(
+        active_parameters=count_parameters(model), attention_width=0, attention_windows=()
+    )  # fmt: skip
+    assert "FLOPs count every parameter" in caplog.text

@@ -59,12 +59,12 @@ def test_sparse_blocks_are_found(kind: str, leaf: str, tmp_path: Path) -> None:
 
 @pytest.mark.unit
 def test_an_unknown_leaf_module_lists_candidates(tmp_path: Path) -> None:
-    sparse = make_model("qwen3_moe", **MOE["qwen3_moe"]).config
+    sparse = make_model("qwen3_moe", **MOE["qwen3_moe"])
     load.check_leaf_module("Qwen3MoeSparseMoeBlock", sparse)
     with pytest.raises(UserError, match="--leaf_module NoSuchBlock: .* candidates: .*Qwen3MoeSparseMoeBlock"):
         load.check_leaf_module("NoSuchBlock", sparse)
     with pytest.raises(UserError, match="none looks like a sparse block; omit the flag"):
-        load.check_leaf_module("NoSuchBlock", make_model().config)
+        load.check_leaf_module("NoSuchBlock", make_model())
 
 
 @pytest.mark.unit

@@ -1,0 +1,114 @@
+"""A model without weights, on the meta device: what it has can be checked before any weight is read."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.integrations import deepspeed as integration
+
+from superoffload.errors import UserError, first_line
+from superoffload.log import logger
+from superoffload.protocols import Model
+
+PROBE_LENGTH = 8  # tokens
+POSITION_TABLE = re.compile(r"(wpe|position|pos_emb|pos_encoding)")  # names such as `wpe` and `embed_positions`
+TABLE_MARGIN = 8  # rows that a table may have besides one per position
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Build models whole within the block, also in the process of a run, where transformers would shard them."""
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> Model:
+    """Build the causal language model of a configuration on the meta device, where weights take no memory.
+
+    Takes about a second for any size, and draws no random numbers. Raises `UserError` if there is no such model.
+    """
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    try:
+        with torch.device("meta"), without_zero3(), torch.random.fork_rng(devices=[]):
+            return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]  # untyped
+                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise UserError(f"--model_name: {kind} is no causal language model: {first_line(error)}") from error
+
+
+def check_positions(skeleton: Model, max_length: int) -> None:
+    """Compare `--max_length` with the positions that a model knows.
+
+    Raises `UserError` if the model looks positions up in a table that has fewer; warns if it only was not made for
+    them, as with rotary embeddings.
+    """
+    config = skeleton.config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    if not isinstance(known, int) or known <= 0 or max_length <= known:
+        return
+    table = _position_table(skeleton, known)
+    if table:
+        raise UserError(
+            f"--max_length {max_length}: the model has a table of {known} positions ({table}); "
+            f"use --max_length {known} or less"
+        )
+    logger.warning(
+        "--max_length %d: the model was made for %d positions; rows longer than that train it on positions it does not "
+        "know, which may also make it worse on short rows (packs of shorter rows are not affected)",
+        max_length,
+        known,
+    )
+
+
+def _position_table(skeleton: Model, known: int) -> str | None:
+    """Return the name of a parameter or buffer with one row per position, None if there is none."""
+    for path, module in skeleton.named_modules():
+        if "Sinusoidal" in type(module).__name__:  # computed, and extended when needed
+            continue
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            rows = tensor.shape[0] if tensor.dim() == 2 else 0
+            if POSITION_TABLE.search(f"{path}.{name}") and known <= rows <= known + TABLE_MARGIN:
+                return f"{path}.{name}"
+    return None
+
+
+def unused_parameters(skeleton: Model) -> set[str]:
+    """Return the names of the parameters that get no gradient when the model is trained on text.
+
+    Runs the model forward and backward without numbers. If that is impossible, because the model looks at numbers on
+    the way, these are the parameters outside the text model and its head.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+            ids = torch.zeros((1, PROBE_LENGTH), dtype=torch.int64)
+            skeleton(input_ids=ids, use_cache=False).logits.sum().backward()  # type: ignore[operator]
+    except Exception as error:  # noqa: BLE001  whatever a model raises without numbers: only the structure is known then
+        logger.debug("The model does not run without numbers: %s", error)
+        return _outside_text_model(skeleton)
+    unused = {name for name, parameter in skeleton.named_parameters() if parameter.grad is None}
+    for parameter in skeleton.parameters():
+        parameter.grad = None
+    return unused
+
+
+def _outside_text_model(skeleton: Model) -> set[str]:
+    model: Any = skeleton
+    decoder = model.get_decoder() if skeleton.config is not skeleton.config.get_text_config() else None
+    if decoder is None:
+        return set()
+    parts = (decoder, skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    inside = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    return {name for name, parameter in skeleton.named_parameters() if id(parameter) not in inside}
