@@ -52,7 +52,7 @@ def export(
 
     Reads the files of a complete checkpoint in one process, without collectives. Memory grows by less than twice the
     largest tensor in fp32 plus one shard. `target` appears once everything in it is verified, or not at all.
-    trusted: see `rank_files.read`. Raises `UserError`.
+    Raises `UserError`.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")

@@ -253,9 +253,9 @@ class Bench:
 def child(connection: Connection, mode: str, shape: dict[str, Any], options: dict[str, Any]) -> None:
     """Serve commands of the parent until it sends None."""
     sys.path.insert(0, str(ROOT))
-    from superoffload import ops
+    from superoffload.offload import operators
 
-    ops.prepare()  # another ninja on PATH would compile the operators again
+    operators.prepare()  # another ninja on PATH would compile the operators again
     bench = Bench(mode, Shape(**shape), options)
     connection.send(sum(p.ds_numel for p in bench.engine.module.parameters()))
     while (command := connection.recv()) is not None:

@@ -30,12 +30,10 @@ def test_the_folder_of_the_model_or_the_data_is_refused(tmp_path: Path) -> None:
     for flag in ("model_name", "dataset_name", "eval_dataset"):
         for name in ("model", "link", "model/../model"):
             with pytest.raises(UserError, match=f"--output_dir {tmp_path}/{name}: is the folder of --{flag}"):
-                output_folder.prepare(str(tmp_path / name), {flag: str(tmp_path / "model")})
+                output_folder.prepare(str(tmp_path / name), [(flag, str(tmp_path / "model"))])
     assert list((tmp_path / "model").iterdir()) == []
-    output_folder.prepare(
-        str(tmp_path / "model" / "out"), {"model_name": str(tmp_path / "model"), "eval_dataset": None}
-    )
-    output_folder.prepare(str(tmp_path / "new"), {"model_name": "owner/name"})
+    output_folder.prepare(str(tmp_path / "model" / "out"), [("model_name", str(tmp_path / "model"))])
+    output_folder.prepare(str(tmp_path / "new"), [("model_name", "owner/name")])
 
 
 def test_a_read_only_disk(small_disk: Path) -> None:

@@ -154,7 +154,7 @@ def test_load_from_files(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
 def test_columns_that_do_not_fit_the_evaluation_set(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
     name = jsonl([{"q": "q", "a": "a"}])
     other = jsonl([{"prompt": "q", "completion": "a"}], "other.jsonl")
-    settings = DataSettings(dataset_name=name, eval_dataset=other, columns="prompt=q,completion=a")
+    settings = DataSettings(dataset_name=(name,), eval_dataset=other, columns="prompt=q,completion=a")
     with pytest.raises(
         UserError, match=r"--columns .*: /.*/other\.jsonl has no column q; its columns are prompt, comp"
     ):
@@ -169,7 +169,7 @@ def test_configs_of_both_data_sets(jsonl: WriteJsonLines, tokenizer: Tokenizer) 
     jsonl([{"prompt": "q", "completion": "a"}] * 2, "nb.jsonl")
     (folder / "README.md").write_text(CONFIGS)
     chosen: dict[str, Any] = {"dataset_config": "en", "eval_config": "nb", "eval_split": "train[:1]"}
-    settings = DataSettings(dataset_name=str(folder), eval_dataset=str(folder), **chosen)
+    settings = DataSettings(dataset_name=(str(folder),), eval_dataset=str(folder), **chosen)
     rows, held_out = loader.load(tokenizer, settings, 0)
     assert held_out is not None and (len(rows), len(held_out)) == (3, 1)
 
@@ -186,7 +186,7 @@ def test_configs_of_both_data_sets(jsonl: WriteJsonLines, tokenizer: Tokenizer) 
 def test_sample_prompts_are_turns_if_the_rows_are_chats(
     jsonl: WriteJsonLines, tokenizer: Tokenizer, row: dict[str, Any], in_turns: bool
 ) -> None:
-    settings = DataSettings(dataset_name=jsonl([b"{broken", row]))
+    settings = DataSettings(dataset_name=(jsonl([b"{broken", row]),))
     [ids] = loader.tokenize_prompts(["Say it."], tokenizer, settings)
     heading = "### User:" if in_turns else "### Instruction:"
     assert tokenizer.decode(ids).startswith(f"{heading}\nSay it.")
@@ -211,7 +211,7 @@ def test_what_is_left_out_of_the_loss_is_in_the_statistics(jsonl: WriteJsonLines
         {"messages": [{"role": "user", "content": "q"}, *turns]} for turns in ([said, empty], [said, call], [empty])
     ]
     name = jsonl([*rows, *rows[:1] * 3])
-    found, _ = loader.load(tokenizer, DataSettings(dataset_name=name, drop_unrendered=True), 0)
+    found, _ = loader.load(tokenizer, DataSettings(dataset_name=(name,), drop_unrendered=True), 0)
     assert (found.counts.empty_answers, found.counts.dropped_fields, found.counts.dropped) == (6, 1, 1)
     shown = make_batches(found).statistics()
     assert "1 dropped, 0 malformed, 6 empty answers, 1 dropped fields |" in shown.short()
