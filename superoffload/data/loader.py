@@ -45,18 +45,18 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     rows = sources.open_rows(settings.dataset_name, settings.dataset_split, "dataset_name", settings.dataset_config)
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, settings.dataset_name)
     encoder = Encoder(tokenizer, settings.chat_template, settings.train_on_prompt)
-    in_turns = _are_chats(rows, shape)
-    return [encoder.prompt_ids(prompt, in_turns=in_turns) for prompt in prompts]
+    kind = _kind_of(rows, shape)
+    return [encoder.prompt_ids(prompt, in_turns=kind is formats.Chat) for prompt in prompts]
 
 
-def _are_chats(rows: Any, shape: formats.Shape) -> bool:
-    """Return whether rows are read as chats: the first one that is not malformed decides."""
+def _kind_of(rows: Any, shape: formats.Shape) -> type[formats.Conversation]:
+    """Return what the rows are read as: the first one that is not malformed decides."""
     for row in rows:
         try:
-            return isinstance(formats.read(sources.parse(row, rows.features), shape), formats.Chat)
+            return type(formats.read(sources.parse(row, rows.features), shape))
         except BadRow:
             continue
-    return False
+    return formats.Pair
 
 
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
