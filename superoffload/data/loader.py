@@ -68,18 +68,18 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     rows = sources.open_rows(first.name, settings.dataset_split, "dataset_name", settings.dataset_config)
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, first.name)
     encoder = Encoder(tokenizer, settings)
-    dataset_format = "messages" if _are_chats(rows, shape) else shape.name
-    return [encoder.prompt_ids(prompt, dataset_format) for prompt in prompts]
+    kind = _kind_of(rows, shape)
+    return [encoder.prompt_ids(prompt, kind) for prompt in prompts]
 
 
-def _are_chats(rows: Any, shape: formats.Shape) -> bool:
-    """Return whether rows are read as chats: the first one that is not malformed decides."""
+def _kind_of(rows: Any, shape: formats.Shape) -> type[formats.Conversation]:
+    """Return what the rows are read as: the first one that is not malformed decides."""
     for row in rows:
         try:
-            return isinstance(formats.read(sources.parse(row, rows.features), shape), formats.Chat)
+            return type(formats.read(sources.parse(row, rows.features), shape))
         except BadRow:
             continue
-    return False
+    return formats.Pair
 
 
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
