@@ -144,12 +144,12 @@ class Encoder:
             conversation = as_chat(conversation)
         return self._plain(conversation) if self._jinja is None else self._chat(conversation, self._jinja)
 
-    def prompt_ids(self, prompt: str, dataset_format: str) -> list[int]:
-        """Tokenise a prompt as in a row of the training data of a format, up to where the answer begins."""
+    def prompt_ids(self, prompt: str, kind: type[Conversation]) -> list[int]:
+        """Tokenise a prompt as in a row of the training data, up to where the answer begins; `kind` is what rows are."""
         turns = as_chat(Pair(prompt=prompt, context="", answer=""))
-        if dataset_format == "text":
+        if kind is Text:
             text = prompt
-        elif not (dataset_format == "messages" or self._pairs_as_chat):
+        elif kind is Pair and not self._pairs_as_chat:
             text = alpaca_prompt(Pair(prompt=prompt, context="", answer=""))
         elif self._jinja is None:
             text = plain_segments(turns)[0][0]

@@ -37,7 +37,8 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     rows = sources.open_rows(settings.dataset_name, settings.dataset_split, "dataset_name")
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns)
     encoder = Encoder(tokenizer, settings)
-    return [encoder.prompt_ids(prompt, shape.name) for prompt in prompts]
+    kind = {"messages": formats.Chat, "text": formats.Text}.get(shape.name, formats.Pair)
+    return [encoder.prompt_ids(prompt, kind) for prompt in prompts]
 
 
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
