@@ -145,7 +145,7 @@ class Encoder:
         return self._plain(conversation) if self._jinja is None else self._chat(conversation, self._jinja)
 
     def prompt_ids(self, prompt: str, kind: type[Conversation]) -> list[int]:
-        """Tokenise a prompt as in a row of the training data, up to where the answer begins; `kind` is what rows are."""
+        """Tokenise a prompt as in a row of the training data, up to the answer; `kind` is what rows are."""
         turns = as_chat(Pair(prompt=prompt, context="", answer=""))
         if kind is Text:
             text = prompt

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from superoffload.data.formats import BadRow
 from superoffload.errors import UserError, first_line
@@ -85,6 +84,8 @@ class Template:
         return str(self._rendered(turns, **options)[0][0])
 
     def _rendered(self, turns: Sequence[Turn], **options: Any) -> Any:
+        from transformers.utils.chat_template_utils import render_jinja_template  # slow; --help must not wait for it
+
         given = [_in_parts(turn) for turn in turns] if self._as_parts else list(turns)
         return render_jinja_template([given], chat_template=self.text, **options, **self._variables)
 
