@@ -72,6 +72,7 @@ def targets(template: str, row: Conversation | Sequence[Turn], kind: str = "gpt2
         (BLANK, [" Yes <eos>", " Fine, and you? <eos>"]),
         (BLANK.replace(" {{ eos", "{{ eos"), [" Yes<eos>", " Fine, and you?<eos>"]),
         (COLON, [" Yes<|end|>", " Fine, and you?<|end|>"]),
+        (COLON.partition("{% if add")[0], [" Yes<|end|>", " Fine, and you?<|end|>"]),  # nothing asks for an answer
     ],
 )
 def test_first_word_after_a_blank_of_the_template_is_a_target(template: str, expected: list[str], kind: str) -> None:
