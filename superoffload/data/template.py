@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from superoffload.data.formats import BadRow
 from superoffload.errors import UserError, first_line
@@ -29,7 +28,11 @@ PROBE = "Qx7zProbeZj"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a conversation is handed to a template: null content as None or as "", arguments as mappings or as JSON."""
+    """How a conversation is handed to a template.
+
+    `null` is what null content becomes, and empty content beside calls, which says the same; `arguments_as_json` is
+    whether arguments are JSON text instead of mappings.
+    """
 
     null: str | None
     arguments_as_json: bool
@@ -81,6 +84,8 @@ class Template:
         return str(self._rendered(turns, **options)[0][0])
 
     def _rendered(self, turns: Sequence[Turn], **options: Any) -> Any:
+        from transformers.utils.chat_template_utils import render_jinja_template  # slow; --help must not wait for it
+
         given = [_in_parts(turn) for turn in turns] if self._as_parts else list(turns)
         return render_jinja_template([given], chat_template=self.text, **options, **self._variables)
 
@@ -106,8 +111,11 @@ class Template:
         """List the forms in which the template may take these turns, the most likely one first."""
         calls = any(turn.get("tool_calls") for turn in turns)
         nulls: list[str | None] = [""]
+        asks = ASKS_FOR_NONE.search(self.text) is not None
         if any(turn.get("content") is None for turn in turns):
-            nulls = [None, ""] if ASKS_FOR_NONE.search(self.text) else ["", None]
+            nulls = [None, ""] if asks else ["", None]
+        elif calls and asks:
+            nulls = ["", None]
         return [Form(null, as_json) for as_json in ((False, True) if calls else (False,)) for null in nulls]
 
 
@@ -124,7 +132,7 @@ def in_form(turns: Sequence[Turn], form: Form) -> list[Turn]:
 
 def _turn_in_form(turn: Turn, form: Form) -> Turn:
     result = turn
-    if turn.get("content") is None:
+    if turn.get("content") is None or (turn["content"] == "" and turn.get("tool_calls")):
         result = {**turn, "content": form.null}
     name = reasoning_name(turn)
     if name is not None:

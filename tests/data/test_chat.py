@@ -72,6 +72,7 @@ def targets(template: str, row: Conversation | Sequence[Turn], kind: str = "gpt2
         (BLANK, [" Yes <eos>", " Fine, and you? <eos>"]),
         (BLANK.replace(" {{ eos", "{{ eos"), [" Yes<eos>", " Fine, and you?<eos>"]),
         (COLON, [" Yes<|end|>", " Fine, and you?<|end|>"]),
+        (COLON.partition("{% if add")[0], [" Yes<|end|>", " Fine, and you?<|end|>"]),  # nothing asks for an answer
     ],
 )
 def test_first_word_after_a_blank_of_the_template_is_a_target(template: str, expected: list[str], kind: str) -> None:
@@ -167,6 +168,13 @@ def test_null_content_reaches_a_template_that_asks_for_it() -> None:
     assert targets(asks, [user("q"), assistant("", tool_calls=[WEATHER])])[0].startswith("<call>")
     prints = CALLS.replace("{{ m.content }}", "{{ m.content }}{{ '' if m.content is none }}", 1)
     assert targets(prints, [user("q"), assistant(None, tool_calls=[WEATHER])])[0].startswith("<call>")
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_call_with_empty_content_in_a_template_that_asks_for_null(text: str | None) -> None:
+    row = [user("q"), assistant(text, tool_calls=[WEATHER]), {"role": "tool", "content": "rain"}, assistant("Yes")]
+    found = chat_templates.found("deepseek_r1_distill", row).targets
+    assert "weather" in found[0] and found[1] == "Yes<｜end▁of▁sentence｜>"
 
 
 def test_arguments_are_text_where_the_template_wants_text() -> None:
@@ -376,10 +384,11 @@ def test_prompts_are_written_as_the_rows_are() -> None:
     tokenizer = with_bos()
     tokenizer.chat_template = CHATML
     encoder = Encoder(tokenizer, DataSettings())
-    written = {name: tokenizer.decode(encoder.prompt_ids("hi", name)) for name in ("text", "alpaca", "messages")}
+    kinds = {"text": Text, "alpaca": Pair, "messages": Chat}
+    written = {name: tokenizer.decode(encoder.prompt_ids("hi", kind)) for name, kind in kinds.items()}
     assert written == {
         "text": "<bos>hi",
         "alpaca": "<bos>### Instruction:\nhi\n\n### Response:\n",
         "messages": "<|start|>user\nhi<|end|>\n<|start|>assistant\n",
     }
-    assert tokenizer.decode(encoder.prompt_ids("<bos>hi", "text")) == "<bos>hi"
+    assert tokenizer.decode(encoder.prompt_ids("<bos>hi", Text)) == "<bos>hi"
