@@ -175,6 +175,7 @@ class Bench:
 
             self.chunked = ChunkedLoss(Transform())
         self.norms: list[float] = []
+        self.counted: dict[str, Any] = {}
         self.generator = torch.Generator().manual_seed(1)
 
     def clip(self, kind: str) -> float:
@@ -185,13 +186,12 @@ class Bench:
 
     def steps(self, count: int) -> list[dict[str, float]]:
         """Take steps and return the times of their parts; on a GPU, whole steps are measured in as many more steps."""
-        if not self.torch.cuda.is_available():
-            return [self.step() for _ in range(count)]
-        started = self._now(wait=True)
-        for _ in range(count):
-            self.step(wait=False)
+        on_cpu = not self.torch.cuda.is_available()
+        before, started = self._statistics(), self._now(wait=True)
+        times = [self.step(wait=on_cpu) for _ in range(count)]
         step_s = (self._now(wait=True) - started) / count
-        return [{**self.step(), "step_s": step_s} for _ in range(count)]
+        self.counted = added(self.counted, growth(before, self._statistics()))
+        return times if on_cpu else [{**self.step(), "step_s": step_s} for _ in range(count)]
 
     def at_length(self, length: int) -> None:
         """Train on sequences of this length from now on, and start measuring the peak of device memory."""
@@ -206,7 +206,11 @@ class Bench:
         return peak_memory()
 
     def statistics(self) -> dict[str, Any]:
-        """Return the statistics of this package's optimizer, {} in the other modes."""
+        """Return what this package's optimizer did since the last call, in steps without waits; {} in other modes."""
+        counted, self.counted = self.counted, {}
+        return counted
+
+    def _statistics(self) -> dict[str, Any]:
         found = getattr(self.engine.optimizer, "statistics", None)
         return asdict(found) if found else {}
 
@@ -358,16 +362,24 @@ def measure(running: dict[str, Connection], lengths: list[int], options: dict[st
             for connection in running.values():
                 ask(connection, "clip", kind)
                 ask(connection, "steps", 2)
-            before = {mode: ask(connection, "statistics") for mode, connection in running.items()}
+                ask(connection, "statistics")
             for number in range(options["rounds"]):
                 turn = number % len(modes)
                 for mode in (*modes[turn:], *modes[:turn]):
                     steps = ask(running[mode], "steps", options["steps"])
                     cell[mode].rounds.append({p: statistics.median(s[p] for s in steps) for p in PARTS})
             for mode, connection in running.items():
-                cell[mode].statistics = growth(before[mode], ask(connection, "statistics"))
+                cell[mode].statistics = ask(connection, "statistics")
         memory[length] = {mode: ask(connection, "memory") for mode, connection in running.items()}
     return Measured(parameters=parameters, cells=cells, memory=memory)
+
+
+def added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Add two results of `growth`, of which the second is the later one."""
+    return {
+        name: added(first.get(name, {}), value) if isinstance(value, dict) else first.get(name, 0) + value
+        for name, value in second.items()
+    }
 
 
 def growth(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

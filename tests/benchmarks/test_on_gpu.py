@@ -17,7 +17,7 @@ from tests.benchmarks import on_gpu
 from tests.benchmarks.gpu import machine, parts, report
 from tests.benchmarks.gpu.programs import Bench, Outcome, PartError
 from tests.benchmarks.gpu.report import Row
-from tests.benchmarks.offload_speed import growth
+from tests.benchmarks.offload_speed import added, growth
 from tests.helpers.ranks import REPOSITORY, run
 
 GPU: dict[str, Any] = {
@@ -152,6 +152,7 @@ def test_statistics_are_those_of_the_measured_steps() -> None:
     after = {"steps": 7, "wait_s": 1.5, "commit_wait_s": 0.25, "busy_s": {"ready": 0.5, "stepped": 2.0}}
     grown = growth(before, after)
     assert grown == {"steps": 4, "wait_s": 0.5, "commit_wait_s": 0.0, "busy_s": {"ready": 0.0, "stepped": 2.0}}
+    assert added(grown, {**grown, "busy_s": {"ready": 1.0, "stepped": 1.0}})["busy_s"] == {"ready": 1.0, "stepped": 3.0}
     (row,) = parts.exposed_rows("here", grown)
     assert row.value == "125.0 ms in step(), 0.0 ms for commits"
     assert row.compare == "optimizer process busy: stepped 500.0 ms"
