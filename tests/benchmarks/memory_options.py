@@ -35,7 +35,7 @@ OPTIONS: dict[str, list[str]] = {
     "both": ["--optimizer_state", "bf16", "--offload_params"],
 }
 SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 VOCABULARY = 2048
 MAX_LENGTH = 512
 STEP_LENGTH, STEPS_PER_TURN = 128, 3  # for step times
@@ -118,7 +118,12 @@ def share_changed(before: Path, after: Path) -> float:
 
 
 def serve(connection: Connection, model: str, output: str, values: dict[str, Any]) -> None:
-    """Build an engine of the program; take as many steps as asked for and return their times, until asked for none."""
+    """Build an engine of the program; take as many steps as asked for, until asked for none.
+
+    Answers with the median time of these steps and with the processor time of a step, in seconds. The latter includes
+    the optimizer process and hardly depends on what else runs on the machine.
+    """
+    import psutil
     import torch
 
     from superoffload import distributed
@@ -129,19 +134,29 @@ def serve(connection: Connection, model: str, output: str, values: dict[str, Any
     connection.send("ready")
     generator = torch.Generator().manual_seed(1)
     while count := connection.recv():
-        taken = []
+        taken: list[float] = []
+        before = processor_time(psutil.Process())
         for _ in range(count):
             start = time.perf_counter()
             tokens = torch.randint(VOCABULARY, (1, STEP_LENGTH), generator=generator)
             engine.backward(engine(input_ids=tokens, labels=tokens).loss)
             engine.step()
             taken.append(time.perf_counter() - start)
-        connection.send(taken)
+        if hasattr(engine.optimizer, "flush"):
+            engine.optimizer.flush()
+        used = processor_time(psutil.Process()) - before
+        connection.send({"step_s": statistics.median(taken), "processor_s": used / count})
     engine.destroy()
 
 
-def times(work: Path, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Return the median step times of each round, in seconds, by mode and options."""
+def processor_time(process: Any) -> float:
+    """Return the seconds of processor time that a process and its children have used."""
+    spent = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return float(sum(each.user + each.system for each in spent))
+
+
+def times(work: Path, options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Return the times of each round by mode and options; see `serve`."""
     write_model(work / "large", options.data, LARGE)
     context = multiprocessing.get_context("spawn")
     running: dict[tuple[str, str], tuple[Any, Connection]] = {}
@@ -157,7 +172,7 @@ def times(work: Path, options: argparse.Namespace) -> dict[str, dict[str, list[f
             process.start()
             running[mode, name] = process, ours
             ours.recv()  # one after another, because the ports are taken when they start
-    found: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in OPTIONS} for mode in MODES}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {mode: {name: [] for name in OPTIONS} for mode in MODES}
     order = list(running)
     for number in range(options.rounds + 1):
         turn = number % len(order)
@@ -166,7 +181,7 @@ def times(work: Path, options: argparse.Namespace) -> dict[str, dict[str, list[f
             connection.send(STEPS_PER_TURN)
             taken = connection.recv()
             if number:  # the first round warms up
-                found[mode][name].append(statistics.median(taken))
+                found[mode][name].append(taken)
     for process, connection in running.values():
         connection.send(0)
         process.join(60)
@@ -210,19 +225,22 @@ def report(found: dict[str, Any]) -> str:
     if "times" in found:
         lines += [
             "",
-            f"Step time of a Llama of 46 M parameters, {STEP_LENGTH} tokens per step: median over {found['rounds']} "
-            f"rounds, in which the engines take turns of {STEPS_PER_TURN} steps, and median of the ratios to the "
-            "default in the same round. The CPU is the device here, so nothing is copied over a bus.",
+            f"Time and processor time of a step of a Llama of 28 M parameters, {STEP_LENGTH} tokens per step: medians "
+            f"over {found['rounds']} rounds, in which the engines take turns of {STEPS_PER_TURN} steps, and medians of "
+            "the ratios to the default in the same round. Processor time is summed over cores and includes the "
+            "optimizer process. The CPU is the device here, so nothing is copied over a bus.",
             "",
-            "| mode | options | step | ratio |",
-            "| --- | --- | --- | --- |",
+            "| mode | options | step | ratio | processor | ratio |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         for mode, by_name in found["times"].items():
             for name, values in by_name.items():
-                ratios = [a / b for a, b in zip(values, by_name["default"], strict=True)]
-                lines.append(
-                    f"| {mode} | {name} | {1000 * statistics.median(values):.0f} ms | {statistics.median(ratios):.2f} |"
-                )
+                cells = []
+                for key in ("step_s", "processor_s"):
+                    ratios = [a[key] / b[key] for a, b in zip(values, by_name["default"], strict=True)]
+                    middle = statistics.median(value[key] for value in values)
+                    cells += [f"{1000 * middle:.0f} ms", f"{statistics.median(ratios):.2f}"]
+                lines.append(f"| {mode} | {name} | {' | '.join(cells)} |")
     if "memory" in found:
         lines += [
             "",
