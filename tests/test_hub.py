@@ -166,7 +166,7 @@ def test_a_revision_of_a_data_set(
 
     asked: list[Any] = []
 
-    def load_dataset(name: str, **options: Any) -> Any:
+    def load_dataset(name: str, config: str | None, **options: Any) -> Any:
         asked.append((name, options.get("revision")))
         return datasets.Dataset.from_dict({"text": ["one"]})
 

@@ -53,7 +53,7 @@ def test_several_data_sets(capsys: Capture, folder: str, jsonl: WriteJsonLines) 
         capsys, "--model_name", folder, "--dataset_name", first, f"{second}#10", "-n", "1", "--eval_percentage", "20"
     )
     rows, statistics = out.split("Training rows\n")
-    assert rows.splitlines()[0] == "first" and ">>>answer" in rows
+    assert rows.splitlines()[0] == "first" and "⟦answer" in rows
     assert "\nsecond\n--- row 1:" in rows and rows.count("--- row") == 2
     figures, held_out = statistics.split("Held-out rows\n")
     assert "rows             15 of 19" in figures and "packs " in figures

@@ -125,7 +125,7 @@ def test_a_config_after_the_id(tmp_path: Path) -> None:
 
 
 def test_configs_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+    def load(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
         if config is None:
             raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'nb']")
         if config not in ("en", "nb"):
