@@ -1,5 +1,6 @@
 """The environment of the test session, and fixtures that many tests share."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -58,6 +59,16 @@ def one_rank() -> Iterator[None]:
         distributed.init()
         yield
         distributed.close()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what a test's command has set up, so that it does not hide another test's messages."""
+    logger = logging.getLogger("superoffload")
+    level, handlers, propagate = logger.level, logger.handlers[:], logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:], logger.propagate = handlers, propagate
 
 
 @pytest.fixture(autouse=True)
