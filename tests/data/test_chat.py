@@ -151,6 +151,17 @@ def test_call_that_the_template_does_not_write() -> None:
         assert (encoded.unwritten, encoded.empty) == (2, 1)
 
 
+def test_result_of_a_tool_inside_a_turn_is_not_a_target() -> None:
+    result = "</call>{% endfor %}{% if m.tool_calls and not loop.last %}[{{ messages[loop.index].content }}]{% endif %}"
+    inside = CALLS.replace("{{ m.content }}", "", 1).replace("</call>{% endfor %}", result + "{{ m.content }}")
+    inside = inside.replace("{% for m in messages %}", "{% for m in messages %}{% if m.role != 'tool' %}")
+    inside = inside.replace("<|end|>\n", "<|end|>\n{% endif %}")
+    row = [user("q"), assistant("No", tool_calls=[WEATHER]), {"role": "tool", "content": "rain"}, assistant("Yes")]
+    with pytest.raises(BadRow, match="the template writes it otherwise depending on what follows"):
+        targets(inside, row)
+    assert targets(inside, row[:2])[0].endswith("</call>No<|end|>")
+
+
 @pytest.mark.parametrize("arguments", [{"days": 2}, {"is_wet": True, "since": None}, {"range": [1, 2]}, {"days": {}}])
 def test_arguments_that_the_template_does_not_write(arguments: dict[str, Any]) -> None:
     row = [user("q"), assistant(None, tool_calls=[{"function": {"name": "weather", "arguments": arguments}}])]
