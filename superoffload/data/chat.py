@@ -60,18 +60,23 @@ def find(row: Chat, template: Template, special: Special, *, keep_empty: bool, d
     """Render a conversation and find what the assistant says in it.
 
     The row is handed over in each form that the template may take, until one is written completely. With
-    `drop_unrendered`, a field that the template leaves out in every form is dropped instead of refused; with
-    `keep_empty`, turns that say nothing are found too. Raises `BadRow` if the template rejects the row, leaves out a
-    field, or writes a turn in a way that cannot be told apart from what is around it.
+    `drop_unrendered`, fields that the template leaves out are dropped instead of refused, in the form in which they are
+    fewest; with `keep_empty`, turns that say nothing are found too. Raises `BadRow` if the template rejects the row,
+    leaves out a field, or writes a turn in a way that cannot be told apart from what is around it.
     """
     forms = template.forms(row.turns)
     problems: list[BadRow] = []
     for drop in (False, True) if drop_unrendered else (False,):
+        found: list[Found] = []
         for form in forms:
             try:
-                return _Search(row, template, special, form, keep_empty).found(drop)
+                found.append(_Search(row, template, special, form, keep_empty).found(drop))
             except BadRow as problem:
                 problems.append(problem)
+            if found and not found[-1].unwritten:
+                return found[-1]
+        if found:
+            return min(found, key=lambda one: one.unwritten)
     raise problems[0]
 
 

@@ -232,6 +232,16 @@ def test_reasoning_that_the_template_does_not_write() -> None:
     assert targets(CHATML, row, drop_unrendered=True) == ["4<|end|>"]
 
 
+def test_only_what_the_template_leaves_out_in_every_form_is_dropped() -> None:
+    """This template takes arguments as text and null content, and writes no reasoning."""
+    tokenizer = make_trained_tokenizer(
+        "gpt2", chat_templates.special_tokens(), chat_templates.template("deepseek_r1_distill")
+    )
+    row = [user("q"), assistant(None, tool_calls=[WEATHER], reasoning_content="Let me look.")]
+    encoded = encode(tokenizer, row, drop_unrendered=True)
+    assert encoded.unwritten == 1 and "weather" in decode_targets(encoded, tokenizer)[0]
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("read", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_has_any_name(name: str, read: str) -> None:
