@@ -140,6 +140,37 @@ def test_call_is_a_target_with_and_without_text(kind: str) -> None:
         assert found == [text.replace(" ", "") if kind == "llama2" else text for text in expected]
 
 
+# The calls of Mistral: no header asks for an answer, and a blank precedes content only.
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% elif m.tool_calls is defined and m.tool_calls is not none %}<call> [{% for c in m.tool_calls %}"
+    "{% set out = c.function | tojson %}{{ out[:-1] + ', \"id\": \"' + c.id + '\"}' }}{% endfor %}]{{ eos_token }}"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
+    "{% else %}<result> {{ m.content }}</result>{% endif %}{% endfor %}"
+)
+
+
+@each_kind
+def test_call_in_a_template_that_asks_for_no_answer(kind: str) -> None:
+    row = [
+        user("q"),
+        assistant(None, tool_calls=[{**WEATHER, "id": "abcde1234"}]),
+        {"role": "tool", "content": "rain"},
+        assistant("Yes"),
+    ]
+    call = '{"name": "weather", "arguments": {"city": "Oslo\'s \\"centre\\"", "days": 2}'
+    blank = {"gpt2": " ", "metaspace": "", "llama2": ""}[kind]
+    expected = [f'<call> [{call}, "id": "abcde1234"}}]<eos>', f"{blank}Yes<eos>"]
+    assert [text.replace("> [", ">[") for text in targets(BRACKETS, row, kind)] == [
+        text.replace("> [", ">[") for text in expected
+    ]
+    named = COLON.partition("{% if add")[0].replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}({{ c.function | tojson }}){% endfor %}"
+    )
+    found = [text.lstrip() for text in targets(named, row, kind)]
+    assert found == [f"({call}}})<|end|>", "Yes<|end|>"]
+
+
 def test_call_that_the_template_does_not_write() -> None:
     row = [user("q"), assistant("Yes", tool_calls=[WEATHER]), user("q"), assistant(None, tool_calls=[WEATHER])]
     for settings in ({}, {"chat_template": "plain"}):
