@@ -60,18 +60,23 @@ def find(row: Chat, template: Template, special: Special, *, keep_empty: bool, d
     """Render a conversation and find what the assistant says in it.
 
     The row is handed over in each form that the template may take, until one is written completely. With
-    `drop_unrendered`, a field that the template leaves out in every form is dropped instead of refused; with
-    `keep_empty`, turns that say nothing are found too. Raises `BadRow` if the template rejects the row, leaves out a
-    field, or writes a turn in a way that cannot be told apart from what is around it.
+    `drop_unrendered`, fields that the template leaves out are dropped instead of refused, in the form in which they are
+    fewest; with `keep_empty`, turns that say nothing are found too. Raises `BadRow` if the template rejects the row,
+    leaves out a field, or writes a turn in a way that cannot be told apart from what is around it.
     """
     forms = template.forms(row.turns)
     problems: list[BadRow] = []
     for drop in (False, True) if drop_unrendered else (False,):
+        found: list[Found] = []
         for form in forms:
             try:
-                return _Search(row, template, special, form, keep_empty).found(drop)
+                found.append(_Search(row, template, special, form, keep_empty).found(drop))
             except BadRow as problem:
                 problems.append(problem)
+            if found and not found[-1].unwritten:
+                return found[-1]
+        if found:
+            return min(found, key=lambda one: one.unwritten)
     raise problems[0]
 
 
@@ -197,15 +202,29 @@ class _Search:
             at = self._after(self._template.header, len(prompt), limit)
             if at is not None:  # a header that the prompt does not have here
                 return at, at
-            nothing_else = not self._text[len(prompt) : limit].strip()
-            return len(prompt), len(prompt) if self._template.header.strip() or nothing_else else limit
+            if self._template.header.strip() or not self._text[len(prompt) : limit].strip():
+                return len(prompt), len(prompt)
+            return len(prompt), self._after_unasked_header(turn, len(prompt), limit)
         header = asked[shared(self._closed_before(turn), asked) :] if asked else self._template.header
         if not OPENED.sub("", header).strip():
-            return floor, limit
+            first = next(piece.field for piece in self._pieces if piece.turn == turn)
+            if first == "content" and not self._template.before_answer.strip():
+                return floor, limit
+            return floor, self._after_unasked_header(turn, floor, limit)
         at = self._after(header, floor, limit)
         if at is None:
             raise BadRow(_not_found(turn, "the header before it is not the one that asks for it"))
         return at, at
+
+    def _after_unasked_header(self, turn: int, start: int, limit: int) -> int:
+        """Return where a turn starts in a template that asks for no answer: after what it writes before any answer."""
+        header = self._template.before_answer
+        at = self._after(header, start, limit)
+        if at is not None:
+            return at
+        if header.strip() or not self._text.startswith(self._closed_before(turn)) or not turn:
+            raise BadRow(_not_found(turn, "the header before it is not the one of other answers"))
+        return start
 
     def _after(self, header: str, start: int, end: int) -> int | None:
         """Return where the last header of a part of the text ends; white space around it may differ."""

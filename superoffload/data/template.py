@@ -42,8 +42,9 @@ class Template:
     """A compiled chat template.
 
     `marked` is whether it has `{% generation %}` marks. `closed` is the text of a conversation that is one user turn;
-    `header` is what the template adds to ask for an answer, empty if it adds nothing. Raises `UserError` if the text is
-    empty or not a valid template; `flag` is what the message begins with.
+    `header` is what the template adds to ask for an answer, empty if it adds nothing; `before_answer` is what it writes
+    between the user turn and an answer. Raises `UserError` if the text is empty or not a valid template; `flag` is what
+    the message begins with.
     """
 
     def __init__(self, text: str, tokenizer: Tokenizer, flag: str) -> None:
@@ -58,15 +59,19 @@ class Template:
             self._as_parts = not self._writes_text() and self._writes_parts()
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{flag}: line {error.lineno} is not valid Jinja: {first_line(error)}") from error
-        self.closed, self.header = self._around_turns()
+        self.closed, self.header, self.before_answer = self._around_turns()
 
-    def _around_turns(self) -> tuple[str, str]:
+    def _around_turns(self) -> tuple[str, str, str]:
         turns = [{"role": "user", "content": "q"}]
         try:
             closed, asked = self.render(turns), self.render(turns, ask=True)
         except BadRow:
-            return "", ""
-        return closed, asked[shared(closed, asked) :]
+            return "", "", ""
+        try:
+            answered = self.render([*turns, {"role": "assistant", "content": PROBE}]).partition(PROBE)[0]
+        except BadRow:
+            answered = ""
+        return closed, asked[shared(closed, asked) :], answered[shared(closed, answered) :]
 
     def _writes_text(self) -> bool:
         try:

@@ -140,6 +140,37 @@ def test_call_is_a_target_with_and_without_text(kind: str) -> None:
         assert found == [text.replace(" ", "") if kind == "llama2" else text for text in expected]
 
 
+# The calls of Mistral: no header asks for an answer, and a blank precedes content only.
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% elif m.tool_calls is defined and m.tool_calls is not none %}<call> [{% for c in m.tool_calls %}"
+    "{% set out = c.function | tojson %}{{ out[:-1] + ', \"id\": \"' + c.id + '\"}' }}{% endfor %}]{{ eos_token }}"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
+    "{% else %}<result> {{ m.content }}</result>{% endif %}{% endfor %}"
+)
+
+
+@each_kind
+def test_call_in_a_template_that_asks_for_no_answer(kind: str) -> None:
+    row = [
+        user("q"),
+        assistant(None, tool_calls=[{**WEATHER, "id": "abcde1234"}]),
+        {"role": "tool", "content": "rain"},
+        assistant("Yes"),
+    ]
+    call = '{"name": "weather", "arguments": {"city": "Oslo\'s \\"centre\\"", "days": 2}'
+    blank = {"gpt2": " ", "metaspace": "", "llama2": ""}[kind]
+    expected = [f'<call> [{call}, "id": "abcde1234"}}]<eos>', f"{blank}Yes<eos>"]
+    assert [text.replace("> [", ">[") for text in targets(BRACKETS, row, kind)] == [
+        text.replace("> [", ">[") for text in expected
+    ]
+    named = COLON.partition("{% if add")[0].replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}({{ c.function | tojson }}){% endfor %}"
+    )
+    found = [text.lstrip() for text in targets(named, row, kind)]
+    assert found == [f"({call}}})<|end|>", "Yes<|end|>"]
+
+
 def test_call_that_the_template_does_not_write() -> None:
     row = [user("q"), assistant("Yes", tool_calls=[WEATHER]), user("q"), assistant(None, tool_calls=[WEATHER])]
     for settings in ({}, {"chat_template": "plain"}):
@@ -149,6 +180,17 @@ def test_call_that_the_template_does_not_write() -> None:
         encoded = encode(tokenizer, row, drop_unrendered=True, **settings)
         assert decode_targets(encoded, tokenizer)[0].startswith("Yes<") and len(decode_targets(encoded, tokenizer)) == 1
         assert (encoded.unwritten, encoded.empty) == (2, 1)
+
+
+def test_result_of_a_tool_inside_a_turn_is_not_a_target() -> None:
+    result = "</call>{% endfor %}{% if m.tool_calls and not loop.last %}[{{ messages[loop.index].content }}]{% endif %}"
+    inside = CALLS.replace("{{ m.content }}", "", 1).replace("</call>{% endfor %}", result + "{{ m.content }}")
+    inside = inside.replace("{% for m in messages %}", "{% for m in messages %}{% if m.role != 'tool' %}")
+    inside = inside.replace("<|end|>\n", "<|end|>\n{% endif %}")
+    row = [user("q"), assistant("No", tool_calls=[WEATHER]), {"role": "tool", "content": "rain"}, assistant("Yes")]
+    with pytest.raises(BadRow, match="the template writes it otherwise depending on what follows"):
+        targets(inside, row)
+    assert targets(inside, row[:2])[0].endswith("</call>No<|end|>")
 
 
 @pytest.mark.parametrize("arguments", [{"days": 2}, {"is_wet": True, "since": None}, {"range": [1, 2]}, {"days": {}}])
@@ -219,6 +261,16 @@ def test_reasoning_that_the_template_does_not_write() -> None:
         with pytest.raises(BadRow, match="does not write reasoning_content of message 2"):
             targets(CHATML, row, **settings)
     assert targets(CHATML, row, drop_unrendered=True) == ["4<|end|>"]
+
+
+def test_only_what_the_template_leaves_out_in_every_form_is_dropped() -> None:
+    """This template takes arguments as text and null content, and writes no reasoning."""
+    tokenizer = make_trained_tokenizer(
+        "gpt2", chat_templates.special_tokens(), chat_templates.template("deepseek_r1_distill")
+    )
+    row = [user("q"), assistant(None, tool_calls=[WEATHER], reasoning_content="Let me look.")]
+    encoded = encode(tokenizer, row, drop_unrendered=True)
+    assert encoded.unwritten == 1 and "weather" in decode_targets(encoded, tokenizer)[0]
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
