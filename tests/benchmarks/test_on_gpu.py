@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from superoffload import cli
 from tests.benchmarks import on_gpu
 from tests.benchmarks.gpu import machine, parts, report
 from tests.benchmarks.gpu.programs import Bench, Outcome, PartError
@@ -165,6 +166,41 @@ def test_memory_is_compared_with_a_budget() -> None:
     row = parts.memory_row("ours", peaks, 3_200_000_000, 28, case)
     assert row.value == "device 18.00 GiB, host 80.00 GiB"
     assert row.compare == "device within the budget of 18.1 GiB; host **above** the budget of 61.6 GiB"
+
+
+class Stop(Exception):
+    """Ends a part at its first command."""
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("part", parts.PART_LIST, ids=lambda part: part.name)
+def test_the_first_command_on_a_device_has_known_flags(
+    part: parts.Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def record(self: Bench, *command: str, env: Any = None) -> str:
+        if "write" not in command and "tests.benchmarks.gpu.models" not in command:
+            commands.append(command)
+            raise Stop
+        return ""
+
+    monkeypatch.setattr(Bench, "run", record)
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(Stop):
+        part.run(replace(make_bench(tmp_path), rehearse=False))
+    (command,) = commands
+    (script,) = [w for w in command if w.endswith("finetune_zero3.py") or w.startswith("tests/benchmarks/")] or [
+        "pytest"
+    ]
+    if script.endswith("finetune_zero3.py"):
+        assert cli.parse(list(command[command.index(script) + 1 :])).output.output_dir.startswith(str(tmp_path))
+    elif script == "pytest":
+        assert all((REPOSITORY / word).exists() for word in command if word.startswith("tests/"))
+    else:
+        known = (REPOSITORY / script).read_text(encoding="utf-8")
+        assert [word for word in command if word.startswith("--") and f'"{word}"' not in known] == []
+        assert "--rehearse" not in command
 
 
 def outcome(out: Path, losses: list[float], weights: bytes) -> Outcome:
