@@ -155,37 +155,43 @@ def processor_time(process: Any) -> float:
     return float(sum(each.user + each.system for each in spent))
 
 
-def times(work: Path, options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Return the times of each round by mode and options; see `serve`."""
-    write_model(work / "large", options.data, LARGE)
+def start(model: Path, output: Path, mode: str, name: str, threads: int) -> tuple[Any, Connection]:
+    """Start a process that serves an engine, and wait until it is ready."""
+    flags = OPTIONS[name]
+    values = {"deepspeed_config": f"configs/{mode}.json", "offload_params": "--offload_params" in flags}
+    values["optimizer_state"] = "bf16" if "bf16" in flags else "fp32"
+    os.environ |= {**rank_environment(0, 1, free_port()), **STEADY_ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
     context = multiprocessing.get_context("spawn")
-    running: dict[tuple[str, str], tuple[Any, Connection]] = {}
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, str(model), str(output), values), daemon=True)
+    process.start()
+    ours.recv()
+    return process, ours
+
+
+def times(work: Path, options: argparse.Namespace) -> dict[str, dict[str, dict[str, list[dict[str, float]]]]]:
+    """Return the times of each round by mode, option, and whether it was used; see `serve`."""
+    write_model(work / "large", options.data, LARGE)
+    found: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {}
     for mode in MODES:
-        for name, flags in OPTIONS.items():
-            values = {"deepspeed_config": f"configs/{mode}.json", "offload_params": "--offload_params" in flags}
-            values["optimizer_state"] = "bf16" if "bf16" in flags else "fp32"
-            os.environ |= {**rank_environment(0, 1, free_port()), **STEADY_ALLOCATOR}
-            os.environ["OMP_NUM_THREADS"] = str(options.threads)
-            ours, theirs = context.Pipe()
-            arguments = (theirs, str(work / "large"), str(work / "none"), values)
-            process = context.Process(target=serve, args=arguments, daemon=True)
-            process.start()
-            running[mode, name] = process, ours
-            ours.recv()  # one after another, because the ports are taken when they start
-    found: dict[str, dict[str, list[dict[str, float]]]] = {mode: {name: [] for name in OPTIONS} for mode in MODES}
-    order = list(running)
-    for number in range(options.rounds + 1):
-        turn = number % len(order)
-        for mode, name in [*order[turn:], *order[:turn]]:
-            connection = running[mode, name][1]
-            connection.send(STEPS_PER_TURN)
-            taken = connection.recv()
-            if number:  # the first round warms up
-                found[mode][name].append(taken)
-    for process, connection in running.values():
-        connection.send(0)
-        process.join(60)
-        process.kill()
+        found[mode] = {}
+        for option in ("bf16 state", "weights on the host"):  # two engines at a time, for the memory of small machines
+            engines = {
+                key: start(work / "large", work / "none", mode, name, options.threads)
+                for key, name in (("with", option), ("without", "default"))
+            }
+            taken: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
+            for number in range(options.rounds + 1):
+                for key in ("with", "without") if number % 2 else ("without", "with"):
+                    engines[key][1].send(STEPS_PER_TURN)
+                    measured = engines[key][1].recv()
+                    if number:  # the first round warms up
+                        taken[key].append(measured)
+            for process, connection in engines.values():
+                connection.send(0)
+                process.join(60)
+                process.kill()
+            found[mode][option] = taken
     return found
 
 
@@ -226,21 +232,22 @@ def report(found: dict[str, Any]) -> str:
         lines += [
             "",
             f"Time and processor time of a step of a Llama of 28 M parameters, {STEP_LENGTH} tokens per step: medians "
-            f"over {found['rounds']} rounds, in which the engines take turns of {STEPS_PER_TURN} steps, and medians of "
-            "the ratios to the default in the same round. Processor time is summed over cores and includes the "
-            "optimizer process. The CPU is the device here, so nothing is copied over a bus.",
+            f"over {found['rounds']} rounds, in which an engine with the option and one without take turns of "
+            f"{STEPS_PER_TURN} steps, and medians of the ratios in the same round. Processor time is summed over cores "
+            "and includes the optimizer process. The CPU is the device here, so nothing is copied over a bus.",
             "",
-            "| mode | options | step | ratio | processor | ratio |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| mode | option | step without | with | ratio | processor without | with | ratio |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for mode, by_name in found["times"].items():
-            for name, values in by_name.items():
+        for mode, by_option in found["times"].items():
+            for option, taken in by_option.items():
                 cells = []
-                for key in ("step_s", "processor_s"):
-                    ratios = [a[key] / b[key] for a, b in zip(values, by_name["default"], strict=True)]
-                    middle = statistics.median(value[key] for value in values)
-                    cells += [f"{1000 * middle:.0f} ms", f"{statistics.median(ratios):.2f}"]
-                lines.append(f"| {mode} | {name} | {' | '.join(cells)} |")
+                for part in ("step_s", "processor_s"):
+                    without, used = ([value[part] for value in taken[key]] for key in ("without", "with"))
+                    ratio = statistics.median(a / b for a, b in zip(used, without, strict=True))
+                    cells += [f"{1000 * statistics.median(values):.0f} ms" for values in (without, used)]
+                    cells.append(f"{ratio:.2f}")
+                lines.append(f"| {mode} | {option} | {' | '.join(cells)} |")
     if "memory" in found:
         lines += [
             "",
