@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from superoffload.protocols import Tokenizer
     from superoffload.training.evaluation import Evaluation
     from superoffload.training.run import Run
-    from superoffload.training.step import StepCounts
+    from superoffload.training.step import StepCounts, Votes
 
 CHECKPOINT_ERROR = 3
 
@@ -40,8 +40,7 @@ def main(config: "Config") -> int:
     merged = merge_flags(ds_config, config, distributed.world_size())
     config = merged.config
     log.warn(merged.notes)
-    output_folder.prepare(config.output.output_dir, config.inputs)
-    lock = output_folder.lock(config.output.output_dir) if distributed.is_rank_0() else None
+    lock = output_folder.prepare(config.output.output_dir, config.inputs)
     distributed.init()
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     checkpoints = resume.find(config)
@@ -54,6 +53,8 @@ def main(config: "Config") -> int:
     rows = vocabulary.rows_needed(config.model, model_config, tokenizer, *evaluation.ids(batches))
 
     source = resume.first_intact(config, checkpoints)
+    progress = Progress(**resume.progress_of(source))
+    batches.start_at(progress.step, progress.epoch, progress.packs_in_epoch)
     model = load.load_model(config.model, model_config, merged.ds_config, kernel, rows)
     model_engine = engine.create(
         model, resume.with_checkpoint_format(merged.ds_config, source), config.training, batches.total_steps
@@ -62,7 +63,6 @@ def main(config: "Config") -> int:
     loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)
 
     state = resume.restore(model_engine, source, trusted=config.checkpoint.trust_checkpoint) if source else {}
-    progress = Progress(**state.get("progress", {}))
     engine.replay_adam_beta_powers(model_engine)
     run = Run(
         config=config,
@@ -116,28 +116,28 @@ def train(run: "Run") -> None:
     """Run the remaining optimizer steps and keep `run.progress` up to date (collective)."""
     from superoffload import log
 
-    config, progress, control = run.config, run.progress, run.control
+    config, progress, control, batches = run.config, run.progress, run.control, run.batches
     with log.progress_bar(run.last_step, progress.step) as bar:
         run.meter.start()
         while progress.step < run.last_step and not run.stopped:
-            for micro_batches in run.batches.epoch(progress.epoch, progress.step_in_epoch):
+            for micro_batches in batches.epoch(progress.epoch, progress.packs_in_epoch):
                 lr = run.engine.get_lr()[0]
-                counts = train_step(run, micro_batches)
-                progress.advance(counts.tokens)
+                counts, votes = train_step(run, micro_batches)
+                progress.advance(counts.tokens, batches.packs_per_step)
                 run.watch_loss(counts.bad_losses)
 
                 if progress.step % config.output.log_interval == 0 or progress.step == run.last_step:
                     grad_norm = float(run.engine.get_global_grad_norm())
-                    numbers = run.meter.read(progress, lr, grad_norm, run.batches.steps_in(progress.epoch))
+                    numbers = run.meter.read(progress, lr, grad_norm, batches.packs_in(progress.epoch))
                     log.logger.info("%s", numbers.line())
                     run.trackers.log(progress.step, numbers.as_dict())
                 bar.update()
-                if run.evaluation.due(progress.step, progress.step == run.last_step):
-                    run.evaluate()
-                if counts.stop_votes:
+                if votes.stop:
                     log.logger.warning("Stopped by %s: saving after step %d", control.stopped_by, progress.step)
                     run.stopped = True
-                elif control.wants_save(progress.step, counts.save_votes):
+                elif run.evaluation.due(progress.step, progress.step == run.last_step):
+                    run.evaluate()
+                if not run.stopped and control.wants_save(progress.step, votes.save):
                     run.save()
                     control.saved()
                 if run.stopped or progress.step == run.last_step:
@@ -146,11 +146,12 @@ def train(run: "Run") -> None:
                 progress.next_epoch()
 
 
-def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
+def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "tuple[StepCounts, Votes]":
     """Run one optimizer step over its micro-batches (collective).
 
     The loss of a step is the mean over all its target tokens, on all ranks and in all micro-batches: their number is
-    known before the first backward, and each micro-batch adds its part of the sum.
+    known before the first backward, and each micro-batch adds its part of the sum. Votes to stop and to save are taken
+    as late as possible, so that a request is answered in the step in which it arrives.
     """
     from superoffload import distributed
     from superoffload.training import step
@@ -158,14 +159,16 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "StepCounts":
     engine = run.engine
     # DeepSpeed divides the loss by the number of micro-batches and averages gradients over the ranks.
     undo_averaging = run.config.training.gradient_accumulation_steps * distributed.world_size()
-    sums = step.sum_over_ranks(micro_batches, run.control.votes(), run.meter.bad_loss)
+    sums = step.sum_over_ranks(micro_batches, run.meter.bad_loss)
     for batch in micro_batches:
         losses = run.loss(engine, batch)
         engine.backward(losses.sum() * (undo_averaging / sums.target_tokens).float())
+        if batch is micro_batches[-1]:
+            votes = step.VoteSums(run.control.votes())
         engine.step()
         run.meter.add(batch, losses.detach())
     run.meter.end_step()
-    return sums.read()
+    return sums.read(), votes.read()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from superoffload.errors import UserError
 from superoffload.log import logger
 
 
-def prepare(folder: str, inputs: Iterable[tuple[str, str]] = ()) -> None:
-    """Create the output folder and write to it once, so that an error shows before training, not after.
+def prepare(folder: str, inputs: Iterable[tuple[str, str]] = ()) -> int | None:
+    """Create the output folder and write to it once, so that an error shows before training, not after; then lock it.
 
-    `inputs` holds what the run reads, as pairs of a flag and a name. Raises `UserError` if the folder cannot be created
-    or written, or is one of these, whose files would be overwritten.
+    `inputs` holds what the run reads, as pairs of a flag and a name. Returns what `lock` returns on rank 0, None on the
+    other ranks. Raises `UserError` if the folder cannot be created, written or locked, or is one of these, whose files
+    would be overwritten.
     """
     for flag, name in inputs:
         source = Path(name).expanduser()
@@ -31,6 +32,7 @@ def prepare(folder: str, inputs: Iterable[tuple[str, str]] = ()) -> None:
         raise UserError(
             f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from error
+    return lock(folder) if distributed.is_rank_0() else None
 
 
 def lock(folder: str) -> int | None:

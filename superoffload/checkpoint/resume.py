@@ -140,8 +140,15 @@ def _check_world_size(path: Path, described: Manifest) -> None:
 
 
 def _check_same_run(config: Config, path: Path, described: Manifest) -> None:
-    """Raise `UserError` for settings that make a different run, unless they only make it longer."""
+    """Raise `UserError` for settings that make a different run.
+
+    A longer run is the same run; so is one of a converted checkpoint that deals out the packs otherwise.
+    """
     found = settings.differences(config, described["config"])
+    if described.get("universal"):
+        # The position in the data is counted in packs, however they are distributed over ranks and micro-batches.
+        distribution = ("--batch_size:", "--gradient_accumulation_steps:")
+        found = [text for text in found if not text.startswith(distribution)]
     longer = [text for text in found if text.startswith(LENGTH)]
     if longer and longer == found and _is_longer(settings.flat(config), described["config"]):
         logger.warning(
@@ -151,14 +158,6 @@ def _check_same_run(config: Config, path: Path, described: Manifest) -> None:
             "; ".join(longer),
         )
         return
-    if described.get("universal"):
-        # A step has the same packs however they are distributed over ranks and micro-batches.
-        distribution = ("--batch_size:", "--gradient_accumulation_steps:")
-        found = [text for text in found if not text.startswith(distribution)]
-        saved = _packs_per_step(described["config"], described["world_size"])
-        current = _packs_per_step(settings.flat(config), distributed.world_size())
-        if saved != current:
-            found.append(f"rows or packs per step: checkpoint has {saved}, this run has {current}")
     if not found:
         return
     if not config.checkpoint.resume_anyway:
@@ -178,6 +177,19 @@ def _is_longer(current: dict[str, Any], saved: dict[str, Any]) -> bool:
 
 def _packs_per_step(values: dict[str, Any], world_size: int) -> int:
     return int(values["batch_size"] * values["gradient_accumulation_steps"] * world_size)
+
+
+def progress_of(source: Source | None) -> dict[str, int]:
+    """Return how far the run of a checkpoint has come, as `save` was given it; empty without a checkpoint.
+
+    Release 0.1.0 counted steps in the epoch instead of packs.
+    """
+    if source is None:
+        return {}
+    progress: dict[str, int] = dict(source.manifest["progress"])
+    if (steps := progress.pop("step_in_epoch", None)) is not None:
+        progress["packs_in_epoch"] = steps * _packs_per_step(source.manifest["config"], source.manifest["world_size"])
+    return progress
 
 
 def with_checkpoint_format(ds_config: DsConfig, source: Source | None) -> DsConfig:

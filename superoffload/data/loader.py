@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -118,13 +117,13 @@ class Batches:
     Rows are put into packs once, by their lengths alone. For each epoch, (seed, epoch) determines the order of the
     packs and which of the rows of equal length goes into which pack. Rows therefore share a pack with different rows
     in each epoch, but every epoch has the same number of packs and steps, which is known at the start. An epoch can
-    be entered at any step at the cost of one sort.
+    be entered at any pack at the cost of one sort, so a run may be resumed with another number of packs per step.
 
     If the rows have weights, (seed, epoch) also determines which rows an epoch holds: as many as there are rows,
     drawn from the sources in proportion to the weights, with replacement. Each epoch then has packs of its own, and
     their number and that of the steps can differ slightly between epochs.
 
-    Each step takes the next `world_size * accumulation * batch_size` packs. The last step of an epoch takes the
+    Each step takes the next `packs_per_step` packs. The last step of an epoch takes the
     packs that are left, spread over ranks and micro-batches, and is filled with rows that hold no targets. Every
     row of an epoch appears once in it, and every rank runs the same number of micro-batches.
     """
@@ -141,7 +140,9 @@ class Batches:
             mixture.rows_per_epoch(list(sizes.values()), rows.weights, list(sizes)) if rows.weights else None
         )
         self._latest: tuple[int, packing.Indices, packing.Packs] | None = None
-        self._steps: dict[int, int] = {}
+        self._packs_in: dict[int, int] = {}
+        self._start = (0, 0, 0)
+        self._total_steps: int | None = None
         self.packs = self._epoch(0)[1]
 
     @property
@@ -162,12 +163,25 @@ class Batches:
         self._latest = (epoch, rows, packs)
         return rows, packs
 
-    def steps_in(self, epoch: int) -> int:
-        """Return the number of optimizer steps of an epoch; only with weights do epochs differ."""
+    @property
+    def packs_per_step(self) -> int:
+        """Return the number of packs of one optimizer step, over all ranks."""
+        return self._training.batch_size * self._training.gradient_accumulation_steps * self._world_size
+
+    def packs_in(self, epoch: int) -> int:
+        """Return the number of packs of an epoch; only with weights do epochs differ."""
         known = epoch if self._per_epoch is not None else 0
-        if known not in self._steps:
-            self._steps[known] = steps_per_epoch(len(self._epoch(known)[1]), self._training, self._world_size)
-        return self._steps[known]
+        if known not in self._packs_in:
+            self._packs_in[known] = len(self._epoch(known)[1])
+        return self._packs_in[known]
+
+    def steps_in(self, epoch: int, start_pack: int = 0) -> int:
+        """Return the number of optimizer steps of an epoch from a pack on; the last step may be incomplete."""
+        return -(-max(0, self.packs_in(epoch) - start_pack) // self.packs_per_step)
+
+    def start_at(self, step: int, epoch: int, start_pack: int) -> None:
+        """Begin after `step` steps, with pack `start_pack` of an epoch; the run's number of steps follows from that."""
+        self._start, self._total_steps = (step, epoch, start_pack), None
 
     def extent(self) -> dict[str, Any]:
         """Return the numbers of rows, tokens and packs; a resumed run compares them to detect a changed data set."""
@@ -181,15 +195,20 @@ class Batches:
             }
         return extent
 
-    @cached_property
+    @property
     def total_steps(self) -> int:
         """Return the number of optimizer steps of the whole run, which is the length of the schedule."""
+        if self._total_steps is None:
+            self._total_steps = self._count_steps()
+        return self._total_steps
+
+    def _count_steps(self) -> int:
         most = self._training.max_steps or math.inf
-        steps = 0
-        for epoch in range(self._training.num_train_epochs):
+        steps, first, start_pack = self._start
+        for epoch in range(first, self._training.num_train_epochs):
             if steps >= most:
                 break
-            steps += self.steps_in(epoch)
+            steps += self.steps_in(epoch, start_pack if epoch == first else 0)
         return int(min(steps, most))
 
     def statistics(self) -> statistics.Statistics:
@@ -198,17 +217,16 @@ class Batches:
         capacity = self.layout.max_length if self.layout.packs else 0
         return statistics.describe(self._rows, rows, packs, capacity, self.steps_in(0))
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of each step of an epoch, beginning with step `start`."""
+    def epoch(self, epoch: int, start_pack: int = 0) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of each step of an epoch, beginning with pack `start_pack` of its order."""
         accumulation = self._training.gradient_accumulation_steps
         rng = np.random.default_rng([self._training.seed, epoch])
         rows, packs = self._epoch(epoch)
         members = rows[packs.rows(self._rows.lengths[rows], rng)]
         order = rng.permutation(len(packs))
-        per_step = self._training.batch_size * accumulation * self._world_size
-        for step in range(start, self.steps_in(epoch)):
+        for first in range(start_pack, len(packs), self.packs_per_step):
             # Dealt out one pack at a time, so that an incomplete last step is spread over ranks and micro-batches.
-            own = order[step * per_step : (step + 1) * per_step][self._rank :: self._world_size]
+            own = order[first : first + self.packs_per_step][self._rank :: self._world_size]
             yield [self._batch(own[micro::accumulation], members, packs.bounds) for micro in range(accumulation)]
 
     def held_out(self) -> Iterator[Batch]:
@@ -232,8 +250,3 @@ class Batches:
             by_source = targets_by_source(sources, targets, len(self.sources))
         packed = [[next(documents) for _ in pack] for pack in rows]
         return collate(packed, self._training.batch_size, self.layout, by_source)
-
-
-def steps_per_epoch(packs: int, training: TrainingSettings, world_size: int) -> int:
-    """Return the number of optimizer steps of one pass over the packs; the last step may be incomplete."""
-    return -(-packs // (training.batch_size * training.gradient_accumulation_steps * world_size))

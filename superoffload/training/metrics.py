@@ -157,7 +157,7 @@ class Meter:
         self._interval.add(self._current)
         self._current = _Work()
 
-    def read(self, progress: Progress, lr: float, grad_norm: float, steps_per_epoch: int) -> StepMetrics:
+    def read(self, progress: Progress, lr: float, grad_norm: float, packs_per_epoch: int) -> StepMetrics:
         """Return the numbers of the steps since the last call (collective; waits for the device)."""
         rates, targets, (loss_sum, *by_source) = self._rates(
             self._interval, torch.cat([self._loss_sum[None], self._by_source.take()])
@@ -167,7 +167,7 @@ class Meter:
         self._loss_sum.zero_()
         return StepMetrics(
             step=progress.step,
-            epoch=progress.epoch + progress.step_in_epoch / steps_per_epoch,
+            epoch=progress.epoch + min(1.0, progress.packs_in_epoch / packs_per_epoch),
             loss=self.last_loss,
             lr=lr,
             grad_norm=grad_norm,

@@ -8,25 +8,26 @@ from pathlib import Path
 class Progress:
     """How far a run has come, as every checkpoint records it.
 
-    `step` counts finished optimizer steps, `epoch` finished passes over the data, `step_in_epoch` finished steps of the
-    current pass, `tokens` the tokens trained on over all ranks, padding excluded.
+    `step` counts finished optimizer steps, `epoch` finished passes over the data, `packs_in_epoch` the packs of the
+    current pass that have been trained on (rows, if they are not packed), `tokens` the tokens trained on, padding
+    excluded; all over all ranks.
     """
 
     step: int = 0
     epoch: int = 0
-    step_in_epoch: int = 0
+    packs_in_epoch: int = 0
     tokens: int = 0
 
-    def advance(self, tokens: int) -> None:
-        """Count one more step and its tokens."""
+    def advance(self, tokens: int, packs: int) -> None:
+        """Count one more step, its tokens and its packs; those missing in an incomplete last step count as well."""
         self.step += 1
-        self.step_in_epoch += 1
+        self.packs_in_epoch += packs
         self.tokens += tokens
 
     def next_epoch(self) -> None:
         """Start the next pass over the data."""
         self.epoch += 1
-        self.step_in_epoch = 0
+        self.packs_in_epoch = 0
 
 
 @dataclass(frozen=True, slots=True)

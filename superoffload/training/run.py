@@ -62,7 +62,10 @@ class Run:
                 "--resume none starts from the model"
             )
         self.saved, self.saved_step = Saved(path, f"Checkpoint of this step is in {path}"), self.progress.step
-        if self.progress.step >= self.last_step:
+        left = self.last_step - self.progress.step
+        if left > 0:
+            logger.info("%d steps of %d rows or packs are left", left, self.batches.packs_per_step)
+        else:
             logger.info("Nothing is left to train: %s was saved after the last step", path)
         distributed.restore_rng_state(state["random"])
 

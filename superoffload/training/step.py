@@ -1,4 +1,4 @@
-"""What one optimizer step contains, counted over all ranks before its first backward."""
+"""What one optimizer step contains, counted over all ranks before its first backward; what ranks are asked to do."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,23 +12,27 @@ from superoffload.data.collate import Batch
 class StepCounts(NamedTuple):
     """Sums over all ranks and micro-batches of a step.
 
-    `target_tokens` is what the loss is divided by; `tokens` excludes padding. `stop_votes` and `save_votes` count the
-    ranks that were asked to stop and to save. `bad_losses` counts the ranks whose loss of the step before is infinite
-    or NaN: that of this step is not known yet.
+    `target_tokens` is what the loss is divided by; `tokens` excludes padding. `bad_losses` counts the ranks whose loss
+    of the step before is infinite or NaN: that of this step is not known yet.
     """
 
     target_tokens: int
     tokens: int
-    stop_votes: int
-    save_votes: int
     bad_losses: int
+
+
+class Votes(NamedTuple):
+    """How many ranks have been asked to stop, and to save."""
+
+    stop: int
+    save: int
 
 
 class StepSums:
     """The sums of a step: at once on the device, for the loss; later on the host, for everything else."""
 
     def __init__(self, sums: torch.Tensor) -> None:
-        """Take the fields of `StepCounts`, float64 `[5]` on the device."""
+        """Take the fields of `StepCounts`, float64 `[3]` on the device."""
         self.target_tokens = sums[0]
         self._on_host = distributed.HostCopy(sums)
 
@@ -41,13 +45,23 @@ class StepSums:
         return StepCounts(*map(int, self._on_host.tolist()))
 
 
-def sum_over_ranks(micro_batches: Sequence[Batch], votes: tuple[float, float], bad_loss: torch.Tensor) -> StepSums:
-    """Sum the fields of `StepCounts` over all ranks (collective).
+class VoteSums:
+    """The votes of all ranks, on their way to the host."""
 
-    `votes` are this rank's `RunControl.votes()`; `bad_loss` is `Meter.bad_loss`, on the device.
-    """
+    def __init__(self, votes: tuple[float, float]) -> None:
+        """Sum this rank's `RunControl.votes()` over all ranks (collective)."""
+        sums = torch.tensor(votes, dtype=torch.float64).to(distributed.device(), non_blocking=True)
+        self._on_host = distributed.HostCopy(distributed.all_reduce_sum(sums))
+
+    def read(self) -> Votes:
+        """Return the votes on the host; after the optimizer step, like `StepSums.read`."""
+        return Votes(*map(int, self._on_host.tolist()))
+
+
+def sum_over_ranks(micro_batches: Sequence[Batch], bad_loss: torch.Tensor) -> StepSums:
+    """Sum the fields of `StepCounts` over all ranks (collective); `bad_loss` is `Meter.bad_loss`, on the device."""
     targets = sum(batch.target_tokens for batch in micro_batches)
     tokens = sum(sum(batch.lengths) for batch in micro_batches)
-    counted = torch.tensor([targets, tokens, *votes], dtype=torch.float64)
+    counted = torch.tensor([targets, tokens], dtype=torch.float64)
     sums = torch.cat([counted.to(distributed.device(), non_blocking=True), bad_loss[None]])
     return StepSums(distributed.all_reduce_sum(sums))

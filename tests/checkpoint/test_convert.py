@@ -24,7 +24,7 @@ def test_from_two_ranks_to_one_and_back(model_folder: Path, rows_file: Path, tmp
     assert launch(2, *flags(model_folder, rows_file, whole, *steps)).returncode == 0
     assert launch(2, *flags(model_folder, rows_file, first, *steps, "--bench_steps", "3")).returncode == 0
 
-    alone = ["--gradient_accumulation_steps", "4"]  # as many rows per step on one rank as on two
+    alone = ["--gradient_accumulation_steps", "4"]  # as many packs per step on one rank as on two
     refused = launch(1, *flags(model_folder, rows_file, second, *steps, *alone, "--resume", str(first)))
     assert refused.returncode == 2
     assert "was saved by 2 ranks, this run has 1" in refused.stderr

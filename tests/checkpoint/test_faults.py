@@ -38,7 +38,7 @@ def keep_saving(model: str, out: str, env: dict[str, str], started: Event) -> No
         assert steps == {progress.step}
     started.set()
     while True:
-        progress.advance(1)
+        progress.advance(tokens=1, packs=1)
         for state in engine.optimizer.optimizer.state.values():
             state["step"] = progress.step  # so that each rank's file tells its step
         extra = {"said": f"step {progress.step}"}

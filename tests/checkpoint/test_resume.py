@@ -251,6 +251,22 @@ def test_another_optimizer_state_is_another_run(two: tuple[Path, Path]) -> None:
     assert find(two[0].parent, offload_params=True) is not None  # where the weights are changes no result
 
 
+def test_a_converted_checkpoint_takes_any_batch(tmp_path: Path, one_rank: None) -> None:
+    made = make_checkpoint(tmp_path, 3, 1.0, batch_size=4, gradient_accumulation_steps=3)
+    with pytest.raises(UserError, match="--batch_size: checkpoint has 4, this run has 5"):
+        find(tmp_path, batch_size=5)
+    described = json.loads((made / "manifest.json").read_text())
+    described |= {"universal": True, "world_size": 2, "progress": {"step": 3, "packs_in_epoch": 48}}
+    (made / "manifest.json").write_text(json.dumps(described))
+    source = find(tmp_path, batch_size=5, gradient_accumulation_steps=1)
+    assert resume.progress_of(source) == {"step": 3, "packs_in_epoch": 48}
+    described["progress"] = {"step": 3, "epoch": 1, "step_in_epoch": 2, "tokens": 9}  # as release 0.1.0 wrote it
+    (made / "manifest.json").write_text(json.dumps(described))
+    source = find(tmp_path, batch_size=5, gradient_accumulation_steps=1)
+    assert resume.progress_of(source) == {"step": 3, "epoch": 1, "packs_in_epoch": 2 * 24, "tokens": 9}
+    assert resume.progress_of(None) == {}
+
+
 def test_another_number_of_ranks_is_refused(two: tuple[Path, Path]) -> None:
     manifest = json.loads((two[1] / "manifest.json").read_text())
     (two[1] / "manifest.json").write_text(json.dumps({**manifest, "world_size": 2}))

@@ -196,7 +196,7 @@ def test_a_complete_checkpoint(model_folder: Path, tmp_path: Path) -> None:
     import torch
 
     state = torch.load(tmp_path / "global_step7/zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)
-    assert state["progress"] == {"step": 7, "epoch": 1, "step_in_epoch": 0, "tokens": 70}
+    assert state["progress"] == {"step": 7, "epoch": 1, "packs_in_epoch": 0, "tokens": 70}
     assert state["config"]["model_name"] == str(model_folder)
     assert state["lr_scheduler"] is not None
 

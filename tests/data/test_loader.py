@@ -1,5 +1,6 @@
 """Batches: an order determined by (seed, epoch), equal work, every row once."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def test_entering_at_any_step_gives_what_follows(packs: bool) -> None:
     whole = [[row_numbers([batch]) for batch in step] for step in batches.epoch(3)]
     for start in range(batches.steps_in(0) + 1):
         again = make(make_rows(), packs=packs)
-        assert [[row_numbers([batch]) for batch in step] for step in again.epoch(3, start)] == whole[start:]
+        resumed = again.epoch(3, start * again.packs_per_step)
+        assert [[row_numbers([batch]) for batch in step] for step in resumed] == whole[start:]
 
 
 def test_seed_and_epoch_alone_decide_the_order() -> None:
@@ -98,6 +100,26 @@ def test_same_rows_in_a_step_for_any_number_of_ranks() -> None:
     pairs = [make(rows, 2, rank, gradient_accumulation_steps=2).epoch(1) for rank in (0, 1)]
     together = [sorted(row_numbers(a) + row_numbers(b)) for a, b in zip(*pairs, strict=True)]
     assert together == alone
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(("ranks", "batch_size", "accumulation"), [(1, 1, 1), (1, 5, 3), (2, 2, 1), (4, 1, 2)])
+def test_an_epoch_resumed_with_other_batches_visits_what_is_left_once(
+    packs: bool, ranks: int, batch_size: int, accumulation: int
+) -> None:
+    first = make(make_rows(), packs=packs, batch_size=3)
+    before = [row for step in itertools.islice(first.epoch(1), 4) for row in row_numbers(step)]
+    values = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "num_train_epochs": 3}
+    resumed = [make(make_rows(), ranks, rank, packs=packs, **values) for rank in range(ranks)]
+    after, steps = [], set()
+    for batches in resumed:
+        batches.start_at(step=20, epoch=1, start_pack=4 * first.packs_per_step)
+        rest = list(batches.epoch(1, 4 * first.packs_per_step))
+        after += [row for step in rest for row in row_numbers(step)]
+        steps.add(len(rest))
+        assert batches.total_steps == 20 + len(rest) + batches.steps_in(2)
+    assert len(steps) == 1  # every rank runs as many
+    assert sorted(before + after) == sorted(row for step in first.epoch(1) for row in row_numbers(step))
 
 
 def test_steps_of_a_run() -> None:

@@ -212,7 +212,7 @@ def test_steps_of_epochs_with_weights(files: tuple[str, ...], load: Load) -> Non
     assert Batches(rows, PACKED, limited, rank=0, world_size=1).total_steps == 40
     again = Batches(rows, PACKED, training, rank=0, world_size=1)  # any epoch and step can be entered at once
     expected = [step[0].inputs["input_ids"].tolist() for step in batches.epoch(3)][2:]
-    assert [step[0].inputs["input_ids"].tolist() for step in again.epoch(3, 2)] == expected
+    assert [step[0].inputs["input_ids"].tolist() for step in again.epoch(3, 2 * again.packs_per_step)] == expected
 
 
 def test_a_weight_for_one_source_draws_its_rows(files: tuple[str, ...], load: Load, tokenizer: Tokenizer) -> None:

@@ -18,7 +18,6 @@ from superoffload import config, distributed
 from superoffload.data.collate import Batch, TargetsBySource
 from superoffload.model.head import plain_loss
 from superoffload.training import metrics, tracking
-from superoffload.training.evaluation import Evaluation
 from superoffload.training.progress import Progress
 from superoffload.training.run import Run
 from superoffload.training.run_control import RunControl
@@ -145,7 +144,9 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
     def votes() -> tuple[float, float]:
         return float(len(waits_of_step) == STOP_AFTER - 1), 0.0
 
-    batches: Any = SimpleNamespace(epoch=epoch, total_steps=STEPS, steps_in=lambda epoch: STEPS)
+    batches: Any = SimpleNamespace(epoch=epoch, total_steps=STEPS, packs_in=lambda epoch: STEPS, packs_per_step=1)
+    evaluated: list[int] = []
+    evaluation: Any = SimpleNamespace(due=lambda *_: True, run=lambda *given: evaluated.append(given[-1]) or {})
     engine: Any = Engine()
     control = RunControl(chosen, is_rank_0=True)
     monkeypatch.setattr(control, "votes", votes)
@@ -157,7 +158,7 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
         progress=Progress(),
         meter=metrics.Meter(chosen, SHAPE, sources=sources),
         trackers=tracking.Trackers([]),
-        evaluation=Evaluation(None, (), 0),
+        evaluation=evaluation,
         control=control,
         loss=plain_loss,
     )
@@ -165,6 +166,7 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
     finetune_zero3.train(run)
     assert [waits > 0 for waits in waits_of_step] == [step % LOG_INTERVAL == 0 for step in range(1, STOP_AFTER)]
     assert run.stopped and run.progress.step == STOP_AFTER  # in the step of the vote
+    assert evaluated == list(range(1, STOP_AFTER))  # the save does not wait for the evaluation of that step
     assert run.progress.tokens == sum(2 * (5 + step) for step in range(STOP_AFTER))
     monkeypatch.undo()
     of_half_the_targets = float(torch.tensor(8.0).log()) / 2

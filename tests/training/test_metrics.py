@@ -54,7 +54,7 @@ def test_a_logged_step_averages_its_interval(one_rank: None) -> None:
     made = meter(clock, recomputed=True)
     step(made, clock, 1.0, loss=2.0, targets=30)
     step(made, clock, 3.0, loss=6.0, targets=10)
-    read = made.read(Progress(step=2, epoch=1, step_in_epoch=2), lr=1e-4, grad_norm=0.5, steps_per_epoch=8)
+    read = made.read(Progress(step=2, epoch=1, packs_in_epoch=2), lr=1e-4, grad_norm=0.5, packs_per_epoch=8)
     values = read.as_dict()
     assert list(values) == [
         "step", "epoch", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "target_tokens_per_s",
@@ -80,7 +80,7 @@ def test_a_norm_that_is_not_finite_is_logged(norm: float, text: str, one_rank: N
     clock = Clock()
     made = meter(clock)
     step(made, clock, 1.0, loss=2.0)
-    read = made.read(Progress(step=1), lr=1e-4, grad_norm=norm, steps_per_epoch=1)
+    read = made.read(Progress(step=1), lr=1e-4, grad_norm=norm, packs_per_epoch=1)
     assert f"| Grad norm: {text} |" in read.line()
 
 
@@ -88,9 +88,9 @@ def test_a_new_interval_starts_after_reading(one_rank: None) -> None:
     clock = Clock()
     made = meter(clock)
     step(made, clock, 5.0, loss=9.0)
-    made.read(Progress(step=1), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
+    made.read(Progress(step=1), lr=1.0, grad_norm=1.0, packs_per_epoch=1)
     step(made, clock, 1.0, loss=4.0)
-    read = made.read(Progress(step=2), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
+    read = made.read(Progress(step=2), lr=1.0, grad_norm=1.0, packs_per_epoch=1)
     assert read.loss == pytest.approx(4.0)
     assert read.rates.step_time_s == 1.0
 
@@ -100,7 +100,7 @@ def test_the_summary_ignores_the_warm_up(one_rank: None) -> None:
     made = meter(clock)
     for seconds in (60.0, 60.0, 1.0, 2.0, 4.0):
         step(made, clock, seconds, loss=1.0)
-    made.read(Progress(step=5), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
+    made.read(Progress(step=5), lr=1.0, grad_norm=1.0, packs_per_epoch=1)
     summary = made.summary(warmup_steps=2)
     assert (summary["steps"], summary["measured_steps"]) == (5, 3)
     assert summary["median_step_time_s"] == 2.0
@@ -114,7 +114,7 @@ def test_a_run_shorter_than_its_warm_up_measures_its_last_half(one_rank: None) -
     made = meter(clock)
     for seconds in (60.0, 60.0, 1.0, 3.0):
         step(made, clock, seconds, loss=1.0)
-    made.read(Progress(step=4), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
+    made.read(Progress(step=4), lr=1.0, grad_norm=1.0, packs_per_epoch=1)
     summary = made.summary(warmup_steps=20)
     assert summary["measured_steps"] == 2
     assert summary["median_step_time_s"] == 2.0
@@ -128,7 +128,7 @@ def read_on_two_ranks() -> dict[str, Any]:
     made.add(batch((30,), 10 + 20 * rank, 40), torch.tensor(10.0 if rank == 0 else 60.0))
     clock.now += 2.0
     made.end_step()
-    return made.read(Progress(step=1), lr=1.0, grad_norm=1.0, steps_per_epoch=1).as_dict()
+    return made.read(Progress(step=1), lr=1.0, grad_norm=1.0, packs_per_epoch=1).as_dict()
 
 
 def test_rates_are_those_of_the_whole_job() -> None:
@@ -144,7 +144,7 @@ def test_the_report_is_written_and_logged(one_rank: None, tmp_path: Path, caplog
     clock = Clock()
     made = meter(clock)
     step(made, clock, 1.0, loss=1.5)
-    made.read(Progress(step=1), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
+    made.read(Progress(step=1), lr=1.0, grad_norm=1.0, packs_per_epoch=1)
     metrics.report(
         made.summary(0), Progress(step=2), Saved(None, "NO CHECKPOINT WAS SAVED: x", failed=True), str(tmp_path)
     )
@@ -170,7 +170,7 @@ def test_an_open_interval_continues_after_a_resume(one_rank: None) -> None:
     second = metrics.Meter(config.build(values), SHAPE, first.state(), clock)
     second.start()
     step(second, clock, 3.0, loss=6.0, targets=10)
-    read = second.read(Progress(step=2), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
+    read = second.read(Progress(step=2), lr=1.0, grad_norm=1.0, packs_per_epoch=1)
     assert read.loss == pytest.approx(3.0)
     assert read.rates.step_time_s == 2.0
 

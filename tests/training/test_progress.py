@@ -10,11 +10,11 @@ pytestmark = pytest.mark.unit
 
 
 def test_steps_tokens_and_epochs_are_counted() -> None:
-    progress = Progress(step=4, epoch=1, step_in_epoch=2, tokens=100)
-    progress.advance(30)
-    assert progress == Progress(step=5, epoch=1, step_in_epoch=3, tokens=130)
+    progress = Progress(step=4, epoch=1, packs_in_epoch=16, tokens=100)
+    progress.advance(tokens=30, packs=8)
+    assert progress == Progress(step=5, epoch=1, packs_in_epoch=24, tokens=130)
     progress.next_epoch()
-    assert progress == Progress(step=5, epoch=2, step_in_epoch=0, tokens=130)
+    assert progress == Progress(step=5, epoch=2, packs_in_epoch=0, tokens=130)
 
 
 def test_the_outcome_of_a_save_is_a_sentence() -> None:

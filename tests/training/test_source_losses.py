@@ -86,7 +86,7 @@ def add(made: metrics.Meter, counts: tuple[int, int], losses: tuple[float, float
 
 
 def read(made: metrics.Meter) -> metrics.StepMetrics:
-    return made.read(Progress(step=1), lr=1.0, grad_norm=1.0, steps_per_epoch=1)
+    return made.read(Progress(step=1), lr=1.0, grad_norm=1.0, packs_per_epoch=1)
 
 
 def test_a_logged_step_has_the_mean_of_each_source(one_rank: None) -> None:
