@@ -198,33 +198,27 @@ class _Search:
         except BadRow:
             asked = ""
         prompt = OPENED.sub("", asked)
-        if turn and self._text.startswith(prompt) and floor <= len(prompt) <= limit:
+        if asked and self._text.startswith(prompt) and floor <= len(prompt) <= limit:
             at = self._after(self._template.header, len(prompt), limit)
             if at is not None:  # a header that the prompt does not have here
                 return at, at
             if self._template.header.strip() or not self._text[len(prompt) : limit].strip():
                 return len(prompt), len(prompt)
-            return len(prompt), self._after_unasked_header(turn, len(prompt), limit)
+            at = self._after(self._template.before_answer, len(prompt), limit)
+            if at is None and self._template.before_answer.strip():
+                raise BadRow(_not_found(turn, "the header before it is not that of other answers"))
+            return len(prompt), len(prompt) if at is None else at
         header = asked[shared(self._closed_before(turn), asked) :] if asked else self._template.header
-        if not OPENED.sub("", header).strip():
+        unasked = not OPENED.sub("", header).strip()
+        if unasked:
+            header = self._template.before_answer
             first = next(piece.field for piece in self._pieces if piece.turn == turn)
-            if first == "content" and not self._template.before_answer.strip():
+            if first == "content" and not header.strip():
                 return floor, limit
-            return floor, self._after_unasked_header(turn, floor, limit)
         at = self._after(header, floor, limit)
         if at is None:
-            raise BadRow(_not_found(turn, "the header before it is not the one that asks for it"))
-        return at, at
-
-    def _after_unasked_header(self, turn: int, start: int, limit: int) -> int:
-        """Return where a turn starts in a template that asks for no answer: after what it writes before any answer."""
-        header = self._template.before_answer
-        at = self._after(header, start, limit)
-        if at is not None:
-            return at
-        if header.strip() or not self._text.startswith(self._closed_before(turn)) or not turn:
-            raise BadRow(_not_found(turn, "the header before it is not the one of other answers"))
-        return start
+            raise BadRow(_not_found(turn, "the header before it is not that of other answers"))
+        return len(self._text[:at].rstrip()) if unasked else at, at
 
     def _after(self, header: str, start: int, end: int) -> int | None:
         """Return where the last header of a part of the text ends; white space around it may differ."""

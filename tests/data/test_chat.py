@@ -171,6 +171,26 @@ def test_call_in_a_template_that_asks_for_no_answer(kind: str) -> None:
     assert found == [f"({call}}})<|end|>", "Yes<|end|>"]
 
 
+def test_conversation_may_start_with_the_assistant_in_a_template_that_asks_for_no_answer() -> None:
+    turns = [assistant("Yes"), user("How are you?"), assistant("Fine")]
+    for template, end in ((COLON.partition("{% if add")[0], "<|end|>"), (BLANK, " <eos>")):
+        assert targets(template, turns) == [f" Yes{end}", f" Fine{end}"]
+
+
+def test_template_that_rejects_the_turns_before_an_answer() -> None:
+    """Nothing then shows where a call starts, so it is refused; content starts where it stands."""
+    rejects = "{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}"
+    for template in (CALLS, BRACKETS.replace(" {{ m.content | trim", "{{ m.content | trim")):
+        assert targets(rejects + template, [user("q"), assistant("Yes")])[0].startswith("Yes<")
+        call = assistant(None, tool_calls=[{**WEATHER, "id": "abcde1234"}])
+        try:
+            found = targets(rejects + template, [user("q"), call])
+        except BadRow as refused:
+            assert "cannot be found" in str(refused)
+        else:
+            assert found == targets(template, [user("q"), call])
+
+
 def test_call_that_the_template_does_not_write() -> None:
     row = [user("q"), assistant("Yes", tool_calls=[WEATHER]), user("q"), assistant(None, tool_calls=[WEATHER])]
     for settings in ({}, {"chat_template": "plain"}):
