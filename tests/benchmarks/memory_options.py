@@ -234,7 +234,8 @@ def report(found: dict[str, Any]) -> str:
             f"Time and processor time of a step of a Llama of 28 M parameters, {STEP_LENGTH} tokens per step: medians "
             f"over {found['rounds']} rounds, in which an engine with the option and one without take turns of "
             f"{STEPS_PER_TURN} steps, and medians of the ratios in the same round. Processor time is summed over cores "
-            "and includes the optimizer process. The CPU is the device here, so nothing is copied over a bus.",
+            "and includes the optimizer process; step times include what other programs took of the machine meanwhile. "
+            "The CPU is the device here, so nothing is copied over a bus.",
             "",
             "| mode | option | step without | with | ratio | processor without | with | ratio |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
