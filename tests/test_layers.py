@@ -44,7 +44,7 @@ LIBRARIES: dict[str, set[str]] = {
         "model.attention", "model.load",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save",
         "training.engine",
-        "offload.install", "offload.zero3.contract", "offload.zero3.optimizer", "offload.zero3.service",
+        "offload.install", "offload.zero3",
     },
     "huggingface_hub": {"hub", "model.tokenizer", "export.weights"},
     "safetensors": {"export.weights"},

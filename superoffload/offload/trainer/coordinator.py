@@ -69,9 +69,7 @@ class Coordinator:
         self.steps = dict.fromkeys(self._order, 0)
         self.statistics = Statistics()
         self.send_speculation: Callable[[Task], None] = self._send
-        """Sends a speculation; replaced where gradients arrive asynchronously."""
-        self.gradients_queued: Callable[[], None] = lambda: None
-        """Called when gradients have been queued for copying to the host; replaced together with `settle`."""
+        """Sends a speculation; replaced, together with `settle`, where gradients arrive asynchronously."""
         self.settle: Callable[[], None] = lambda: None
         """Called before a decision: returns once every speculation has been sent and every gradient has arrived."""
         self._round = 0

@@ -26,6 +26,7 @@ from ..trainer.process import OptimizerProcess, OptimizerProcessError, WorkerSet
 from ..worker import fused
 from .partitions import ArenaPartitions
 from .surface import CpuAdam, ZeroOptimizer
+from .transfers import Transfers
 
 _log = getLogger(__name__)
 
@@ -45,6 +46,7 @@ class OptimizerService:
     def __init__(self, settings: OffloadSettings) -> None:
         """Prepare; start() starts the process."""
         self._settings = settings
+        self.transfers = Transfers()
         self._coordinator: Coordinator | None = None
         self._last_statistics = Statistics()
 
@@ -63,8 +65,8 @@ class OptimizerService:
             TRAINER_BINDING.take(cores.trainer)
         device = accelerator.current_device()
         dispatcher = None
-        if not accelerator.is_synchronized_device():
-            dispatcher = EventDispatcher(self.process, record_event, partial(accelerator.set_device, device))
+        if self.transfers.asynchronous:
+            dispatcher = EventDispatcher(self.process, self.transfers.record, partial(accelerator.set_device, device))
         unpin = partial(page_unlock, pinned, partial(accelerator.synchronize, device))
         self._finalizer = weakref.finalize(self, _shut_down, self.process, dispatcher, unpin, bind)
         coordinator = Coordinator(
@@ -76,7 +78,6 @@ class OptimizerService:
         )
         if dispatcher is not None:
             coordinator.send_speculation = dispatcher.send
-            coordinator.gradients_queued = dispatcher.gradients_queued
             coordinator.settle = lambda: dispatcher.settle(coordinator.pump)
         self._coordinator = coordinator
 
@@ -117,8 +118,11 @@ class OptimizerService:
         return self._coordinator.statistics if self._coordinator is not None else self._last_statistics
 
     def flush(self) -> None:
-        """Wait until fp32 parameters, gradients and moments are those after the last step()."""
-        if self._coordinator is not None and self._coordinator.has_uncommitted:
+        """Wait until fp32 parameters and moments are those after the last step(), and all copies have ended."""
+        if self._coordinator is None:
+            return
+        self.transfers.synchronize()
+        if self._coordinator.has_uncommitted:
             self._coordinator.flush()
 
     def close(self) -> None:
@@ -140,19 +144,6 @@ def _cores_of_this_rank() -> Cores:
     seats: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seats, own)
     return share_of_rank(seats, dist.get_rank())
-
-
-def record_event() -> Any:
-    """Return an event recorded on the accelerator's current stream.
-
-    Whoever waits for it sleeps, if the accelerator has such events, because the trainer has few cores.
-    """
-    try:
-        event = get_accelerator().Event(blocking=True)
-    except TypeError:
-        event = get_accelerator().Event()
-    event.record()
-    return event
 
 
 def _hyper_reader(main: CpuAdam, group_of: Mapping[int, int]) -> Callable[[int], AdamHyper]:
