@@ -146,41 +146,40 @@ class Coordinator:
             self.cancel(i)
         self._decided_hypers, self._decided_anchors = hypers, anchors
         self._send(self._task(TaskKind.DECIDE, factor=factor))
-        for i in reversed(self._order):
-            if i not in self._work:
+        self.pump()
+        for i in self._order:  # the next forward needs the first sub-group first
+            if i not in self._work or self._is_refused(self._work[i]):
                 self._request_step(i)
 
     def collect(self, upload: Callable[[int], None]) -> None:
         """Wait for the new weights of all sub-groups, upload each as it arrives, then request the commits.
 
+        Of those that have arrived, the first sub-group is uploaded first, because the next forward begins with it.
         `upload(sub_group)` copies the staging region to the device, in stream order. Afterwards the step
         counts are those after this step. Raises RuntimeError without a preceding decide().
         """
         if self._decided_factor is None:
             raise RuntimeError("collect() before decide()")
         started = time.perf_counter()
-        pending, accepted = list(reversed(self._order)), []
+        pending, accepted = list(self._order), []
         while pending:
             self.pump()
             waiting = []
             for i in pending:
-                work = self._work[i]
-                if work.stage is Stage.STEPPED:
+                if self._is_refused(self._work[i]):
+                    self._request_step(i)
+                stage = self._work[i].stage
+                if stage in (Stage.SPECULATED, Stage.STEPPED):
                     upload(i)
-                elif work.stage is Stage.SPECULATED and work.factor == self._decided_factor:
-                    upload(i)
-                    accepted.append(i)
+                    accepted += [i] if stage is Stage.SPECULATED else []
                 else:
-                    if work.stage is Stage.SPECULATED:
-                        self.statistics.refused += 1
-                        self._request_step(i)
                     waiting.append(i)
             if len(waiting) == len(pending):
                 self._receive_one("waiting for the optimizer step", started)
             pending = waiting
         for i in self._order:
             self.steps[i] += 1
-        for i in accepted:  # last sub-group first, the order in which backward needs the gradient regions
+        for i in sorted(accepted, reverse=True):  # the next backward needs the last gradient region first
             self._uncommitted.add(i)
             self._send(self._final_task(TaskKind.COMMIT, i))
         self.history = self._history_after
@@ -269,7 +268,12 @@ class Coordinator:
             )
         )
 
+    def _is_refused(self, work: Work) -> bool:
+        """Return whether a finished speculation has another factor than the one that was decided."""
+        return work.stage is Stage.SPECULATED and work.factor != self._decided_factor
+
     def _request_step(self, sub_group: int) -> None:
+        self.statistics.refused += sub_group in self._work
         task = self._final_task(TaskKind.STEP, sub_group)
         self._work[sub_group] = Work(
             version=0,
