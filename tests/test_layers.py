@@ -57,7 +57,8 @@ LIBRARIES: dict[str, set[str]] = {
         "export.files", "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.step",
         "tiny",
-        "offload.install", "offload.shared.state", "offload.trainer.pinning", "offload.worker", "offload.zero3",
+        "offload.install", "offload.shared.state", "offload.trainer.binding", "offload.trainer.first_touch",
+        "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },
     "transformers": {
         "distributed",  # enable_full_determinism

@@ -306,13 +306,15 @@ class Coordinator:
         self._process.send(task, relieve=self.pump)
 
     def _process_reply(self, reply: Reply) -> None:
-        busy = self.statistics.busy_s
-        busy[reply.kind.name.lower()] = busy.get(reply.kind.name.lower(), 0.0) + reply.busy_s
         if reply.kind is ReplyKind.READY:
             self._ready = True
+            _log.debug("start-up: loading the optimizer process took %.2f s", reply.busy_s)
             if reply.text:
                 _log.warning("Optimizer process: %s", reply.text)
-        elif reply.kind is ReplyKind.COMMITTED:
+            return
+        busy = self.statistics.busy_s
+        busy[reply.kind.name.lower()] = busy.get(reply.kind.name.lower(), 0.0) + reply.busy_s
+        if reply.kind is ReplyKind.COMMITTED:
             self._uncommitted.discard(reply.sub_group)
         elif reply.kind in (ReplyKind.SPECULATED, ReplyKind.STEPPED):
             work = self._work.get(reply.sub_group)

@@ -50,7 +50,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         settings = offload_settings or OffloadSettings()
         self._accumulation = AccumulationBuffer()  # DeepSpeed's constructor calls hooks that need these four
         self._partitions = ArenaPartitions()
-        self._service = OptimizerService(settings)
+        self._service = OptimizerService(settings, kwargs.get("cpuadam_cores_perc", 0.8))
         self._gradients = HostGradients(settings, self._partitions, self._service)
         super().__init__(module, init_optimizer, param_names, timers, ds_config, **kwargs)
         book = AdamStateBook(
@@ -61,7 +61,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         )
         self._host_step = HostStep(self._partitions, self._service, book)
         self._access = ExternalAccess(self._partitions, self._service, self._gradients, book)
-        self._service.start(self, self._partitions, kwargs.get("cpuadam_cores_perc", 0.8))
+        self._service.start(self, self._partitions)
         book.publish(self._service.coordinator.steps)
 
     # ---------------------------------------------------------------------- flat parameters in the arena
@@ -81,7 +81,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         set_up(self)
 
     def _create_fp32_partitions(self) -> None:
-        self._partitions.create(self, str(get_accelerator()._name))
+        self._partitions.create(self, str(get_accelerator()._name), self._service.cores.optimizer)
 
     def initialize_optimizer_states(self) -> None:
         """Attach the gradients to the flat parameters."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from superoffload.offload.settings import OffloadSettings
+from superoffload.offload.shared.affinity import CoreSplit
 from superoffload.offload.shared.messages import Task, TaskKind
 from superoffload.offload.zero3 import gradients, service, stepping, transfers
 from superoffload.offload.zero3.stepping import HostStep
@@ -69,11 +70,18 @@ def test_a_rank_on_its_third_device_uses_that_device_alone(
         belongs_to_this_process=True, close=lambda: None, send=lambda *_, **__: None, receive=lambda *_: None
     )
     locked: list[Any] = []
-    monkeypatch.setattr(service, "OptimizerProcess", lambda setup, fd: process)
-    monkeypatch.setattr(service, "_cores_of_this_rank", lambda: (0, 1))
+    started: list[str] = []
+
+    def start(setup: Any, arena_fd: int) -> Any:
+        started.append("process")
+        return process
+
+    monkeypatch.setattr(service, "OptimizerProcess", start)
+    monkeypatch.setattr(service, "_split_cores_of_this_rank", lambda _: CoreSplit(trainer=(0,), optimizer=(1,)))
     monkeypatch.setattr(service.OptimizerService, "_worker_setup", lambda *_, **__: None)
 
     def page_lock(*arguments: Any) -> list[int]:
+        started.append("page-locking")
         locked.append(arguments)
         return [4096]
 
@@ -88,8 +96,9 @@ def test_a_rank_on_its_third_device_uses_that_device_alone(
     arena = SimpleNamespace(transferred=lambda: ["G", "S"])
     parts: Any = SimpleNamespace(arena=arena, hand_over=nullcontext, host={0: None})
     accelerator.set_device(2)
-    made = service.OptimizerService(OffloadSettings(bind_trainer=False))
-    made.start(zero, parts, 0.5)
+    made = service.OptimizerService(OffloadSettings(bind_trainer=False), 0.5)
+    made.start(zero, parts)
+    assert started == ["process", "page-locking"]  # the process loads while pages are being locked
     assert locked == [(["G", "S"], "cuda")]
     made.coordinator.settle()
     assert [what for what, _ in accelerator.calls] == ["record", "synchronize"]
