@@ -284,5 +284,6 @@ def train(case: Case, super_offload: bool) -> dict[str, Any]:
     }
     if super_offload:
         result["statistics"] = engine.optimizer.statistics
+        result["has_accumulated"] = engine.optimizer._accumulation.is_allocated
     engine.destroy()
     return result

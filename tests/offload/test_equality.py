@@ -177,3 +177,6 @@ def test_cases_reach_what_they_are_meant_to_reach(one_rank: list[Any]) -> None:
     assert stats["gradient-set"].cancelled == 1
     assert stats["no-speculation"].speculated == 0
     assert stats["device-only"].speculated == 0
+    accumulated = {name for name, r in results.items() if r["ours"]["has_accumulated"]}
+    needed = {"accumulation", "fp16-overflow", "two-backwards", "gradient-set"}
+    assert accumulated == needed & results.keys()

@@ -44,13 +44,20 @@ METHODS: Mapping[str, Method] = {
     "__init__": Method(
         arguments=("self", "module", "init_optimizer", "param_names", "timers", "ds_config"), why="extended"
     ),
+    "_setup_for_real_optimizer": Method(
+        arguments=("self",), why="replaced: the accumulation buffer is allocated when it is needed"
+    ),
     "_create_fp32_partitions": Method(arguments=("self",), why="replaced: parameters go into the arena"),
+    "_create_next_swappable_fp32_groups": Method(arguments=("self",), why="called"),
     "initialize_optimizer_states": Method(arguments=("self",), why="replaced: gradients are the arena's"),
     "partition_grads": Method(
         arguments=("self", "params_to_release", "grad_partitions"), why="extended: counts arrivals"
     ),
     "_offload_grad_partition_at_boundary": Method(
         arguments=("self", "param", "grad_buffer"), why="extended: the only writer of host gradients"
+    ),
+    "_finalize_offload_gradient_accumulation": Method(
+        arguments=("self",), why="extended: its copies run on the copy stream"
     ),
     "zero_grad": Method(arguments=("self", "set_to_none"), why="extended: a dropped batch"),
     "step": Method(arguments=("self", "closure"), why="extended: its calls are listed below"),
@@ -102,7 +109,6 @@ INIT_KEYWORDS: tuple[str, ...] = (
 """Keyword arguments of the base class's constructor that this package reads."""
 
 CALLS: Mapping[str, tuple[str, ...]] = {
-    "_setup_for_real_optimizer": ("_create_fp32_partitions", "initialize_optimizer_states"),
     "partition_grads": ("is_gradient_accumulation_boundary", "_offload_grad_partition_at_boundary"),
     "_finalize_offload_gradient_accumulation": ("_offload_grad_partition_at_boundary",),
     "step": (
@@ -116,7 +122,15 @@ CALLS: Mapping[str, tuple[str, ...]] = {
 }
 """Base method -> methods of self that it calls."""
 
+CALLS_EXACTLY: Mapping[str, frozenset[str]] = {
+    "_setup_for_real_optimizer": frozenset(
+        {"_create_fp32_partitions", "_create_next_swappable_fp32_groups", "initialize_optimizer_states"}
+    ),
+}
+"""Replaced base method -> all methods of self that it calls. If it called more, so would the replacement."""
+
 ATTRIBUTES_SET: Mapping[str, frozenset[str]] = {
+    "_setup_for_real_optimizer": frozenset({"grad_partitions_flat_buffer", "__param_id_to_grad_partition"}),
     "_create_fp32_partitions": frozenset({"subgroup_to_device"}),
     "initialize_optimizer_states": frozenset({"optimizer"}),
 }
@@ -142,6 +156,11 @@ ATTRIBUTES: tuple[str, ...] = (
     "_offload_boundary_param_ids",
     "subgroup_to_device",
     "dtype",
+    "ipg_buckets",
+    "contiguous_gradients",
+    "reduce_bucket_size",
+    "device",
+    "grad_partitions_flat_buffer",
     "__param_id_to_grad_partition",
 )
 """Attributes that the base class assigns on self. Python mangles the last with the name of the class."""
@@ -222,6 +241,9 @@ def _call_problems(methods: Mapping[str, ast.FunctionDef]) -> list[str]:
     for caller, callees in CALLS.items():
         called = _called_on_self(methods[caller]) if caller in methods else set()
         found += [f"{BASE_CLASS}.{caller} does not call {c}" for c in callees if c not in called]
+    for caller, wanted in CALLS_EXACTLY.items():
+        surplus = _called_on_self(methods[caller]) ^ wanted if caller in methods else set()
+        found += [f"{BASE_CLASS}.{caller} was expected to call {sorted(wanted)} and nothing else"] * bool(surplus)
     return found
 
 

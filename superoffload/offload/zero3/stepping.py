@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from .checkpointing import AdamStateBook
 from .gradients import gradient_factor
 from .partitions import ArenaPartitions
-from .service import OptimizerService, record_event
+from .service import OptimizerService
 from .surface import ZeroOptimizer
 
 _FOLLOWED = ("lr", "betas", "eps", "weight_decay")
@@ -69,7 +70,7 @@ def _let_all_gather_wait(zero: ZeroOptimizer) -> None:
     """
     stream = zero.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
     if stream is not None:
-        stream.wait_event(record_event())
+        stream.wait_stream(get_accelerator().current_stream())
 
 
 def _separate_device_groups(book: AdamStateBook) -> None:

@@ -37,6 +37,12 @@ class ParameterOffload(Protocol):
     _DeepSpeedZeRoOffload__allgather_stream: Any
 
 
+class ReduceBucket(Protocol):
+    """IPGBucketZ3: `buffer` holds the gradients that are reduced together; None if they stay where they are."""
+
+    buffer: torch.Tensor | None
+
+
 class ZeroOptimizer(Protocol):
     """DeepSpeedZeroOptimizer_Stage3 with optimizer offload to the CPU.
 
@@ -45,6 +51,7 @@ class ZeroOptimizer(Protocol):
 
     optimizer: CpuAdam
     parameter_offload: ParameterOffload
+    device: Any
     dtype: torch.dtype
     master_weights_and_grads_dtype: torch.dtype
     gradient_accumulation_dtype: torch.dtype
@@ -53,6 +60,9 @@ class ZeroOptimizer(Protocol):
     micro_step_id: int
     partial_offload: float
     offload_optimizer_pin_memory: bool
+    contiguous_gradients: bool
+    reduce_bucket_size: int
+    ipg_buckets: dict[torch.dtype, ReduceBucket]
     subgroup_to_device: dict[int, str]
     sub_group_to_group_id: dict[int, int]
     grad_position: dict[int, list[int]]
@@ -73,13 +83,12 @@ class ZeroOptimizer(Protocol):
 
     def _constant_buffered_norm2(self, input: torch.Tensor) -> torch.Tensor: ...
 
-    def _offload_grad_partition_at_boundary(
-        self,
-        param: DsParameter,
-        grad_buffer: torch.Tensor,
-        offload_fp32_gradients: dict[int, list[torch.Tensor]],
-        offload_fp32_offsets: dict[int, list[int]],
-    ) -> None: ...
+    def _create_fp32_partitions(self) -> None: ...
+
+    def _create_next_swappable_fp32_groups(self) -> None: ...
+
+    def initialize_optimizer_states(self) -> None:
+        """Attach the gradients to the flat parameters."""
 
     def _unflatten_partitioned_parameters(self, sub_group_id: int) -> None: ...
 
