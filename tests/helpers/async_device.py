@@ -260,6 +260,7 @@ class AsyncDevice:
         enter(mock.patch.object(OptimizerProcess, "send", watch.sending(OptimizerProcess.send)))
         enter(mock.patch.object(OptimizerProcess, "receive", watch.receiving(OptimizerProcess.receive)))
         enter(mock.patch.object(torch.Tensor, "to", self._moving(torch.Tensor.to)))
+        enter(mock.patch.object(torch.Tensor, "cpu", lambda tensor: self._fetched(tensor)))
         enter(mock.patch.object(torch.Tensor, "record_stream", lambda t, s: self.memory.record_stream(t, s)))
         enter(_Operators(self))
         return self
@@ -279,6 +280,15 @@ class AsyncDevice:
             return to(tensor, *args, **kwargs)
 
         return moved
+
+    def _fetched(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Do what Tensor.cpu does: copy to the host, unless the tensor is there."""
+        if self.memory.is_on_host(tensor):
+            return tensor
+        copy = tensor.clone()
+        self.memory.finished.join(self.current_stream().clock)
+        self.memory.add(copy, None, "a copy on the host")
+        return copy
 
 
 class Accelerator(CPU_Accelerator):  # type: ignore[misc]  # DeepSpeed is untyped

@@ -56,6 +56,8 @@ class Case:
     fused: bool = True
     persistence_threshold: int = 40
     overlap_comm: bool = False
+    verify_steps: int | None = None
+    report_folder: str = "."
 
 
 class Block(torch.nn.Module):
@@ -157,6 +159,8 @@ def make_engine(case: Case, super_offload: bool, *, bind_trainer: bool | None = 
         direct_gradients=case.direct_gradients,
         fused=case.fused,
         bind_trainer=bind_trainer,
+        verify_steps=case.verify_steps,
+        report_folder=case.report_folder,
     )
     with device_share(case.device_share), installed(settings):
         engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config(case, super_offload))

@@ -12,6 +12,7 @@ from tests.helpers.async_training import Outcome, equality, hazards_without
 from tests.helpers.offload_training import Case
 from tests.helpers.ranks import ACCELERATOR, run_ranks
 from tests.helpers.sabotage import WAITS
+from tests.helpers.verification_faults import caught_by_verification
 
 pytestmark = pytest.mark.skipif(ACCELERATOR != "cpu", reason="simulated on the CPU")
 
@@ -109,3 +110,28 @@ def test_every_wait_has_its_case() -> None:
 def test_a_missing_wait_is_noticed(sabotaged: dict[str, list[str]], wait: str) -> None:
     sign = SHOWN_BY[wait][0]
     assert any(sign in hazard for hazard in sabotaged[wait]), sabotaged[wait]
+
+
+@pytest.fixture(scope="module")
+def caught() -> list[Any]:
+    """Return what the check of the first steps says of each fault, on two ranks."""
+    return run_ranks(2, caught_by_verification, timeout_s=230)
+
+
+@pytest.mark.parametrize(
+    ("fault", "phase"),
+    [
+        ("none", None),
+        ("a stale gradient on rank 1", "gradient"),
+        ("a stale upload", "upload"),
+        ("stale new weights", "update"),
+        ("a rounding difference", "commit"),
+    ],
+)
+def test_the_first_steps_verify_themselves(caught: list[Any], fault: str, phase: str | None) -> None:
+    for results in caught:
+        assert results[fault] == caught[0][fault]  # the same on every rank
+        line = results[fault]
+        assert (line is None) if phase is None else (f", {phase}: " in line and "\n" not in line)
+    if "rank 1" in fault:
+        assert "on rank 1: sub-group" in caught[0][fault]

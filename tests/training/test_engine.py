@@ -50,7 +50,7 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
     batches = loader.Batches(rows, layout, chosen.training, **ranks)
     model = load.load_model(chosen.model, load.load_config(chosen.model.model_name), merged.ds_config, None)
     shape = shape_of(model)
-    model_engine = engine.create(model, merged.ds_config, chosen.training, batches.total_steps)
+    model_engine = engine.create(model, merged.ds_config, chosen, batches.total_steps)
     isolation.check(model_engine, layout)
     recorder = Recorder()
     finetune_zero3.train(

@@ -72,6 +72,8 @@ class Coordinator:
         """Sends a speculation; replaced, together with `settle`, where gradients arrive asynchronously."""
         self.settle: Callable[[], None] = lambda: None
         """Called before a decision: returns once every speculation has been sent and every gradient has arrived."""
+        self.verify_decision: Callable[[Mapping[int, Task]], bool] | None = None
+        """Called with the decided updates before they are sent, and with no commit pending, until it returns False."""
         self._round = 0
         self._version = 0
         self._uncommitted: set[int] = set()
@@ -145,6 +147,10 @@ class Coordinator:
         for i in stale:
             self.cancel(i)
         self._decided_hypers, self._decided_anchors = hypers, anchors
+        if self.verify_decision is not None:
+            self.flush()
+            if not self.verify_decision({i: self._final_task(TaskKind.STEP, i) for i in self._order}):
+                self.verify_decision = None
         self._send(self._task(TaskKind.DECIDE, factor=factor))
         self.pump()
         for i in self._order:  # the next forward needs the first sub-group first

@@ -74,9 +74,11 @@ class HostGradients:
             yield
 
     @contextmanager
-    def writing(self, zero: ZeroOptimizer, param: DsParameter) -> Iterator[None]:
+    def writing(self, zero: ZeroOptimizer, param: DsParameter, gradient: torch.Tensor) -> Iterator[None]:
         """Let DeepSpeed write one parameter's gradient inside the block, once no commit reads the old one any more."""
-        self._before_change(position(zero, param)[0])
+        sub_group, offset, _ = position(zero, param)
+        self._before_change(sub_group)
+        self._service.verification.gradient(sub_group, offset, gradient)
         with self._partitions.own_access():
             yield
 
@@ -99,6 +101,7 @@ class HostGradients:
     def abandon_round(self) -> None:
         """Forget the speculations and gradients of this round."""
         self._service.coordinator.discard()
+        self._service.verification.forget_gradients()
         self._bypassed.clear()
 
     def end_round(self) -> None:
@@ -145,6 +148,7 @@ class HostGradients:
         self._before_change(sub_group)
         exact = zero.gradient_accumulation_dtype in (torch.float32, partition.dtype)
         gradient = partition if exact else partition.to(zero.gradient_accumulation_dtype)
+        self._service.verification.gradient(sub_group, offset, gradient)
         target = self._partitions.gradient(sub_group, offset, gradient.numel())
         due = self._transfers.asynchronous and sub_group in self._partitions.host
         if not due:

@@ -108,9 +108,9 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         """Move the gradients of one bucket to the host."""
         return self._gradients.partition(self, params_to_release, grad_partitions, super().partition_grads)
 
-    def _offload_grad_partition_at_boundary(self, param: DsParameter, *args: Any) -> None:
-        with self._gradients.writing(self, param):
-            super()._offload_grad_partition_at_boundary(param, *args)
+    def _offload_grad_partition_at_boundary(self, param: DsParameter, grad_buffer: torch.Tensor, *args: Any) -> None:
+        with self._gradients.writing(self, param, grad_buffer):
+            super()._offload_grad_partition_at_boundary(param, grad_buffer, *args)
 
     def _finalize_offload_gradient_accumulation(self) -> None:
         with self._gradients.finishing_accumulation():

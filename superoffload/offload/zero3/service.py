@@ -27,6 +27,7 @@ from ..worker import fused
 from .partitions import ArenaPartitions
 from .surface import CpuAdam, ZeroOptimizer
 from .transfers import Transfers
+from .verification import Verification
 
 _log = getLogger(__name__)
 
@@ -48,6 +49,7 @@ class OptimizerService:
         self._settings = settings
         self.cores = _split_cores_of_this_rank(optimizer_fraction)
         self.transfers = Transfers()
+        self.verification = Verification(settings)
         self._coordinator: Coordinator | None = None
         self._last_statistics = Statistics()
 
@@ -80,6 +82,8 @@ class OptimizerService:
         if dispatcher is not None:
             coordinator.send_speculation = dispatcher.send
             coordinator.settle = lambda: dispatcher.settle(coordinator.pump)
+        if self.verification.begin(partitions.host, zero.optimizer):
+            coordinator.verify_decision = self.verification.decided
         self._coordinator = coordinator
 
     def _worker_setup(

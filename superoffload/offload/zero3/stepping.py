@@ -52,7 +52,9 @@ class HostStep:
     def _upload(self, zero: ZeroOptimizer, sub_group: int) -> None:
         """Copy new weights to the device; streams order the copy before the next forward."""
         staging = self._partitions.host[sub_group].staging
-        zero.fp16_partitioned_groups_flat[sub_group].data.copy_(staging, non_blocking=True)
+        weights = zero.fp16_partitioned_groups_flat[sub_group].data
+        weights.copy_(staging, non_blocking=True)
+        self._service.verification.uploaded(sub_group, weights)
 
     def _align_device_group(self, group_id: int) -> None:
         """Give the device share's Adam the current hyper-parameters of the main one."""
