@@ -55,6 +55,7 @@ class Case:
     direct_gradients: bool = True
     fused: bool = True
     persistence_threshold: int = 40
+    overlap_comm: bool = False
 
 
 class Block(torch.nn.Module):
@@ -97,15 +98,16 @@ def ds_config(case: Case, super_offload: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": case.clip,
+        "timers": {"throughput": {"enabled": False}},  # from the third step on, it would wait for the whole device
         "zero_optimization": {
             "stage": 3,
             "sub_group_size": 3000,
             "reduce_bucket_size": 4000,
-            "overlap_comm": False,
+            "overlap_comm": case.overlap_comm,
             "stage3_param_persistence_threshold": case.persistence_threshold,
             "offload_optimizer": {
                 "device": "cpu",
-                "pin_memory": not on_cpu(),
+                "pin_memory": not get_accelerator().is_synchronized_device(),
                 "ratio": case.ratio,
                 "super_offload": super_offload,
             },

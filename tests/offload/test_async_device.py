@@ -1,0 +1,111 @@
+"""The offload engine on a simulated asynchronous device: no races, equal to ZeRO-Offload, and every wait is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.helpers.async_training import Outcome, equality, hazards_without
+from tests.helpers.offload_training import Case
+from tests.helpers.ranks import ACCELERATOR, run_ranks
+from tests.helpers.sabotage import WAITS
+
+pytestmark = pytest.mark.skipif(ACCELERATOR != "cpu", reason="simulated on the CPU")
+
+CASES = {
+    "plain": Case(),
+    "clip-some": Case(clip=2.1),
+    "accumulation": Case(clip=1.1, accumulation=4),
+    "overlap-comm": Case(clip=2.1, overlap_comm=True, persistence_threshold=0),
+    "unmanaged": Case(clip=3.7, unmanaged=3),
+    "nan-and-dropped": Case(clip=2.1, nan_steps=(1,), dropped_steps=(2, 4)),
+    "gradient-set-twice": Case(clip=100.0, gradient_set_steps=(1, 2), twice_steps=(2,)),
+    "clip-all": Case(clip=0.1),
+    "no-speculation": Case(speculate=False, clip=2.1),
+    "no-direct-gradients": Case(direct_gradients=False, clip=2.1),
+    "bf16-state": Case(low_precision_state=True, clip=2.1),
+    "fp16-overflow": Case(dtype="fp16", clip=2.1),
+    "device-share": Case(ratio=0.5, device_share=True, clip=2.1),
+    "unused": Case(clip=2.1, unused_steps=(1, 3), overlap_comm=True),
+    "lr-moved": Case(clip=100.0, lr_moved_steps=(1, 3)),
+    "checkpointing": Case(clip=2.1, checkpointing=True, overlap_comm=True),
+}
+QUICK_ON_ONE_RANK = ("clip-some", "accumulation", "unmanaged")
+QUICK_ON_TWO_RANKS = ("overlap-comm",)
+
+# What each missing wait leads to: a piece of the hazard, and the case that shows it.
+SHOWN_BY: dict[str, tuple[str, Case]] = {
+    "speculations wait for gradients": ("(SPECULATE", Case()),
+    # These gradients are queued after DeepSpeed has waited for its stream, at the end of backward, for the last time.
+    "decide waits for gradients": ("(STEP", Case(unmanaged=2)),
+    "gradients wait for the last commit": ("writes gradients", Case()),
+    "readers wait for commits": ("reads parameters", Case()),
+    "uploads wait for the optimizer process": ("reads staging", Case()),
+    "staging is rewritten after its upload": ("(SPECULATE", Case()),
+    "all gather waits for uploads": ("_allgather_base_", Case(overlap_comm=True, persistence_threshold=0)),
+    "pages are unlocked after the device has finished": ("unlocks staging", Case(persistence_threshold=0)),
+}
+ON_TWO_RANKS = ("all gather waits for uploads",)
+
+
+def run(ranks: int, names: Sequence[str], seeds: Sequence[int], steps: int, timeout_s: float) -> list[Any]:
+    return run_ranks(ranks, equality, {n: replace(CASES[n], steps=steps) for n in names}, seeds, timeout_s=timeout_s)
+
+
+def assert_sound(outcomes: Sequence[Outcome]) -> None:
+    for hazards, differences in outcomes:
+        assert (hazards, differences) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> list[Any]:
+    return run(1, QUICK_ON_ONE_RANK, (1, 2), 5, 230)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[Any]:
+    return run(2, QUICK_ON_TWO_RANKS, (0,), 5, 230)
+
+
+@pytest.mark.parametrize("name", QUICK_ON_ONE_RANK)
+def test_no_race_and_equal_to_zero_offload_on_one_rank(one_rank: list[Any], name: str) -> None:
+    assert_sound(one_rank[0][name])
+
+
+@pytest.mark.parametrize("name", QUICK_ON_TWO_RANKS)
+def test_no_race_and_equal_to_zero_offload_on_two_ranks(two_ranks: list[Any], name: str) -> None:
+    for results in two_ranks:
+        assert_sound(results[name])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("ranks", "seeds"), [(1, range(9)), (2, range(3))], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("name", CASES)
+def test_more_seeds(name: str, ranks: int, seeds: Sequence[int]) -> None:
+    for results in run(ranks, [name], seeds, 10, 1100):
+        assert_sound(results[name])
+
+
+@pytest.fixture(scope="module")
+def sabotaged() -> dict[str, list[str]]:
+    """Return the hazards without each of the waits."""
+    alone = {wait: case for wait, (_, case) in SHOWN_BY.items() if wait not in ON_TWO_RANKS}
+    together = {wait: SHOWN_BY[wait][1] for wait in ON_TWO_RANKS}
+    return {
+        **run_ranks(1, hazards_without, alone, timeout_s=230)[0],
+        **run_ranks(2, hazards_without, together, timeout_s=230)[0],
+    }
+
+
+def test_every_wait_has_its_case() -> None:
+    assert SHOWN_BY.keys() == WAITS.keys()
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_missing_wait_is_noticed(sabotaged: dict[str, list[str]], wait: str) -> None:
+    sign = SHOWN_BY[wait][0]
+    assert any(sign in hazard for hazard in sabotaged[wait]), sabotaged[wait]
