@@ -25,8 +25,6 @@ BASE_CLASS = "DeepSpeedZeroOptimizer_Stage3"
 CPU_ADAM_MODULE = "deepspeed.ops.adam.cpu_adam"
 CPU_ADAM_CLASS = "DeepSpeedCPUAdam"
 PARAMETER_MODULE = "deepspeed.runtime.zero.partition_parameters"
-GATHER_MODULE = "deepspeed.runtime.zero.parameter_offload"
-GATHER_CLASS = "DeepSpeedZeRoOffload"
 SEAM_MODULE = "deepspeed.runtime.superoffload.superoffload_stage3"
 SEAM_NAME = "SuperOffloadOptimizer_Stage3"
 ENGINE_MODULE = "deepspeed.runtime.engine"
@@ -85,6 +83,7 @@ METHODS: Mapping[str, Method] = {
         arguments=("self", "value", "param", "optim_state_key"), why="extended: write from outside"
     ),
     "refresh_fp32_params": Method(arguments=("self",), why="extended: write from outside"),
+    "offload_states": Method(arguments=("self", "include"), why="extended: copies end first"),
     "checkpoint_event_prologue": Method(arguments=("self",), why="extended: commits before a save"),
     "_rigid_state_dict": Method(arguments=("self",), why="extended: complete state"),
     "_rigid_load_state_dict": Method(
@@ -138,7 +137,8 @@ ATTRIBUTES_SET: Mapping[str, frozenset[str]] = {
 
 ATTRIBUTES: tuple[str, ...] = (
     "optimizer",
-    "parameter_offload",
+    "module",
+    "persistent_parameters",
     "backup_optimizer",
     "partial_offload",
     "master_weights_and_grads_dtype",
@@ -165,9 +165,6 @@ ATTRIBUTES: tuple[str, ...] = (
 )
 """Attributes that the base class assigns on self. Python mangles the last with the name of the class."""
 
-GATHER_ATTRIBUTES: tuple[str, ...] = ("__allgather_stream",)
-"""Attributes that DeepSpeedZeRoOffload assigns on self. Python mangles the name with that of the class."""
-
 CPU_ADAM_ATTRIBUTES: tuple[str, ...] = ("ds_opt_adam", "fp32_optimizer_states", "adam_w_mode")
 """Attributes that DeepSpeedCPUAdam assigns on self."""
 
@@ -186,7 +183,7 @@ CPU_ADAM_KEYS: tuple[str, ...] = (
 CPU_ADAM_CALLS: Mapping[str, int] = {"create_adam": 8, "adam_update": 12}
 """Function of the compiled op -> number of arguments with which DeepSpeedCPUAdam calls it."""
 
-PARAMETER_ATTRIBUTES: tuple[str, ...] = ("ds_id", "ds_numel", "partition_numel")
+PARAMETER_ATTRIBUTES: tuple[str, ...] = ("ds_id", "ds_numel", "partition_numel", "all_gather", "all_gather_coalesced")
 """Attributes that ZeRO-3 assigns on a parameter."""
 
 ACCELERATOR_ATTRIBUTES: tuple[str, ...] = ("_name",)
@@ -209,7 +206,7 @@ def problems() -> list[str]:
     found += [f"{BASE_CLASS}.{name} is missing" for name in INHERITED if not hasattr(base, name)]
     accelerator = get_accelerator()
     found += [f"accelerator.{name} is missing" for name in ACCELERATOR_ATTRIBUTES if not hasattr(accelerator, name)]
-    return [*found, *_gather_problems(), *_cpu_adam_problems(), *_parameter_problems(), *_seam_problems()]
+    return [*found, *_cpu_adam_problems(), *_parameter_problems(), *_seam_problems()]
 
 
 def _tree(module: str) -> ast.Module:
@@ -254,11 +251,6 @@ def _attribute_problems(methods: Mapping[str, ast.FunctionDef]) -> list[str]:
         found += [f"{BASE_CLASS}.{name} also sets {attribute}" for attribute in sorted(surplus)]
     assigned = _assigned_in_class(methods)
     return found + [f"{BASE_CLASS} no longer sets {a}" for a in ATTRIBUTES if a not in assigned]
-
-
-def _gather_problems() -> list[str]:
-    assigned = _assigned_in_class(_methods(GATHER_MODULE, GATHER_CLASS))
-    return [f"{GATHER_CLASS} no longer sets {a}" for a in GATHER_ATTRIBUTES if a not in assigned]
 
 
 def _cpu_adam_problems() -> list[str]:

@@ -22,6 +22,7 @@ from ..trainer.bookkeeping import Statistics
 from .accumulation import AccumulationBuffer, set_up
 from .checkpointing import AdamStateBook
 from .external_access import ExternalAccess
+from .gathering import GatherGate
 from .gradients import HostGradients
 from .partitions import ArenaPartitions
 from .service import OptimizerService
@@ -61,6 +62,8 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         )
         self._host_step = HostStep(self._partitions, self._service, book)
         self._access = ExternalAccess(self._partitions, self._service, self._gradients, book)
+        self._gate = GatherGate(self._service.transfers)
+        self._gate.install(self)
         self._service.start(self, self._partitions)
         book.publish(self._service.coordinator.steps)
 
@@ -76,6 +79,17 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
     @fp32_partitioned_groups_flat.setter
     def fp32_partitioned_groups_flat(self, value: list[torch.Tensor]) -> None:
         self._partitions.flats = value
+
+    @property
+    def fp16_partitioned_groups_flat(self) -> list[torch.Tensor]:
+        """Return the flat low-precision weights; a reader from outside waits for uploads first."""
+        if not self._partitions.in_own_access:
+            self._service.transfers.synchronize()
+        return self._partitions.weights
+
+    @fp16_partitioned_groups_flat.setter
+    def fp16_partitioned_groups_flat(self, value: list[torch.Tensor]) -> None:
+        self._partitions.weights = value
 
     def _setup_for_real_optimizer(self) -> None:
         set_up(self)
@@ -147,7 +161,8 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         self._host_step.reassign(self, sub_group_id, super()._reassign_or_swap_out_partitioned_parameters)
 
     def _post_step(self, timer_names: set[str]) -> None:
-        super()._post_step(timer_names)
+        with self._gate.holding_persistent_parameters_back(self):
+            super()._post_step(timer_names)
         self._gradients.end_round()
 
     # ------------------------------------------------------------------------- access from outside
@@ -183,6 +198,11 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         """Copy the low-precision weights to the master parameters."""
         self._access.before_replacement()
         super().refresh_fp32_params()
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Move states of the device to the host, once every copy has ended."""
+        self.flush()
+        super().offload_states(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------ checkpoints
 
@@ -236,6 +256,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         Afterwards the flat parameters on the host are empty.
         """
         self.close()
+        self._gate.remove()
         with self._accumulation.closing():
             super().destroy()
         self._partitions.release(self.optimizer)

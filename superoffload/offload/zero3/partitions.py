@@ -21,6 +21,8 @@ class ArenaPartitions:
     def __init__(self) -> None:
         self.flats: list[torch.Tensor] = []
         """The flat fp32 parameter of every sub-group: on the host in the arena, else on the device."""
+        self.weights: list[torch.Tensor] = []
+        """The flat low-precision weights of every sub-group."""
         self._arena: Arena | None = None
         self._arena_fd = -1
         self._own_access = 0

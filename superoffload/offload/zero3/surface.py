@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -15,9 +16,18 @@ class DsParameter(Protocol):
     ds_numel: int
     grad: torch.Tensor | None
     requires_grad: bool
+    all_gather: Callable[..., Any]
+    all_gather_coalesced: Callable[..., Any]
 
     def partition_numel(self) -> int:
         """Return the number of elements of each rank's partition, including padding."""
+
+
+class ZeroModule(Protocol):
+    """The model, whose parameters are all ZeRO-3's."""
+
+    def parameters(self) -> Iterator[DsParameter]:
+        """Return every parameter, trained or not."""
 
 
 class CpuAdam(Protocol):
@@ -29,12 +39,6 @@ class CpuAdam(Protocol):
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
     state: dict[torch.Tensor, dict[str, Any]]
-
-
-class ParameterOffload(Protocol):
-    """DeepSpeedZeRoOffload, which gathers the parameters; its stream is None if the accelerator has no streams."""
-
-    _DeepSpeedZeRoOffload__allgather_stream: Any
 
 
 class ReduceBucket(Protocol):
@@ -50,7 +54,8 @@ class ZeroOptimizer(Protocol):
     """
 
     optimizer: CpuAdam
-    parameter_offload: ParameterOffload
+    module: ZeroModule
+    persistent_parameters: list[DsParameter]
     device: Any
     dtype: torch.dtype
     master_weights_and_grads_dtype: torch.dtype

@@ -28,6 +28,8 @@ class Transfers:
         accelerator = get_accelerator()
         self._stream: Any = None if accelerator.is_synchronized_device() else accelerator.Stream()
         self._downloads: deque[Any] = deque()
+        self._uploads: dict[int, Any] = {}
+        self._uploads_begun: Any = None
 
     @property
     def asynchronous(self) -> bool:
@@ -53,6 +55,33 @@ class Transfers:
             source.record_stream(self._stream)
         self._downloads.append(self.record())
 
+    def begin_uploads(self) -> None:
+        """Let the uploads of this step follow everything on the current stream, which may still read old weights."""
+        if self._stream is not None:
+            self._stream.wait_stream(get_accelerator().current_stream())
+            self._uploads_begun = self.record()
+
+    @contextmanager
+    def uploading(self, sub_group: int) -> Iterator[None]:
+        """Queue what the block copies to the device; wait_for_uploads waits for it."""
+        if self._stream is None:
+            yield
+            return
+        with get_accelerator().stream(self._stream):
+            yield
+        self._uploads[sub_group] = self.record()
+
+    def wait_for_uploads(self, sub_groups: Iterable[int]) -> None:
+        """Let the current stream wait for the new weights of these sub-groups.
+
+        For a sub-group that was not uploaded, this is the work that preceded the uploads, such as its step on the
+        device.
+        """
+        for sub_group in sub_groups:
+            event = self._uploads.get(sub_group, self._uploads_begun)
+            if event is not None:
+                get_accelerator().current_stream().wait_event(event)
+
     def record(self) -> Any:
         """Return an event that follows every copy queued so far.
 
@@ -67,6 +96,8 @@ class Transfers:
         if self._stream is not None:
             self.record().synchronize()
             self._downloads.clear()
+            self._uploads.clear()
+            self._uploads_begun = None
 
 
 def download(gradient: torch.Tensor, target: torch.Tensor) -> None:

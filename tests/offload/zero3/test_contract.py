@@ -28,7 +28,6 @@ NAMES = {
     contract.BASE_MODULE: (*contract.METHODS, *contract.ATTRIBUTES, *contract.INIT_KEYWORDS),
     contract.CPU_ADAM_MODULE: (*contract.CPU_ADAM_ATTRIBUTES, *contract.CPU_ADAM_KEYS, *contract.CPU_ADAM_CALLS),
     contract.PARAMETER_MODULE: contract.PARAMETER_ATTRIBUTES,
-    contract.GATHER_MODULE: contract.GATHER_ATTRIBUTES,
 }
 
 
@@ -98,8 +97,6 @@ def test_the_types_list_what_the_tables_list() -> None:
     mangled = f"_{contract.BASE_CLASS}__"
     names = {n.replace(mangled, "__") for n in members(surface.ZeroOptimizer) if not n.startswith("_no_init")}
     assert names <= {*contract.METHODS, *contract.ATTRIBUTES, *contract.INHERITED}
-    gather = {n.removeprefix(f"_{contract.GATHER_CLASS}") for n in members(surface.ParameterOffload)}
-    assert gather == set(contract.GATHER_ATTRIBUTES)
     assert members(surface.DsParameter) - {"grad", "requires_grad"} == set(contract.PARAMETER_ATTRIBUTES)
     assert members(surface.CpuAdam) - {"defaults", "param_groups", "state"} == set(contract.CPU_ADAM_ATTRIBUTES)
 

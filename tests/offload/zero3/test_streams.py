@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from superoffload.offload.settings import OffloadSettings
 from superoffload.offload.shared.affinity import CoreSplit
 from superoffload.offload.shared.messages import Task, TaskKind
 from superoffload.offload.zero3 import gradients, service, stepping, transfers
-from superoffload.offload.zero3.stepping import HostStep
 from superoffload.offload.zero3.transfers import Transfers
-from tests.helpers.fake_cuda import Accelerator, Stream
+from tests.helpers.fake_cuda import Accelerator
 
 pytestmark = pytest.mark.unit
 
@@ -35,32 +32,6 @@ def test_events_block_instead_of_spinning(accelerator: Accelerator) -> None:
     accelerator.events_can_block = False
     assert not copies.record().blocking
     assert [what for what, _ in accelerator.calls] == ["record"] * 2
-
-
-class Uploads:
-    """A coordinator whose new weights are all there."""
-
-    steps: dict[int, int] = {0: 1, 1: 1}  # noqa: RUF012
-
-    def collect(self, upload: Callable[[int], None]) -> None:
-        for sub_group in (1, 0):
-            upload(sub_group)
-
-
-@pytest.mark.parametrize("stream", [Stream(), None], ids=["asynchronous", "synchronous"])
-def test_the_all_gather_waits_for_the_uploads(accelerator: Accelerator, stream: Stream | None) -> None:
-    weights = [torch.zeros(4) for _ in range(2)]
-    host = {i: SimpleNamespace(staging=torch.full((4,), i + 1.0)) for i in range(2)}
-    zero: Any = SimpleNamespace(
-        fp16_partitioned_groups_flat=weights,
-        parameter_offload=SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=stream),
-    )
-    parts: Any = SimpleNamespace(host=host)
-    book: Any = SimpleNamespace(backup=None, set_steps=lambda steps: None)
-    HostStep(parts, SimpleNamespace(coordinator=Uploads()), book).step(zero, 0, lambda i: None)  # type: ignore[arg-type]
-    assert [w.tolist() for w in weights] == [[1.0] * 4, [2.0] * 4]
-    if stream is not None:
-        assert stream.calls == [("wait_stream", accelerator.default)]
 
 
 def test_a_rank_on_its_third_device_uses_that_device_alone(
