@@ -120,7 +120,8 @@ class Backward:
             gradient=lambda i, offset, numel: self.flats[i].grad,
         )
         self.copies = Transfers()
-        service: Any = SimpleNamespace(coordinator=coordinator, transfers=self.copies)
+        verification = SimpleNamespace(gradient=lambda *_: None)
+        service: Any = SimpleNamespace(coordinator=coordinator, transfers=self.copies, verification=verification)
         params: Any = [
             SimpleNamespace(ds_id=i, ds_numel=4, partition_numel=lambda: 4, grad=torch.ones(4)) for i in (0, 1)
         ]
