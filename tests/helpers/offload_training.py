@@ -58,6 +58,8 @@ class Case:
     overlap_comm: bool = False
     verify_steps: int | None = None
     report_folder: str = "."
+    reduce_bucket_size: int = 4000
+    evaluated_steps: tuple[int, ...] = ()
 
 
 class Block(torch.nn.Module):
@@ -104,7 +106,7 @@ def ds_config(case: Case, super_offload: bool) -> dict[str, Any]:
         "zero_optimization": {
             "stage": 3,
             "sub_group_size": 3000,
-            "reduce_bucket_size": 4000,
+            "reduce_bucket_size": case.reduce_bucket_size,
             "overlap_comm": case.overlap_comm,
             "stage3_param_persistence_threshold": case.persistence_threshold,
             "offload_optimizer": {
@@ -235,8 +237,14 @@ class Trainer:
                     group["lr"] *= 0.5
             if step in case.gradient_set_steps:
                 self._set_a_gradient()
+            self._evaluate(step)
             if not case.unmanaged or micro == case.unmanaged - 1:
                 engine.step()
+
+    def _evaluate(self, step: int) -> None:
+        if step in self.case.evaluated_steps:
+            with torch.no_grad():
+                self.engine(self._batch(step, 9))
 
     def _set_a_gradient(self) -> None:
         param = self.engine.module.head.weight

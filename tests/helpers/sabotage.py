@@ -64,7 +64,7 @@ def _gathers_wait_for_uploads() -> Patches:
     yield Transfers, "wait_for_uploads", lambda self, sub_groups: None
 
 
-def _uploads_wait_for_the_old_weights_readers() -> Patches:
+def _uploads_wait_for_readers_of_the_old_weights() -> Patches:
     yield Transfers, "begin_uploads", lambda self: None
 
 
@@ -93,21 +93,27 @@ def _buckets_are_filled_again_after_their_copies() -> Patches:
 
 
 def _steps_wait_for_copies() -> Patches:
-    step = SharedMemorySuperOffload.step
-
-    def hasty(self: SharedMemorySuperOffload, closure: None = None) -> None:
-        with mock.patch.object(Transfers, "synchronize", lambda self: None):
-            step(self, closure)
-
-    yield SharedMemorySuperOffload, "step", hasty
+    yield SharedMemorySuperOffload, "step", _without_synchronizing(SharedMemorySuperOffload.step)
 
 
 def _accumulation_is_finished_on_the_copy_stream() -> Patches:
     yield HostGradients, "finishing_accumulation", lambda self: nullcontext()
 
 
-def _gradients_arrive_before_the_host_reads_them() -> Patches:
-    yield Transfers, "synchronize", lambda self: None
+def _accumulation_waits_for_gradients() -> Patches:
+    yield HostGradients, "fill_accumulation_buffers", _without_synchronizing(HostGradients.fill_accumulation_buffers)
+
+
+def _readers_wait_for_gradients() -> Patches:
+    yield service.OptimizerService, "flush", _without_synchronizing(service.OptimizerService.flush)
+
+
+def _without_synchronizing(function: Callable[..., Any]) -> Callable[..., Any]:
+    def hasty(*args: Any) -> Any:
+        with mock.patch.object(Transfers, "synchronize", lambda self: None):
+            return function(*args)
+
+    return hasty
 
 
 def _pages_are_unlocked_after_the_device_has_finished() -> Patches:
@@ -124,13 +130,14 @@ WAITS: Mapping[str, Callable[[], Patches]] = {
         _uploads_wait_for_the_optimizer_process,
         _staging_is_rewritten_after_its_upload,
         _gathers_wait_for_uploads,
-        _uploads_wait_for_the_old_weights_readers,
+        _uploads_wait_for_readers_of_the_old_weights,
         _copies_wait_for_gradients,
         _gradients_are_kept_until_they_are_copied,
         _buckets_are_filled_again_after_their_copies,
         _steps_wait_for_copies,
         _accumulation_is_finished_on_the_copy_stream,
-        _gradients_arrive_before_the_host_reads_them,
+        _accumulation_waits_for_gradients,
+        _readers_wait_for_gradients,
         _pages_are_unlocked_after_the_device_has_finished,
     )
 }

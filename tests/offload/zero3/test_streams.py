@@ -11,7 +11,7 @@ import pytest
 from superoffload.offload.settings import OffloadSettings
 from superoffload.offload.shared.affinity import CoreSplit
 from superoffload.offload.shared.messages import Task, TaskKind
-from superoffload.offload.zero3 import gradients, service, stepping, transfers
+from superoffload.offload.zero3 import service, transfers
 from superoffload.offload.zero3.transfers import Transfers
 from tests.helpers.fake_cuda import Accelerator
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     made = Accelerator()
-    for module in (gradients, service, stepping, transfers):
+    for module in (service, transfers):
         monkeypatch.setattr(module, "get_accelerator", lambda: made)
     return made
 
