@@ -58,7 +58,7 @@ def main(config: "Config") -> int:
 
     model = load.load_model(config.model, model_config, ds_config, kernel)
     shape = shape_of(model)
-    model_engine = engine.create(model, ds_config, config.training, batches.total_steps)
+    model_engine = engine.create(model, ds_config, config, batches.total_steps)
     isolation.check(model_engine, batches.layout)
     loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)
 

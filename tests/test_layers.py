@@ -44,7 +44,7 @@ LIBRARIES: dict[str, set[str]] = {
         "model.attention", "model.load",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save",
         "training.engine",
-        "offload.install", "offload.zero3.contract", "offload.zero3.optimizer", "offload.zero3.service",
+        "offload.install", "offload.zero3",
     },
     "huggingface_hub": {"hub", "model.tokenizer", "export.weights"},
     "safetensors": {"export.weights"},
@@ -57,7 +57,8 @@ LIBRARIES: dict[str, set[str]] = {
         "export.files", "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.step",
         "tiny",
-        "offload.install", "offload.shared.state", "offload.trainer.pinning", "offload.worker", "offload.zero3",
+        "offload.install", "offload.shared.state", "offload.trainer.binding", "offload.trainer.first_touch",
+        "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },
     "transformers": {
         "distributed",  # enable_full_determinism
