@@ -57,7 +57,7 @@ def main(config: "Config") -> int:
     batches.start_at(progress.step, progress.epoch, progress.packs_in_epoch)
     model = load.load_model(config.model, model_config, merged.ds_config, kernel, rows)
     model_engine = engine.create(
-        model, resume.with_checkpoint_format(merged.ds_config, source), config.training, batches.total_steps
+        model, resume.with_checkpoint_format(merged.ds_config, source), config, batches.total_steps
     )
     isolation.check(model_engine, batches.layout)
     loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)

@@ -309,6 +309,12 @@ class OffloadSettings(Settings):
     sub_group_size: int = setting(
         "Parameters per sub-group of the optimizer, and elements per reduce bucket.", 400_000_000, minimum=1
     )
+    verify_steps: int = setting(
+        "In superoffload mode, check samples of the first N steps against plain arithmetic, and stop if one differs; "
+        "-1: 3 on CUDA, 0 on the CPU.",
+        -1,
+        minimum=-1,
+    )
     deepspeed: bool = setting("Accepted for compatibility; training always runs on DeepSpeed.", False)
     local_rank: int = setting("Set by the launcher.", -1, minimum=-1)
 

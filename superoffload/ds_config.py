@@ -154,6 +154,8 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
     merged["train_micro_batch_size_per_gpu"] = training.batch_size
     merged["gradient_accumulation_steps"] = training.gradient_accumulation_steps
     merged["train_batch_size"] = training.batch_size * training.gradient_accumulation_steps * world_size
+    # DeepSpeed's own measurement of throughput waits for the whole device twice in every step.
+    merged.setdefault("timers", {"throughput": {"enabled": False}})
     for kind in ("bf16", "fp16"):
         if kind in merged:
             merged[kind]["enabled"] = _enabled(merged, kind)

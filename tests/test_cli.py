@@ -87,6 +87,12 @@ def test_defaults_of_this_program() -> None:
     assert parsed.explicit == {"model_name", "output_dir"}
 
 
+def test_the_check_of_the_first_steps_takes_no_number_below_minus_one() -> None:
+    assert cli.parse([*REQUIRED, "--verify_steps", "0"]).offload.verify_steps == 0
+    with pytest.raises(UserError, match=r"^--verify_steps -2: must be -1 <= value$"):
+        cli.parse([*REQUIRED, "--verify_steps", "-2"])
+
+
 def test_whole_numbers_may_be_written_with_an_exponent() -> None:
     assert cli.parse([*REQUIRED, "--sub_group_size", "4e8"]).offload.sub_group_size == 400_000_000
 

@@ -245,3 +245,10 @@ def test_dtype_follows_the_file() -> None:
     assert dtype_name({**zero3(), "bf16": {"enabled": False}}) == "float32"
     merged = merge_flags(zero3(bf16={"enabled": "auto"}), make_config(), 1)
     assert merged.ds_config["bf16"]["enabled"] is True
+
+
+def test_deepspeed_does_not_measure_throughput_unless_asked_to() -> None:
+    """Its timer waits for the whole device twice in every step, which ends the overlap of copies."""
+    off, on = {"throughput": {"enabled": False}}, {"throughput": {"enabled": True}}
+    assert merge_flags(zero3(), make_config(), 1).ds_config["timers"] == off
+    assert merge_flags(zero3(timers=on), make_config(), 1).ds_config["timers"] == on

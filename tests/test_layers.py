@@ -58,7 +58,7 @@ LIBRARIES: dict[str, set[str]] = {
         "model.attention", "model.load", "model.vocabulary",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save", "checkpoint.trust",
         "training.engine",
-        "offload.install", "offload.zero3.contract", "offload.zero3.optimizer", "offload.zero3.service",
+        "offload.install", "offload.zero3",
     },
     "huggingface_hub": {"hub", "model.tokenizer", "export.weights"},
     "pyarrow": {"data.files", "data.sources"},
@@ -73,8 +73,8 @@ LIBRARIES: dict[str, set[str]] = {
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
         "tiny",
-        "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.pinning", "offload.worker",
-        "offload.zero3",
+        "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.binding",
+        "offload.trainer.first_touch", "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },
     "transformers": {
         "distributed",  # enable_full_determinism

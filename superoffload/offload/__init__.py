@@ -28,11 +28,15 @@ this package moves the work on them to a second process, so that it overlaps wit
 5. `step()` computes the norm over all ranks and sends DECIDE with the factor by which the gradients are to be scaled.
 6. A speculation with that factor is accepted: the trainer uploads S to the device, and the optimizer process repeats
    the update in place, on P, M and V (COMMIT), while the next forward runs.
-7. Otherwise the sub-group is stepped in place with the right factor (STEP), and S is uploaded then.
+7. Otherwise the sub-group is stepped in place with the right factor (STEP), and S is uploaded then. The first
+   sub-group of the next forward comes first.
 8. On overflow, NaN or a dropped batch nothing has to be undone, because a speculation has changed no state.
 9. The next boundary backward waits, for each sub-group, until its COMMIT no longer reads G; readers from outside
    (checkpoints, DeepSpeed's accessors) wait for all commits.
 10. If either process dies, the other sees the end of the socket: the trainer raises, the optimizer process exits.
+
+On a GPU, a stream of its own carries all copies between device and arena. Gradients are copied while backward
+continues; the next forward waits, at the gather of each parameter, for the upload of that parameter's sub-group only.
 
 The subpackages, in dependency order (shared -> worker | trainer -> zero3 -> install):
 

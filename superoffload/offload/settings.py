@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class VerificationError(RuntimeError):
+    """A sample of one of the first steps differs from plain arithmetic."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadSettings:
     """Choices that affect speed, never results.
@@ -19,6 +23,8 @@ class OffloadSettings:
     chunk_numel_per_thread: elements that one thread of the optimizer process computes before the process
         checks for new messages; four fp32 arrays of this length should fit a core's L2 cache.
     notice_interval_s: seconds between two warnings that the trainer still waits for a living optimizer process.
+    verify_steps: how many of the first steps are checked (zero3/verification.py); None: 3 on CUDA, else 0.
+    report_folder: where the samples behind a mismatch are written. verify_error: what is raised then.
     """
 
     speculate: bool = True
@@ -27,6 +33,9 @@ class OffloadSettings:
     direct_gradients: bool = True
     chunk_numel_per_thread: int = 1 << 17
     notice_interval_s: float = 60.0
+    verify_steps: int | None = None
+    report_folder: str = "."
+    verify_error: type[Exception] = VerificationError
 
     def __post_init__(self) -> None:
         """Reject a chunk size that would move the boundary between DeepSpeed's vector loop and its scalar tail."""

@@ -6,18 +6,21 @@ import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from superoffload.config import TrainingSettings
+from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
+from superoffload.errors import UserError
 from superoffload.log import logger
 from superoffload.offload.install import installed
 from superoffload.offload.operators import compiled
+from superoffload.offload.settings import OffloadSettings
 from superoffload.offload.zero3.optimizer import SharedMemorySuperOffload
 from superoffload.protocols import Engine, Model
 from superoffload.training import schedule
 
 
-def create(model: Model, ds_config: DsConfig, training: TrainingSettings, total_steps: int) -> Engine:
+def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int) -> Engine:
     """Wrap the partitioned model in DeepSpeed's engine, with AdamW on the host and the schedule (collective)."""
+    training = config.training
     groups = parameter_groups(model, training.weight_decay)
     with compiled("cpu_adam"):
         optimizer = DeepSpeedCPUAdam(
@@ -37,13 +40,23 @@ def create(model: Model, ds_config: DsConfig, training: TrainingSettings, total_
             base, lambda step: schedule.factor(training.lr_scheduler, step, warmup, total_steps)
         )
 
-    with installed():
+    with installed(offload_settings(config)):
         engine: Engine
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
     logger.info("Optimizer: %s", _name(engine.optimizer))
     _follow_schedule_on_device(engine.optimizer, optimizer)
     engine.train()
     return engine
+
+
+def offload_settings(config: Config) -> OffloadSettings:
+    """Return the settings of the offload engine, whose check of the first steps reports to the output folder."""
+    steps = config.offload.verify_steps
+    return OffloadSettings(
+        verify_steps=None if steps == -1 else steps,
+        report_folder=config.output.output_dir,
+        verify_error=UserError,
+    )
 
 
 def parameter_groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:

@@ -111,6 +111,7 @@ def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
         "gradient_accumulation_steps": options["accumulation"],
         "bf16": {"enabled": True},
         "gradient_clipping": 1.0,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device in every step
         "zero_optimization": {
             "stage": 3,
             "sub_group_size": shape.sub_group,

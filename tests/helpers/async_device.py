@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from queue import SimpleQueue
 from typing import Any
 from unittest import mock
@@ -44,7 +44,7 @@ from superoffload.offload.trainer import dispatch, pinning
 from superoffload.offload.trainer.process import OptimizerProcess
 from superoffload.offload.zero3 import service
 from tests.helpers.fake_cuda import SUCCESS, Runtime
-from tests.helpers.happens_before import Agent, Clock, Memory
+from tests.helpers.happens_before import Agent, Clock, Memory, Span
 from tests.helpers.watched_process import ProcessWatch
 
 
@@ -104,6 +104,7 @@ class Copy:
 
     stream: Stream
     time: int
+    host: Span
     end: Callable[[], None]
 
 
@@ -187,7 +188,6 @@ class AsyncDevice:
             if not on_host and any(self.memory.is_on_host(t) for t in used if t.dim()):
                 self._report(f"{function} mixes memory of the host and of the device")
             agent = self.host if on_host else self._queue_on_stream()
-            self._end_copies(agent)
             if function is torch.ops.aten._local_scalar_dense.default:
                 self.memory.finished.join(agent.clock)
             for tensors, write in ((read, False), (written, True)):
@@ -215,7 +215,8 @@ class AsyncDevice:
         """Copy between any two places; between host and device the copy ends later, if it may."""
         to_host, from_host = self.memory.is_on_host(target), self.memory.is_on_host(source)
         agent = self.host if to_host and from_host else self._queue_on_stream()
-        self._end_copies(agent)
+        on_host = target if to_host else source
+        self._end_copies(agent, self.memory.span(on_host))  # what this copy touches, as the stream would have left it
         self._access(agent, source, False, "copy")
         at = self._access(agent, target, True, "copy")
         if to_host == from_host:
@@ -224,21 +225,28 @@ class AsyncDevice:
         value = source.to(target.dtype, copy=True).expand_as(target)
         if to_host:
             target.fill_(torch.nan if target.is_floating_point() else 0)
-            self._copies.append(Copy(self.current_stream(), at, lambda: (target.copy_(value), None)[1]))
         else:
             target.copy_(value)
-            self._copies.append(Copy(self.current_stream(), at, lambda: self._compare(target, source, value)))
+        self._copies.append(
+            Copy(
+                stream=self.current_stream(),
+                time=at,
+                host=self.memory.span(on_host),
+                end=partial(_land, target, value) if to_host else partial(self._compare, source, value),
+            )
+        )
         if not non_blocking:
             self.host_waits_for(self.current_stream().clock)
         return target
 
-    def _compare(self, target: torch.Tensor, source: torch.Tensor, value: torch.Tensor) -> None:
-        if not torch.equal(source.to(target.dtype).nan_to_num(), value.nan_to_num()):
+    def _compare(self, source: torch.Tensor, value: torch.Tensor) -> None:
+        if not torch.equal(source.to(value.dtype).expand_as(value).nan_to_num(), value.nan_to_num()):
             self._report("the source of a copy to the device has changed before the copy ended")
 
-    def _end_copies(self, agent: Agent) -> None:
-        """End the copies that `agent` has waited for."""
-        self._end([c for c in self._copies if agent.has_seen(c.stream, c.time)])
+    def _end_copies(self, agent: Agent, host: Span | None = None) -> None:
+        """End the copies that `agent` has waited for: all, or those from and to a piece of the host's memory."""
+        seen = [c for c in self._copies if agent.has_seen(c.stream, c.time)]
+        self._end([c for c in seen if host is None or host.overlaps(c.host)])
 
     def _end(self, ended: list[Copy]) -> None:
         self._copies = [c for c in self._copies if c not in ended]
@@ -260,6 +268,7 @@ class AsyncDevice:
         enter(mock.patch.object(OptimizerProcess, "send", watch.sending(OptimizerProcess.send)))
         enter(mock.patch.object(OptimizerProcess, "receive", watch.receiving(OptimizerProcess.receive)))
         enter(mock.patch.object(torch.Tensor, "to", self._moving(torch.Tensor.to)))
+        enter(mock.patch.object(torch.Tensor, "cpu", lambda tensor: self._fetched(tensor)))
         enter(mock.patch.object(torch.Tensor, "record_stream", lambda t, s: self.memory.record_stream(t, s)))
         enter(_Operators(self))
         return self
@@ -279,6 +288,19 @@ class AsyncDevice:
             return to(tensor, *args, **kwargs)
 
         return moved
+
+    def _fetched(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Do what Tensor.cpu does: copy to the host, unless the tensor is there."""
+        if self.memory.is_on_host(tensor):
+            return tensor
+        copy = tensor.clone()
+        self.memory.finished.join(self.current_stream().clock)
+        self.memory.add(copy, None, "a copy on the host")
+        return copy
+
+
+def _land(target: torch.Tensor, value: torch.Tensor) -> None:
+    target.copy_(value)
 
 
 class Accelerator(CPU_Accelerator):  # type: ignore[misc]  # DeepSpeed is untyped

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SUCCESS, OUT_OF_MEMORY = 0, 2
@@ -63,6 +65,12 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         self.calls.append(("wait_event", event))
 
+    def wait_stream(self, other: Stream) -> None:
+        self.calls.append(("wait_stream", other))
+
+
+_STREAM = Stream
+
 
 class Event:
     """An event that is done when the test says so; waits are recorded in its accelerator."""
@@ -74,7 +82,7 @@ class Event:
         self.done = threading.Event()
 
     def record(self, stream: Stream | None = None) -> None:
-        self.recorded_on = stream or self.accelerator.stream
+        self.recorded_on = stream or self.accelerator.current
         self.accelerator.calls.append(("record", self))
         if self.accelerator.immediate:
             self.done.set()
@@ -95,7 +103,23 @@ class Accelerator:
         self.calls: list[tuple[str, Any]] = []
         self.contexts: set[int] = set()
         self.device_of_thread: dict[int, int] = {}
-        self.stream = Stream()
+        self.default = Stream()
+        self.current = self.default
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def current_stream(self) -> Stream:
+        return self.current
+
+    @property
+    def Stream(self) -> type:
+        return _STREAM
 
     def Event(self, **options: Any) -> Event:
         if options and not self.events_can_block:

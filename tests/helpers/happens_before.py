@@ -79,6 +79,9 @@ class Span:
     begin: int
     end: int
 
+    def overlaps(self, other: Span) -> bool:
+        return self.address == other.address and self.begin < other.end and other.begin < self.end
+
 
 class Memory:
     """Every storage that has been accessed, and the accesses that a later one could race with."""

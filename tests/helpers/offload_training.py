@@ -56,6 +56,10 @@ class Case:
     fused: bool = True
     persistence_threshold: int = 40
     overlap_comm: bool = False
+    verify_steps: int | None = None
+    report_folder: str = "."
+    reduce_bucket_size: int = 4000
+    evaluated_steps: tuple[int, ...] = ()
 
 
 class Block(torch.nn.Module):
@@ -102,7 +106,7 @@ def ds_config(case: Case, super_offload: bool) -> dict[str, Any]:
         "zero_optimization": {
             "stage": 3,
             "sub_group_size": 3000,
-            "reduce_bucket_size": 4000,
+            "reduce_bucket_size": case.reduce_bucket_size,
             "overlap_comm": case.overlap_comm,
             "stage3_param_persistence_threshold": case.persistence_threshold,
             "offload_optimizer": {
@@ -157,6 +161,8 @@ def make_engine(case: Case, super_offload: bool, *, bind_trainer: bool | None = 
         direct_gradients=case.direct_gradients,
         fused=case.fused,
         bind_trainer=bind_trainer,
+        verify_steps=case.verify_steps,
+        report_folder=case.report_folder,
     )
     with device_share(case.device_share), installed(settings):
         engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config(case, super_offload))
@@ -231,8 +237,14 @@ class Trainer:
                     group["lr"] *= 0.5
             if step in case.gradient_set_steps:
                 self._set_a_gradient()
+            self._evaluate(step)
             if not case.unmanaged or micro == case.unmanaged - 1:
                 engine.step()
+
+    def _evaluate(self, step: int) -> None:
+        if step in self.case.evaluated_steps:
+            with torch.no_grad():
+                self.engine(self._batch(step, 9))
 
     def _set_a_gradient(self) -> None:
         param = self.engine.module.head.weight
@@ -284,5 +296,6 @@ def train(case: Case, super_offload: bool) -> dict[str, Any]:
     }
     if super_offload:
         result["statistics"] = engine.optimizer.statistics
+        result["has_accumulated"] = engine.optimizer._accumulation.is_allocated
     engine.destroy()
     return result

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from superoffload.offload.trainer import pinning
 from superoffload.offload.trainer.bookkeeping import Stage
 from superoffload.offload.trainer.coordinator import Coordinator
 from superoffload.offload.trainer.dispatch import EventDispatcher
-from superoffload.offload.zero3 import service, stepping
-from superoffload.offload.zero3.stepping import HostStep
+from superoffload.offload.zero3 import gradients, service
+from superoffload.offload.zero3.gradients import HostGradients
+from superoffload.offload.zero3.optimizer import SharedMemorySuperOffload
+from superoffload.offload.zero3.transfers import Transfers
 
 Patches = Iterator[tuple[Any, str, Any]]
 
@@ -49,17 +52,68 @@ def _uploads_wait_for_the_optimizer_process() -> Patches:
 
 
 def _staging_is_rewritten_after_its_upload() -> Patches:
-    upload = HostStep._upload
-
-    def beside(self: HostStep, zero: Any, sub_group: int) -> None:
+    @contextmanager
+    def beside(self: Transfers, sub_group: int) -> Iterator[None]:
         with get_accelerator().stream(get_accelerator().Stream()):
-            upload(self, zero, sub_group)
+            yield
 
-    yield HostStep, "_upload", beside
+    yield Transfers, "uploading", beside
 
 
-def _all_gather_waits_for_uploads() -> Patches:
-    yield stepping, "_let_all_gather_wait", lambda zero: None
+def _gathers_wait_for_uploads() -> Patches:
+    yield Transfers, "wait_for_uploads", lambda self, sub_groups: None
+
+
+def _uploads_wait_for_readers_of_the_old_weights() -> Patches:
+    yield Transfers, "begin_uploads", lambda self: None
+
+
+def _copies_wait_for_gradients() -> Patches:
+    downloading = Transfers.downloading
+
+    @contextmanager
+    def early(self: Transfers, sources: Iterable[torch.Tensor]) -> Iterator[None]:
+        with mock.patch.object(type(self._stream), "wait_stream", lambda self, other: None), downloading(self, sources):
+            yield
+
+    yield Transfers, "downloading", early
+
+
+def _gradients_are_kept_until_they_are_copied() -> Patches:
+    downloading = Transfers.downloading
+
+    def forgetting(self: Transfers, sources: Iterable[torch.Tensor]) -> Any:
+        return downloading(self, ())
+
+    yield Transfers, "downloading", forgetting
+
+
+def _buckets_are_filled_again_after_their_copies() -> Patches:
+    yield gradients, "_outside_buckets", lambda zero, partition: partition
+
+
+def _steps_wait_for_copies() -> Patches:
+    yield SharedMemorySuperOffload, "step", _without_synchronizing(SharedMemorySuperOffload.step)
+
+
+def _accumulation_is_finished_on_the_copy_stream() -> Patches:
+    yield HostGradients, "finishing_accumulation", lambda self: nullcontext()
+
+
+def _accumulation_waits_for_gradients() -> Patches:
+    yield HostGradients, "fill_accumulation_buffers", _without_synchronizing(HostGradients.fill_accumulation_buffers)
+
+
+def _readers_wait_for_gradients() -> Patches:
+    yield service.OptimizerService, "flush", _without_synchronizing(service.OptimizerService.flush)
+
+
+def _without_synchronizing(function: Callable[..., Any]) -> Callable[..., Any]:
+    def hasty(*args: Any) -> Any:
+        with mock.patch.object(Transfers, "synchronize", lambda self: None):
+            return function(*args)
+
+    return hasty
 
 
 def _pages_are_unlocked_after_the_device_has_finished() -> Patches:
@@ -75,7 +129,15 @@ WAITS: Mapping[str, Callable[[], Patches]] = {
         _readers_wait_for_commits,
         _uploads_wait_for_the_optimizer_process,
         _staging_is_rewritten_after_its_upload,
-        _all_gather_waits_for_uploads,
+        _gathers_wait_for_uploads,
+        _uploads_wait_for_readers_of_the_old_weights,
+        _copies_wait_for_gradients,
+        _gradients_are_kept_until_they_are_copied,
+        _buckets_are_filled_again_after_their_copies,
+        _steps_wait_for_copies,
+        _accumulation_is_finished_on_the_copy_stream,
+        _accumulation_waits_for_gradients,
+        _readers_wait_for_gradients,
         _pages_are_unlocked_after_the_device_has_finished,
     )
 }

@@ -141,7 +141,7 @@ def test_what_the_kernel_cannot_express_is_left_to_sdpa(
 
     monkeypatch.setattr(attention, "attend", attend)
     attention._say.cache_clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "superoffload"):
         for _ in range(2):
             given = dict(change)
             call(attention.attend_at_once, given.pop("states", None) or states(), **given)
@@ -216,7 +216,7 @@ def test_a_kernel_that_is_missing_fails_or_errs_is_not_chosen(
         kernel.__signature__ = inspect.signature(reference)
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "get_accelerator", Cuda)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "superoffload"):
         assert choose() == "sdpa_varlen"
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("Packs are attended to one document at a time: ") and reason in message

@@ -12,6 +12,7 @@ from tests.helpers.async_training import Outcome, equality, hazards_without
 from tests.helpers.offload_training import Case
 from tests.helpers.ranks import ACCELERATOR, run_ranks
 from tests.helpers.sabotage import WAITS
+from tests.helpers.verification_faults import caught_by_verification
 
 pytestmark = pytest.mark.skipif(ACCELERATOR != "cpu", reason="simulated on the CPU")
 
@@ -30,6 +31,7 @@ CASES = {
     "fp16-overflow": Case(dtype="fp16", clip=2.1),
     "device-share": Case(ratio=0.5, device_share=True, clip=2.1),
     "unused": Case(clip=2.1, unused_steps=(1, 3), overlap_comm=True),
+    "full-buckets": Case(clip=2.1, reduce_bucket_size=2100, evaluated_steps=(1, 3)),
     "lr-moved": Case(clip=100.0, lr_moved_steps=(1, 3)),
     "checkpointing": Case(clip=2.1, checkpointing=True, overlap_comm=True),
 }
@@ -45,10 +47,24 @@ SHOWN_BY: dict[str, tuple[str, Case]] = {
     "readers wait for commits": ("reads parameters", Case()),
     "uploads wait for the optimizer process": ("reads staging", Case()),
     "staging is rewritten after its upload": ("(SPECULATE", Case()),
-    "all gather waits for uploads": ("_allgather_base_", Case(overlap_comm=True, persistence_threshold=0)),
+    "gathers wait for uploads": ("_allgather_base_", Case(overlap_comm=True, persistence_threshold=0)),
+    "uploads wait for readers of the old weights": ("(copy), which writes", Case(evaluated_steps=(1,))),
+    "copies wait for gradients": ("_to_copy", Case()),
+    "gradients are kept until they are copied": ("freed for reuse", Case()),
+    "buckets are filled again after their copies": ("(copy), which writes", Case(reduce_bucket_size=2100)),
+    "steps wait for copies": ("pow", Case(accumulation=2)),
+    "accumulation is finished on the copy stream": ("reads gradients", Case(unmanaged=2)),
+    "accumulation waits for gradients": (
+        "reads gradients",
+        Case(twice_steps=(1,), speculate=False, reduce_bucket_size=100_000),
+    ),
+    "readers wait for gradients": (
+        "reads gradients",
+        Case(gradient_set_steps=(1,), speculate=False, reduce_bucket_size=100_000),
+    ),
     "pages are unlocked after the device has finished": ("unlocks staging", Case(persistence_threshold=0)),
 }
-ON_TWO_RANKS = ("all gather waits for uploads",)
+ON_TWO_RANKS = ("gathers wait for uploads",)
 
 
 def run(ranks: int, names: Sequence[str], seeds: Sequence[int], steps: int, timeout_s: float) -> list[Any]:
@@ -96,7 +112,7 @@ def sabotaged() -> dict[str, list[str]]:
     alone = {wait: case for wait, (_, case) in SHOWN_BY.items() if wait not in ON_TWO_RANKS}
     together = {wait: SHOWN_BY[wait][1] for wait in ON_TWO_RANKS}
     return {
-        **run_ranks(1, hazards_without, alone, timeout_s=230)[0],
+        **run_ranks(1, hazards_without, alone, timeout_s=600)[0],
         **run_ranks(2, hazards_without, together, timeout_s=230)[0],
     }
 
@@ -105,7 +121,33 @@ def test_every_wait_has_its_case() -> None:
     assert SHOWN_BY.keys() == WAITS.keys()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_missing_wait_is_noticed(sabotaged: dict[str, list[str]], wait: str) -> None:
     sign = SHOWN_BY[wait][0]
     assert any(sign in hazard for hazard in sabotaged[wait]), sabotaged[wait]
+
+
+@pytest.fixture(scope="module")
+def caught() -> list[Any]:
+    """Return what the check of the first steps says of each fault, on two ranks."""
+    return run_ranks(2, caught_by_verification, timeout_s=230)
+
+
+@pytest.mark.parametrize(
+    ("fault", "phase"),
+    [
+        ("none", None),
+        ("a stale gradient on rank 1", "gradient"),
+        ("a stale upload", "upload"),
+        ("stale new weights", "update"),
+        ("a rounding difference", "commit"),
+    ],
+)
+def test_the_first_steps_verify_themselves(caught: list[Any], fault: str, phase: str | None) -> None:
+    for results in caught:
+        assert results[fault] == caught[0][fault]  # the same on every rank
+        line = results[fault]
+        assert (line is None) if phase is None else (f", {phase}: " in line and "\n" not in line)
+    if "rank 1" in fault:
+        assert "on rank 1: sub-group" in caught[0][fault]

@@ -11,6 +11,7 @@ import finetune_zero3
 from superoffload import config, distributed
 from superoffload.data import collate, loader
 from superoffload.ds_config import DsConfig, merge_flags
+from superoffload.errors import UserError
 from superoffload.model import isolation, load, loss_kernel
 from superoffload.model.flops import shape_of
 from superoffload.model.tokenizer import load_tokenizer
@@ -50,7 +51,7 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
     batches = loader.Batches(rows, layout, chosen.training, **ranks)
     model = load.load_model(chosen.model, load.load_config(chosen.model.model_name), merged.ds_config, None)
     shape = shape_of(model)
-    model_engine = engine.create(model, merged.ds_config, chosen.training, batches.total_steps)
+    model_engine = engine.create(model, merged.ds_config, chosen, batches.total_steps)
     isolation.check(model_engine, layout)
     recorder = Recorder()
     finetune_zero3.train(
@@ -183,3 +184,11 @@ def test_super_offload_is_this_projects_own_on_the_cpu_too(model_folder: Path, t
     ds_config["zero_optimization"]["offload_optimizer"]["super_offload"] = True
     found = run_ranks(1, optimizer_in_use, str(model_folder), str(rows), ds_config)
     assert found == [("SharedMemorySuperOffload", True)]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("flag", "steps"), [(-1, None), (0, 0), (5, 5)])
+def test_the_check_of_the_first_steps_reports_to_the_output_folder(flag: int, steps: int | None) -> None:
+    chosen = config.build({"model_name": "m", "output_dir": "out", "verify_steps": flag})
+    settings = engine.offload_settings(chosen)
+    assert (settings.verify_steps, settings.report_folder, settings.verify_error) == (steps, "out", UserError)

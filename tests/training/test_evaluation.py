@@ -30,7 +30,7 @@ def evaluate(values: dict[str, Any]) -> tuple[dict[str, float], str, bool]:
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(held_out, layout, chosen.training, **ranks)
     model = load.load_model(chosen.model, load.load_config(chosen.model.model_name), merged.ds_config, None)
-    model_engine = engine.create(model, merged.ds_config, chosen.training, 10)
+    model_engine = engine.create(model, merged.ds_config, chosen, 10)
     (prompt,) = loader.tokenize_prompts(["Say the thing."], tokenizer, chosen.data)
     loss = loss_kernel.choose(chosen.model.loss_kernel, model_engine, layout)
     numbers = evaluation.Evaluation(batches, [prompt], 0).run(model_engine, loss, tokenizer, 1)

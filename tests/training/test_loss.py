@@ -33,7 +33,7 @@ def make_engine(folder: str) -> Engine:
     values = {"model_name": folder, "output_dir": "unused", "gradient_accumulation_steps": 3}
     merged = merge_flags(ds_config, config.build(values), distributed.world_size())
     model = load.load_model(merged.config.model, load.load_config(folder), merged.ds_config, None)
-    return engine.create(model, merged.ds_config, merged.config.training, 10)
+    return engine.create(model, merged.ds_config, merged.config, 10)
 
 
 def micro_batches(rank: int) -> list[Batch]:

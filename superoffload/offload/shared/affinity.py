@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Cores = tuple[int, ...]
+"""Numbers of logical cores."""
+
+Siblings = Mapping[int, Cores]
+"""Logical core -> all logical cores of its physical core; a core that is missing has no siblings."""
+
+NO_SIBLINGS: Siblings = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,30 +30,44 @@ class CoreSplit:
     optimizer: Cores
 
 
-def share_of_rank(seats: Sequence[Seat], rank: int) -> Cores:
+def share_of_rank(seats: Sequence[Seat], rank: int, siblings: Siblings = NO_SIBLINGS) -> Cores:
     """Return the cores that `rank` may use when the ranks of its host share them fairly.
 
     Ranks that a launcher has already bound to different cores keep them. Ranks of one host with the same
     cores divide them into contiguous runs (neighbouring numbers share caches and memory) whose lengths differ
-    by at most one. If there are fewer cores than ranks, several ranks share a core.
+    by at most one physical core. If there are fewer physical cores than ranks, the logical ones are divided; if there
+    are fewer of those, too, several ranks share a core.
     """
     own = seats[rank]
     sharers = [r for r, seat in enumerate(seats) if seat == own]
-    cores, count, index = sorted(own.cores), len(sharers), sharers.index(rank)
-    if len(cores) < count:
-        return (cores[index % len(cores)],)
-    start, stop = index * len(cores) // count, (index + 1) * len(cores) // count
-    return tuple(cores[start:stop])
+    count, index = len(sharers), sharers.index(rank)
+    units = _units(own.cores, siblings, count)
+    if len(units) < count:
+        return units[index % len(units)]
+    return _flat(units[index * len(units) // count : (index + 1) * len(units) // count])
 
 
-def split_cores(cores: Cores, optimizer_fraction: float) -> CoreSplit:
+def split_cores(cores: Cores, optimizer_fraction: float, siblings: Siblings = NO_SIBLINGS) -> CoreSplit:
     """Give the last `optimizer_fraction` of `cores` to the optimizer process, the rest to the trainer.
 
-    Each process gets at least one core; if there is a single core, they share it. Raises ValueError without cores.
+    Hyperthreads of one physical core stay together: Adam is limited by memory and vector units, which they share. Each
+    process gets at least one physical core, or one logical core if there is a single physical one; if there is a single
+    logical core, they share it. Raises ValueError without cores.
     """
     if not cores:
         raise ValueError("no cores to split")
-    if len(cores) == 1:
+    units = _units(cores, siblings, 2)
+    if len(units) == 1:
         return CoreSplit(trainer=cores, optimizer=cores)
-    count = min(len(cores) - 1, max(1, round(optimizer_fraction * len(cores))))
-    return CoreSplit(trainer=cores[:-count], optimizer=cores[-count:])
+    count = min(len(units) - 1, max(1, round(optimizer_fraction * len(units))))
+    return CoreSplit(trainer=_flat(units[:-count]), optimizer=_flat(units[-count:]))
+
+
+def _units(cores: Cores, siblings: Siblings, wanted: int) -> list[Cores]:
+    """Group logical cores by physical core, in the order of their lowest numbers; singly if `wanted` are more."""
+    physical = sorted({tuple(sorted({*siblings.get(core, ()), core} & set(cores))) for core in cores})
+    return physical if len(physical) >= wanted else [(core,) for core in sorted(cores)]
+
+
+def _flat(units: Sequence[Cores]) -> Cores:
+    return tuple(sorted(core for unit in units for core in unit))

@@ -1,15 +1,22 @@
-"""Bind the threads of this process to cores, and restore their masks."""
+"""Bind the threads of this process to cores, as many as there are cores, and restore both."""
 
 from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
-from ..shared.affinity import Cores
+import torch
+
+from ..shared.affinity import Cores, Siblings
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 class TrainerBinding:
     """Binds every thread of this process while at least one engine needs it; restores the masks afterwards.
+
+    Meanwhile torch computes with as many threads as there are cores, because more would wait for each other.
 
     The engines of a process share the binding: the first take() sets it, the last release() restores the masks.
     """
@@ -19,6 +26,7 @@ class TrainerBinding:
         self._holders = 0
         self._before: dict[int, set[int]] = {}
         self._original: Cores | None = None
+        self._torch_threads = 0
 
     def available(self) -> Cores:
         """Return the cores that this process may use, as they were before any binding by this class."""
@@ -32,6 +40,8 @@ class TrainerBinding:
             if self._holders > 1:
                 return
             self._original = tuple(sorted(os.sched_getaffinity(0)))
+            self._torch_threads = torch.get_num_threads()
+            torch.set_num_threads(min(self._torch_threads, len(cores)))
             for thread in _thread_ids():
                 mask = _get(thread)
                 if mask is not None and _set(thread, set(cores)):
@@ -47,11 +57,30 @@ class TrainerBinding:
                 return
             for thread in _thread_ids():
                 _set(thread, self._before.get(thread, set(self._original)))
+            torch.set_num_threads(self._torch_threads)
             self._before, self._original = {}, None
 
 
 TRAINER_BINDING = TrainerBinding()
 """The one binding of this process."""
+
+
+def read_siblings(cores: Cores, topology: Path = _TOPOLOGY) -> Siblings:
+    """Return the hyperthreads of each core's physical core, as Linux reports them; empty where it does not."""
+    siblings = {}
+    for core in cores:
+        try:
+            text = (topology / f"cpu{core}" / "topology" / "thread_siblings_list").read_text(encoding="utf-8")
+            siblings[core] = _parse_list(text)
+        except (OSError, ValueError):
+            return {}
+    return siblings
+
+
+def _parse_list(text: str) -> Cores:
+    """Read a kernel's list of cores, such as "0-3,8"."""
+    ranges = [part.partition("-") for part in text.strip().split(",")]
+    return tuple(core for first, _, last in ranges for core in range(int(first), int(last or first) + 1))
 
 
 def _thread_ids() -> list[int]:

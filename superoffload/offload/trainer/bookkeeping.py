@@ -1,11 +1,25 @@
-"""What the coordinator records about the tasks it has sent."""
+"""What is recorded: the tasks that the coordinator has sent, and how long start-up took."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from logging import getLogger
 
 from ..shared.messages import AdamHyper
+
+_log = getLogger(__name__)
+
+
+@contextmanager
+def startup_phase(name: str) -> Iterator[None]:
+    """Log at DEBUG how long the block took."""
+    started = time.perf_counter()
+    yield
+    _log.debug("start-up: %s took %.2f s", name, time.perf_counter() - started)
 
 
 class Stage(Enum):

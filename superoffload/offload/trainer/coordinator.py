@@ -69,11 +69,11 @@ class Coordinator:
         self.steps = dict.fromkeys(self._order, 0)
         self.statistics = Statistics()
         self.send_speculation: Callable[[Task], None] = self._send
-        """Sends a speculation; replaced where gradients arrive asynchronously."""
-        self.gradients_queued: Callable[[], None] = lambda: None
-        """Called when gradients have been queued for copying to the host; replaced together with `settle`."""
+        """Sends a speculation; replaced, together with `settle`, where gradients arrive asynchronously."""
         self.settle: Callable[[], None] = lambda: None
         """Called before a decision: returns once every speculation has been sent and every gradient has arrived."""
+        self.verify_decision: Callable[[Mapping[int, Task]], bool] | None = None
+        """Called with the decided updates before they are sent, and with no commit pending, until it returns False."""
         self._round = 0
         self._version = 0
         self._uncommitted: set[int] = set()
@@ -147,42 +147,45 @@ class Coordinator:
         for i in stale:
             self.cancel(i)
         self._decided_hypers, self._decided_anchors = hypers, anchors
+        if self.verify_decision is not None:
+            self.flush()
+            if not self.verify_decision({i: self._final_task(TaskKind.STEP, i) for i in self._order}):
+                self.verify_decision = None
         self._send(self._task(TaskKind.DECIDE, factor=factor))
-        for i in reversed(self._order):
-            if i not in self._work:
+        self.pump()
+        for i in self._order:  # the next forward needs the first sub-group first
+            if i not in self._work or self._is_refused(self._work[i]):
                 self._request_step(i)
 
     def collect(self, upload: Callable[[int], None]) -> None:
         """Wait for the new weights of all sub-groups, upload each as it arrives, then request the commits.
 
+        Of those that have arrived, the first sub-group is uploaded first, because the next forward begins with it.
         `upload(sub_group)` copies the staging region to the device, in stream order. Afterwards the step
         counts are those after this step. Raises RuntimeError without a preceding decide().
         """
         if self._decided_factor is None:
             raise RuntimeError("collect() before decide()")
         started = time.perf_counter()
-        pending, accepted = list(reversed(self._order)), []
+        pending, accepted = list(self._order), []
         while pending:
             self.pump()
             waiting = []
             for i in pending:
-                work = self._work[i]
-                if work.stage is Stage.STEPPED:
+                if self._is_refused(self._work[i]):
+                    self._request_step(i)
+                stage = self._work[i].stage
+                if stage in (Stage.SPECULATED, Stage.STEPPED):
                     upload(i)
-                elif work.stage is Stage.SPECULATED and work.factor == self._decided_factor:
-                    upload(i)
-                    accepted.append(i)
+                    accepted += [i] if stage is Stage.SPECULATED else []
                 else:
-                    if work.stage is Stage.SPECULATED:
-                        self.statistics.refused += 1
-                        self._request_step(i)
                     waiting.append(i)
             if len(waiting) == len(pending):
                 self._receive_one("waiting for the optimizer step", started)
             pending = waiting
         for i in self._order:
             self.steps[i] += 1
-        for i in accepted:  # last sub-group first, the order in which backward needs the gradient regions
+        for i in sorted(accepted, reverse=True):  # the next backward needs the last gradient region first
             self._uncommitted.add(i)
             self._send(self._final_task(TaskKind.COMMIT, i))
         self.history = self._history_after
@@ -271,7 +274,12 @@ class Coordinator:
             )
         )
 
+    def _is_refused(self, work: Work) -> bool:
+        """Return whether a finished speculation has another factor than the one that was decided."""
+        return work.stage is Stage.SPECULATED and work.factor != self._decided_factor
+
     def _request_step(self, sub_group: int) -> None:
+        self.statistics.refused += sub_group in self._work
         task = self._final_task(TaskKind.STEP, sub_group)
         self._work[sub_group] = Work(
             version=0,
@@ -304,13 +312,15 @@ class Coordinator:
         self._process.send(task, relieve=self.pump)
 
     def _process_reply(self, reply: Reply) -> None:
-        busy = self.statistics.busy_s
-        busy[reply.kind.name.lower()] = busy.get(reply.kind.name.lower(), 0.0) + reply.busy_s
         if reply.kind is ReplyKind.READY:
             self._ready = True
+            _log.debug("start-up: loading the optimizer process took %.2f s", reply.busy_s)
             if reply.text:
                 _log.warning("Optimizer process: %s", reply.text)
-        elif reply.kind is ReplyKind.COMMITTED:
+            return
+        busy = self.statistics.busy_s
+        busy[reply.kind.name.lower()] = busy.get(reply.kind.name.lower(), 0.0) + reply.busy_s
+        if reply.kind is ReplyKind.COMMITTED:
             self._uncommitted.discard(reply.sub_group)
         elif reply.kind in (ReplyKind.SPECULATED, ReplyKind.STEPPED):
             work = self._work.get(reply.sub_group)

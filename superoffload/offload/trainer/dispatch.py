@@ -23,13 +23,13 @@ class EventDispatcher:
     def __init__(self, process: Channel, record_event: Callable[[], Any], set_device: Callable[[], None]) -> None:
         """Start the thread.
 
-        record_event: returns an event recorded on the current stream. set_device: makes the rank's device current in
-        the calling thread; a new thread starts on device 0, and waiting there would open a context on that device.
+        record_event: returns an event that follows all gradients that have been queued for copying to the host.
+        set_device: makes the rank's device current in the calling thread; a new thread starts on device 0, and waiting
+        there would open a context on that device.
         """
         self._process = process
         self._record_event = record_event
         self._set_device = set_device
-        self._gradient_events: list[Any] = []
         self._queue: SimpleQueue[tuple[Any, Task] | None] = SimpleQueue()
         self._changed = threading.Condition()
         self._in_flight = 0
@@ -38,28 +38,21 @@ class EventDispatcher:
         self._thread.start()
 
     def send(self, task: Task) -> None:
-        """Send `task` after everything queued on the current stream so far has finished."""
+        """Send `task` once every gradient that has been queued so far has arrived."""
         with self._changed:
             self._in_flight += 1
         self._queue.put((self._record_event(), task))
 
-    def gradients_queued(self) -> None:
-        """Note that copies of gradients to the host have been queued on the current stream."""
-        self._gradient_events.append(self._record_event())
-
     def settle(self, relieve: Callable[[], None]) -> None:
         """Wait until every task has been sent and every gradient has arrived, speculated or not.
 
-        Calls `relieve` meanwhile, so that the socket cannot fill up. Gradients are those noted by gradients_queued
-        and those on the current stream. Raises the device's error if an event failed.
+        Calls `relieve` meanwhile, so that the socket cannot fill up. Raises the device's error if an event failed.
         """
         while not self._is_idle():
             relieve()
         if self._failure is not None:
             raise self._failure
-        for event in (*self._gradient_events, self._record_event()):
-            event.synchronize()
-        self._gradient_events.clear()
+        self._record_event().synchronize()
 
     def close(self) -> None:
         """End the thread."""

@@ -42,8 +42,9 @@ def load_op(name: str, path: str) -> Any:
 class BetaProducts:
     """Sets the running beta^t of the C++ object to what a task needs (see bias.py)."""
 
-    def __init__(self, op: Any) -> None:
+    def __init__(self, op: Any, optimizer_id: int = _OPTIMIZER_ID) -> None:
         self._op = op
+        self._optimizer_id = optimizer_id
         self._held: tuple[float, float, int] | None = None
         self._step = -1
 
@@ -62,7 +63,7 @@ class BetaProducts:
 
     def _update_empty(self, step: int, beta1: float, beta2: float) -> None:
         empty = torch.empty(0)
-        self._op.adam_update(_OPTIMIZER_ID, step, 0.0, beta1, beta2, 1e-8, 0.0, True, empty, empty, empty, empty)
+        self._op.adam_update(self._optimizer_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, empty, empty, empty, empty)
 
 
 class SubGroupAdam:

@@ -128,6 +128,7 @@ class Worker:
 
 def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
     """Map the arena, load the op, and execute tasks forever. Raises TrainerGone at the end."""
+    started = time.perf_counter()
     import torch
 
     from ..shared.state import Arena, ArenaLayout
@@ -150,7 +151,7 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
     warning = ""
     if kernels and not adam.adopt(*kernels):
         warning = "the fused kernel is not used because its results differ from DeepSpeed's cpu_adam on this CPU"
-    sock.send(Reply(kind=ReplyKind.READY, text=warning).pack())
+    sock.send(Reply(kind=ReplyKind.READY, busy_s=time.perf_counter() - started, text=warning).pack())
     while True:
         task = inbox.next()
         started = time.perf_counter()

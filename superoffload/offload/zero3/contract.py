@@ -25,8 +25,6 @@ BASE_CLASS = "DeepSpeedZeroOptimizer_Stage3"
 CPU_ADAM_MODULE = "deepspeed.ops.adam.cpu_adam"
 CPU_ADAM_CLASS = "DeepSpeedCPUAdam"
 PARAMETER_MODULE = "deepspeed.runtime.zero.partition_parameters"
-GATHER_MODULE = "deepspeed.runtime.zero.parameter_offload"
-GATHER_CLASS = "DeepSpeedZeRoOffload"
 SEAM_MODULE = "deepspeed.runtime.superoffload.superoffload_stage3"
 SEAM_NAME = "SuperOffloadOptimizer_Stage3"
 ENGINE_MODULE = "deepspeed.runtime.engine"
@@ -44,13 +42,20 @@ METHODS: Mapping[str, Method] = {
     "__init__": Method(
         arguments=("self", "module", "init_optimizer", "param_names", "timers", "ds_config"), why="extended"
     ),
+    "_setup_for_real_optimizer": Method(
+        arguments=("self",), why="replaced: the accumulation buffer is allocated when it is needed"
+    ),
     "_create_fp32_partitions": Method(arguments=("self",), why="replaced: parameters go into the arena"),
+    "_create_next_swappable_fp32_groups": Method(arguments=("self",), why="called"),
     "initialize_optimizer_states": Method(arguments=("self",), why="replaced: gradients are the arena's"),
     "partition_grads": Method(
         arguments=("self", "params_to_release", "grad_partitions"), why="extended: counts arrivals"
     ),
     "_offload_grad_partition_at_boundary": Method(
         arguments=("self", "param", "grad_buffer"), why="extended: the only writer of host gradients"
+    ),
+    "_finalize_offload_gradient_accumulation": Method(
+        arguments=("self",), why="extended: its copies run on the copy stream"
     ),
     "zero_grad": Method(arguments=("self", "set_to_none"), why="extended: a dropped batch"),
     "step": Method(arguments=("self", "closure"), why="extended: its calls are listed below"),
@@ -78,6 +83,7 @@ METHODS: Mapping[str, Method] = {
         arguments=("self", "value", "param", "optim_state_key"), why="extended: write from outside"
     ),
     "refresh_fp32_params": Method(arguments=("self",), why="extended: write from outside"),
+    "offload_states": Method(arguments=("self", "include"), why="extended: copies end first"),
     "checkpoint_event_prologue": Method(arguments=("self",), why="extended: commits before a save"),
     "_rigid_state_dict": Method(arguments=("self",), why="extended: complete state"),
     "_rigid_load_state_dict": Method(
@@ -102,7 +108,6 @@ INIT_KEYWORDS: tuple[str, ...] = (
 """Keyword arguments of the base class's constructor that this package reads."""
 
 CALLS: Mapping[str, tuple[str, ...]] = {
-    "_setup_for_real_optimizer": ("_create_fp32_partitions", "initialize_optimizer_states"),
     "partition_grads": ("is_gradient_accumulation_boundary", "_offload_grad_partition_at_boundary"),
     "_finalize_offload_gradient_accumulation": ("_offload_grad_partition_at_boundary",),
     "step": (
@@ -116,7 +121,15 @@ CALLS: Mapping[str, tuple[str, ...]] = {
 }
 """Base method -> methods of self that it calls."""
 
+CALLS_EXACTLY: Mapping[str, frozenset[str]] = {
+    "_setup_for_real_optimizer": frozenset(
+        {"_create_fp32_partitions", "_create_next_swappable_fp32_groups", "initialize_optimizer_states"}
+    ),
+}
+"""Replaced base method -> all methods of self that it calls. If it called more, so would the replacement."""
+
 ATTRIBUTES_SET: Mapping[str, frozenset[str]] = {
+    "_setup_for_real_optimizer": frozenset({"grad_partitions_flat_buffer", "__param_id_to_grad_partition"}),
     "_create_fp32_partitions": frozenset({"subgroup_to_device"}),
     "initialize_optimizer_states": frozenset({"optimizer"}),
 }
@@ -124,7 +137,8 @@ ATTRIBUTES_SET: Mapping[str, frozenset[str]] = {
 
 ATTRIBUTES: tuple[str, ...] = (
     "optimizer",
-    "parameter_offload",
+    "module",
+    "persistent_parameters",
     "backup_optimizer",
     "partial_offload",
     "master_weights_and_grads_dtype",
@@ -142,12 +156,14 @@ ATTRIBUTES: tuple[str, ...] = (
     "_offload_boundary_param_ids",
     "subgroup_to_device",
     "dtype",
+    "ipg_buckets",
+    "contiguous_gradients",
+    "reduce_bucket_size",
+    "device",
+    "grad_partitions_flat_buffer",
     "__param_id_to_grad_partition",
 )
 """Attributes that the base class assigns on self. Python mangles the last with the name of the class."""
-
-GATHER_ATTRIBUTES: tuple[str, ...] = ("__allgather_stream",)
-"""Attributes that DeepSpeedZeRoOffload assigns on self. Python mangles the name with that of the class."""
 
 CPU_ADAM_ATTRIBUTES: tuple[str, ...] = ("ds_opt_adam", "fp32_optimizer_states", "adam_w_mode")
 """Attributes that DeepSpeedCPUAdam assigns on self."""
@@ -167,7 +183,7 @@ CPU_ADAM_KEYS: tuple[str, ...] = (
 CPU_ADAM_CALLS: Mapping[str, int] = {"create_adam": 8, "adam_update": 12}
 """Function of the compiled op -> number of arguments with which DeepSpeedCPUAdam calls it."""
 
-PARAMETER_ATTRIBUTES: tuple[str, ...] = ("ds_id", "ds_numel", "partition_numel")
+PARAMETER_ATTRIBUTES: tuple[str, ...] = ("ds_id", "ds_numel", "partition_numel", "all_gather", "all_gather_coalesced")
 """Attributes that ZeRO-3 assigns on a parameter."""
 
 ACCELERATOR_ATTRIBUTES: tuple[str, ...] = ("_name",)
@@ -190,7 +206,7 @@ def problems() -> list[str]:
     found += [f"{BASE_CLASS}.{name} is missing" for name in INHERITED if not hasattr(base, name)]
     accelerator = get_accelerator()
     found += [f"accelerator.{name} is missing" for name in ACCELERATOR_ATTRIBUTES if not hasattr(accelerator, name)]
-    return [*found, *_gather_problems(), *_cpu_adam_problems(), *_parameter_problems(), *_seam_problems()]
+    return [*found, *_cpu_adam_problems(), *_parameter_problems(), *_seam_problems()]
 
 
 def _tree(module: str) -> ast.Module:
@@ -222,6 +238,9 @@ def _call_problems(methods: Mapping[str, ast.FunctionDef]) -> list[str]:
     for caller, callees in CALLS.items():
         called = _called_on_self(methods[caller]) if caller in methods else set()
         found += [f"{BASE_CLASS}.{caller} does not call {c}" for c in callees if c not in called]
+    for caller, wanted in CALLS_EXACTLY.items():
+        surplus = _called_on_self(methods[caller]) ^ wanted if caller in methods else set()
+        found += [f"{BASE_CLASS}.{caller} was expected to call {sorted(wanted)} and nothing else"] * bool(surplus)
     return found
 
 
@@ -232,11 +251,6 @@ def _attribute_problems(methods: Mapping[str, ast.FunctionDef]) -> list[str]:
         found += [f"{BASE_CLASS}.{name} also sets {attribute}" for attribute in sorted(surplus)]
     assigned = _assigned_in_class(methods)
     return found + [f"{BASE_CLASS} no longer sets {a}" for a in ATTRIBUTES if a not in assigned]
-
-
-def _gather_problems() -> list[str]:
-    assigned = _assigned_in_class(_methods(GATHER_MODULE, GATHER_CLASS))
-    return [f"{GATHER_CLASS} no longer sets {a}" for a in GATHER_ATTRIBUTES if a not in assigned]
 
 
 def _cpu_adam_problems() -> list[str]:

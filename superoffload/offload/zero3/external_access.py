@@ -44,18 +44,21 @@ class ExternalAccess:
         """Let the block write gradients of `params`, through DeepSpeed; speculations on the old ones are void."""
         self._gradients.fill_accumulation_buffers(zero, params)
         yield
+        self._service.verification.forget_gradients()
         self._void_speculations(zero, params)
 
     @contextmanager
     def writing_state(self, zero: ZeroOptimizer, param: DsParameter) -> Iterator[None]:
         """Let the block write a master parameter or moment; a speculation on the old value is void."""
         yield
+        self._service.verification.forget()
         self._void_speculations(zero, [param])
 
     def before_replacement(self) -> None:
         """Prepare for the replacement of all values: finish the last step, abandon the current round."""
         self._service.flush()
         self._service.coordinator.discard()
+        self._service.verification.forget()
 
     def state_dict(self, base: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the state dict that `base` builds, plus the device share's moments and the beta products."""

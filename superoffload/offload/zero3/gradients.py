@@ -12,6 +12,7 @@ from ..settings import OffloadSettings
 from .partitions import ArenaPartitions
 from .service import OptimizerService
 from .surface import DsParameter, ZeroOptimizer, position
+from .transfers import download
 
 PartitionGrads = Callable[[list[DsParameter], list[torch.Tensor]], list[torch.Tensor]]
 """DeepSpeed's own partition_grads."""
@@ -39,6 +40,7 @@ class HostGradients:
         self._settings = settings
         self._partitions = partitions
         self._service = service
+        self._transfers = service.transfers
         self._bypassed: set[int] = set()
         """Parameters (by ds_id) whose gradient of this round is not in DeepSpeed's accumulation buffer."""
 
@@ -51,31 +53,45 @@ class HostGradients:
     ) -> list[torch.Tensor]:
         """Move the gradients of one bucket to the host; in the last backward, speculate on complete sub-groups."""
         boundary = zero.is_gradient_accumulation_boundary()
+        if self._transfers.asynchronous:
+            partitions = [_outside_buckets(zero, partition) for partition in partitions]
         with self._partitions.own_access():
             if boundary and zero.micro_step_id == 0 and self._can_bypass_accumulation(zero):
                 self._write_directly(zero, params, partitions)
                 buffers = []
             else:
                 self.fill_accumulation_buffers(zero, params)
-                buffers = base(params, partitions)
+                with self._transfers.downloading(partitions):
+                    buffers = base(params, partitions)
             if boundary:
                 self._report_arrivals(zero, params)
         return buffers
 
     @contextmanager
-    def writing(self, zero: ZeroOptimizer, param: DsParameter) -> Iterator[None]:
+    def finishing_accumulation(self) -> Iterator[None]:
+        """Let DeepSpeed write the sums of its accumulation buffer to the flat gradients inside the block."""
+        with self._transfers.downloading(()):
+            yield
+
+    @contextmanager
+    def writing(self, zero: ZeroOptimizer, param: DsParameter, gradient: torch.Tensor) -> Iterator[None]:
         """Let DeepSpeed write one parameter's gradient inside the block, once no commit reads the old one any more."""
-        self._before_change(position(zero, param)[0])
+        sub_group, offset, _ = position(zero, param)
+        self._before_change(sub_group)
+        self._service.verification.gradient(sub_group, offset, gradient)
         with self._partitions.own_access():
             yield
 
     def fill_accumulation_buffers(self, zero: ZeroOptimizer, params: Iterable[DsParameter]) -> None:
         """Copy bypassed gradients of this round to DeepSpeed's accumulation buffer, which is read or added to next."""
+        bypassed = [param for param in params if param.ds_id in self._bypassed]
+        if not bypassed:
+            return
+        self._transfers.synchronize()  # the host reads the gradients that the device has sent
         buffers = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        for param in params:
-            if param.ds_id in self._bypassed:
-                self._bypassed.discard(param.ds_id)
-                buffers[param.ds_id].copy_(self._partitions.gradient(*position(zero, param)))
+        for param in bypassed:
+            self._bypassed.discard(param.ds_id)
+            buffers[param.ds_id].copy_(self._partitions.gradient(*position(zero, param)))
 
     def drop_batch(self) -> None:
         """Abandon the round if gradients are zeroed from outside, between backward and step."""
@@ -85,6 +101,7 @@ class HostGradients:
     def abandon_round(self) -> None:
         """Forget the speculations and gradients of this round."""
         self._service.coordinator.discard()
+        self._service.verification.forget_gradients()
         self._bypassed.clear()
 
     def end_round(self) -> None:
@@ -107,28 +124,38 @@ class HostGradients:
         DeepSpeed would copy them to its accumulation buffer on the host, back to the device for the norm, and to
         the host again: three transfers where one is enough.
         """
-        on_host = get_accelerator().is_synchronized_device()
+        arriving: list[tuple[torch.Tensor, torch.Tensor]] = []
         for param, partition in zip(params, partitions, strict=True):
             if param.partition_numel() * zero._get_param_partition_rank(param) < param.ds_numel:  # not only padding
-                unrounded = zero.gradient_accumulation_dtype in (torch.float32, partition.dtype)
-                if unrounded and on_host:
-                    self._write_on_host(zero, param, partition.view(-1))
-                else:
-                    gradient = partition.to(zero.gradient_accumulation_dtype).view(-1)
-                    zero._offload_grad_partition_at_boundary(param, gradient, {}, {})
+                arriving += self._write(zero, param, partition.view(-1))
                 zero._offload_boundary_param_ids.add(param.ds_id)
                 self._bypassed.add(param.ds_id)
-            if param.grad is not None and not on_host:
+            if param.grad is not None and self._transfers.asynchronous:
                 param.grad.record_stream(get_accelerator().current_stream())
             param.grad = None
+        with self._transfers.downloading([gradient for gradient, _ in arriving]):
+            for gradient, target in arriving:
+                download(gradient, target)
 
-    def _write_on_host(self, zero: ZeroOptimizer, param: DsParameter, partition: torch.Tensor) -> None:
-        """Convert a gradient while writing it and take its norm in place; DeepSpeed would copy for both."""
+    def _write(
+        self, zero: ZeroOptimizer, param: DsParameter, partition: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Take the norm of a gradient and write it to its place; return (gradient, place) if the copy is still due.
+
+        On the host, converts while writing and takes the norm in place; DeepSpeed would copy for both.
+        """
         sub_group, offset, _ = position(zero, param)
         self._before_change(sub_group)
-        gradient = self._partitions.gradient(sub_group, offset, partition.numel())
-        gradient.copy_(partition)
-        zero.norm_for_param_grads[zero.get_param_id(param)] = zero._constant_buffered_norm2(gradient)
+        exact = zero.gradient_accumulation_dtype in (torch.float32, partition.dtype)
+        gradient = partition if exact else partition.to(zero.gradient_accumulation_dtype)
+        self._service.verification.gradient(sub_group, offset, gradient)
+        target = self._partitions.gradient(sub_group, offset, gradient.numel())
+        due = self._transfers.asynchronous and sub_group in self._partitions.host
+        if not due:
+            target.copy_(gradient)
+        measured = gradient if due else target
+        zero.norm_for_param_grads[zero.get_param_id(param)] = zero._constant_buffered_norm2(measured)
+        return [(gradient, target)] if due else []
 
     def _before_change(self, sub_group: int) -> None:
         if sub_group in self._partitions.host:
@@ -137,11 +164,20 @@ class HostGradients:
     def _report_arrivals(self, zero: ZeroOptimizer, params: list[DsParameter]) -> None:
         coordinator = self._service.coordinator
         coordinator.pump()  # notices a dead optimizer process even if nothing has to be waited for
-        if self._partitions.host:
-            coordinator.gradients_queued()
         speculate = self._settings.speculate and coordinator.worth_speculating
         factor = gradient_factor(zero.loss_scale, zero.clip_grad, None) if speculate else None
         for param in params:
             sub_group = position(zero, param)[0]
             if sub_group in self._partitions.host:
                 coordinator.arrived(sub_group, zero.get_param_id(param), factor)
+
+
+def _outside_buckets(zero: ZeroOptimizer, partition: torch.Tensor) -> torch.Tensor:
+    """Return a gradient whose memory stays unchanged until it has been copied to the host.
+
+    If a bucket holds a single parameter, DeepSpeed reduces it in place, and refills the bucket before the copy ends.
+    """
+    address = partition.untyped_storage().data_ptr()
+    buffers = (bucket.buffer for bucket in zero.ipg_buckets.values())
+    reused = any(b is not None and b.untyped_storage().data_ptr() == address for b in buffers)
+    return partition.clone() if reused else partition

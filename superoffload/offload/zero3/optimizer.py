@@ -19,8 +19,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..settings import OffloadSettings
 from ..trainer.bookkeeping import Statistics
+from .accumulation import AccumulationBuffer, set_up
 from .checkpointing import AdamStateBook
 from .external_access import ExternalAccess
+from .gathering import GatherGate
 from .gradients import HostGradients
 from .partitions import ArenaPartitions
 from .service import OptimizerService
@@ -47,8 +49,9 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
     ) -> None:
         """Build DeepSpeed's optimizer over the arena and start the optimizer process (collective)."""
         settings = offload_settings or OffloadSettings()
-        self._partitions = ArenaPartitions()  # DeepSpeed's constructor calls hooks that need these three
-        self._service = OptimizerService(settings)
+        self._accumulation = AccumulationBuffer()  # DeepSpeed's constructor calls hooks that need these four
+        self._partitions = ArenaPartitions()
+        self._service = OptimizerService(settings, kwargs.get("cpuadam_cores_perc", 0.8))
         self._gradients = HostGradients(settings, self._partitions, self._service)
         super().__init__(module, init_optimizer, param_names, timers, ds_config, **kwargs)
         book = AdamStateBook(
@@ -59,7 +62,9 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         )
         self._host_step = HostStep(self._partitions, self._service, book)
         self._access = ExternalAccess(self._partitions, self._service, self._gradients, book)
-        self._service.start(self, self._partitions, kwargs.get("cpuadam_cores_perc", 0.8))
+        self._gate = GatherGate(self._service.transfers)
+        self._gate.install(self)
+        self._service.start(self, self._partitions)
         book.publish(self._service.coordinator.steps)
 
     # ---------------------------------------------------------------------- flat parameters in the arena
@@ -75,8 +80,22 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
     def fp32_partitioned_groups_flat(self, value: list[torch.Tensor]) -> None:
         self._partitions.flats = value
 
+    @property
+    def fp16_partitioned_groups_flat(self) -> list[torch.Tensor]:
+        """Return the flat low-precision weights; a reader from outside waits for uploads first."""
+        if not self._partitions.in_own_access:
+            self._service.transfers.synchronize()
+        return self._partitions.weights
+
+    @fp16_partitioned_groups_flat.setter
+    def fp16_partitioned_groups_flat(self, value: list[torch.Tensor]) -> None:
+        self._partitions.weights = value
+
+    def _setup_for_real_optimizer(self) -> None:
+        set_up(self)
+
     def _create_fp32_partitions(self) -> None:
-        self._partitions.create(self, str(get_accelerator()._name))
+        self._partitions.create(self, str(get_accelerator()._name), self._service.cores.optimizer)
 
     def initialize_optimizer_states(self) -> None:
         """Attach the gradients to the flat parameters."""
@@ -84,15 +103,32 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
 
     # --------------------------------------------------------------------------------------- backward
 
+    @property
+    def grad_partitions_flat_buffer(self) -> torch.Tensor | None:
+        """Return DeepSpeed's accumulation buffer, which is allocated when it is first asked for."""
+        return self._accumulation.whole(self)
+
+    @property
+    def _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition(self) -> dict[int, torch.Tensor]:
+        return self._accumulation.views(self)
+
+    @_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.setter
+    def _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition(self, value: dict[int, torch.Tensor]) -> None:
+        self._accumulation.set_views(value)
+
     def partition_grads(
         self, params_to_release: list[DsParameter], grad_partitions: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Move the gradients of one bucket to the host."""
         return self._gradients.partition(self, params_to_release, grad_partitions, super().partition_grads)
 
-    def _offload_grad_partition_at_boundary(self, param: DsParameter, *args: Any) -> None:
-        with self._gradients.writing(self, param):
-            super()._offload_grad_partition_at_boundary(param, *args)
+    def _offload_grad_partition_at_boundary(self, param: DsParameter, grad_buffer: torch.Tensor, *args: Any) -> None:
+        with self._gradients.writing(self, param, grad_buffer):
+            super()._offload_grad_partition_at_boundary(param, grad_buffer, *args)
+
+    def _finalize_offload_gradient_accumulation(self) -> None:
+        with self._gradients.finishing_accumulation():
+            super()._finalize_offload_gradient_accumulation()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients; between backward and step this drops the batch and its speculations."""
@@ -104,6 +140,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
     def step(self, closure: None = None) -> None:
         """Take one optimizer step, or skip it on overflow (collective)."""
         self._service.check_running()
+        self._service.transfers.synchronize()  # DeepSpeed reads norms and sums that the copy stream has written
         with self._partitions.own_access():
             super().step(closure)
 
@@ -124,7 +161,8 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         self._host_step.reassign(self, sub_group_id, super()._reassign_or_swap_out_partitioned_parameters)
 
     def _post_step(self, timer_names: set[str]) -> None:
-        super()._post_step(timer_names)
+        with self._gate.holding_persistent_parameters_back(self):
+            super()._post_step(timer_names)
         self._gradients.end_round()
 
     # ------------------------------------------------------------------------- access from outside
@@ -161,6 +199,11 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         self._access.before_replacement()
         super().refresh_fp32_params()
 
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Move states of the device to the host, once every copy has ended."""
+        self.flush()
+        super().offload_states(*args, **kwargs)
+
     # ------------------------------------------------------------------------------------ checkpoints
 
     def checkpoint_event_prologue(self) -> None:
@@ -195,7 +238,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         return self._service.statistics
 
     def flush(self) -> None:
-        """Wait until fp32 parameters, gradients and moments are those after the last step()."""
+        """Wait until fp32 parameters and moments are those after the last step(), and all copies have ended."""
         self._service.flush()
 
     def close(self) -> None:
@@ -213,5 +256,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         Afterwards the flat parameters on the host are empty.
         """
         self.close()
-        super().destroy()
+        self._gate.remove()
+        with self._accumulation.closing():
+            super().destroy()
         self._partitions.release(self.optimizer)

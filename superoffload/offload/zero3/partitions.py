@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
-from ..shared.state import Arena, ArenaLayout, SubGroupShape, SubGroupState
+from ..shared.affinity import Cores
+from ..shared.state import KINDS, Arena, ArenaLayout, SubGroupShape, SubGroupState
+from ..trainer.bookkeeping import startup_phase
+from ..trainer.first_touch import touch
 from .surface import CpuAdam, ZeroOptimizer
 
 
@@ -18,6 +21,8 @@ class ArenaPartitions:
     def __init__(self) -> None:
         self.flats: list[torch.Tensor] = []
         """The flat fp32 parameter of every sub-group: on the host in the arena, else on the device."""
+        self.weights: list[torch.Tensor] = []
+        """The flat low-precision weights of every sub-group."""
         self._arena: Arena | None = None
         self._arena_fd = -1
         self._own_access = 0
@@ -34,15 +39,24 @@ class ArenaPartitions:
             raise RuntimeError("the arena has not been created yet")
         return self._arena
 
-    def create(self, zero: ZeroOptimizer, device: str) -> None:
+    def create(self, zero: ZeroOptimizer, device: str, cores: Cores) -> None:
         """Put the fp32 parameters in their final place: the arena, or `device` for the device share (`ratio` < 1).
 
-        Replaces a base method that would first copy all of them to ordinary memory.
+        Replaces a base method that would first copy all of them to ordinary memory. `cores` are those that will work on
+        the arena; its pages are allocated from there.
         """
         count = len(zero.fp16_partitioned_groups_flat)
         first_on_host = int((1 - zero.partial_offload) * count)
         zero.subgroup_to_device = {i: "cpu" if i >= first_on_host else device for i in range(count)}
-        self._arena, self._arena_fd = Arena.create(_plan(zero))
+        with startup_phase("allocating the arena"):
+            self._arena, self._arena_fd = Arena.create(_plan(zero))
+            touch((getattr(regions, kind) for regions in self.host.values() for kind in KINDS), cores)
+        with startup_phase("copying the weights to the arena"):
+            self._fill(zero, device)
+        for group in zero.optimizer.param_groups:
+            group["params"] = []  # DeepSpeed fills them only during a step
+
+    def _fill(self, zero: ZeroOptimizer, device: str) -> None:
         for i, weights in enumerate(zero.fp16_partitioned_groups_flat):
             if i in self.host:
                 flat = self.host[i].parameters.detach()
@@ -54,8 +68,6 @@ class ArenaPartitions:
             flat.ds_id = f"{ids[0]}_{ids[-1]}"  # type: ignore[attr-defined]  # DeepSpeed sets it too
             flat.requires_grad = True
             self.flats.append(flat)
-        for group in zero.optimizer.param_groups:
-            group["params"] = []  # DeepSpeed fills them only during a step
 
     def attach_gradients(self) -> None:
         """Give every flat parameter its gradient: region G of the arena, or zeros on the device."""

@@ -14,11 +14,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ..settings import OffloadSettings
-from ..shared.affinity import Cores, Seat, share_of_rank, split_cores
+from ..shared.affinity import Cores, CoreSplit, Seat, share_of_rank, split_cores
 from ..shared.bias import ProductHistory
 from ..shared.messages import AdamHyper
-from ..trainer.binding import TRAINER_BINDING
-from ..trainer.bookkeeping import Statistics
+from ..trainer.binding import TRAINER_BINDING, read_siblings
+from ..trainer.bookkeeping import Statistics, startup_phase
 from ..trainer.coordinator import Coordinator
 from ..trainer.dispatch import EventDispatcher
 from ..trainer.pinning import page_lock, page_unlock
@@ -26,6 +26,8 @@ from ..trainer.process import OptimizerProcess, OptimizerProcessError, WorkerSet
 from ..worker import fused
 from .partitions import ArenaPartitions
 from .surface import CpuAdam, ZeroOptimizer
+from .transfers import Transfers
+from .verification import Verification
 
 _log = getLogger(__name__)
 
@@ -42,29 +44,32 @@ class OptimizerService:
 
     process: OptimizerProcess
 
-    def __init__(self, settings: OffloadSettings) -> None:
-        """Prepare; start() starts the process."""
+    def __init__(self, settings: OffloadSettings, optimizer_fraction: float) -> None:
+        """Give `optimizer_fraction` of the cores to the optimizer process, which start() starts (collective)."""
         self._settings = settings
+        self.cores = _split_cores_of_this_rank(optimizer_fraction)
+        self.transfers = Transfers()
+        self.verification = Verification(settings)
         self._coordinator: Coordinator | None = None
         self._last_statistics = Statistics()
 
-    def start(self, zero: ZeroOptimizer, partitions: ArenaPartitions, optimizer_fraction: float) -> None:
-        """Start the optimizer process on its share of the cores (collective)."""
-        cores = split_cores(_cores_of_this_rank(), optimizer_fraction)
+    def start(self, zero: ZeroOptimizer, partitions: ArenaPartitions) -> None:
+        """Start the optimizer process on its share of the cores."""
         accelerator = get_accelerator()
         on_cpu = accelerator.device_name() == "cpu"
         bind = self._settings.bind_trainer if self._settings.bind_trainer is not None else not on_cpu
-        setup = self._worker_setup(zero, partitions, cores.optimizer, shares_cores=not bind)
-        transferred = partitions.arena.transferred() if zero.offload_optimizer_pin_memory else []
-        pinned = page_lock(transferred, accelerator.device_name())
-        with partitions.hand_over() as arena_fd:
+        setup = self._worker_setup(zero, partitions, self.cores.optimizer, shares_cores=not bind)
+        with startup_phase("starting the optimizer process"), partitions.hand_over() as arena_fd:
             self.process = OptimizerProcess(setup, arena_fd)
+        with startup_phase("page-locking"):  # meanwhile, the optimizer process loads its libraries
+            transferred = partitions.arena.transferred() if zero.offload_optimizer_pin_memory else []
+            pinned = page_lock(transferred, accelerator.device_name())
         if bind:
-            TRAINER_BINDING.take(cores.trainer)
+            TRAINER_BINDING.take(self.cores.trainer)
         device = accelerator.current_device()
         dispatcher = None
-        if not accelerator.is_synchronized_device():
-            dispatcher = EventDispatcher(self.process, record_event, partial(accelerator.set_device, device))
+        if self.transfers.asynchronous:
+            dispatcher = EventDispatcher(self.process, self.transfers.record, partial(accelerator.set_device, device))
         unpin = partial(page_unlock, pinned, partial(accelerator.synchronize, device))
         self._finalizer = weakref.finalize(self, _shut_down, self.process, dispatcher, unpin, bind)
         coordinator = Coordinator(
@@ -76,8 +81,9 @@ class OptimizerService:
         )
         if dispatcher is not None:
             coordinator.send_speculation = dispatcher.send
-            coordinator.gradients_queued = dispatcher.gradients_queued
             coordinator.settle = lambda: dispatcher.settle(coordinator.pump)
+        if self.verification.begin(partitions.host, zero.optimizer):
+            coordinator.verify_decision = self.verification.decided
         self._coordinator = coordinator
 
     def _worker_setup(
@@ -117,8 +123,11 @@ class OptimizerService:
         return self._coordinator.statistics if self._coordinator is not None else self._last_statistics
 
     def flush(self) -> None:
-        """Wait until fp32 parameters, gradients and moments are those after the last step()."""
-        if self._coordinator is not None and self._coordinator.has_uncommitted:
+        """Wait until fp32 parameters and moments are those after the last step(), and all copies have ended."""
+        if self._coordinator is None:
+            return
+        self.transfers.synchronize()
+        if self._coordinator.has_uncommitted:
             self._coordinator.flush()
 
     def close(self) -> None:
@@ -134,25 +143,13 @@ class OptimizerService:
         self._finalizer()
 
 
-def _cores_of_this_rank() -> Cores:
-    """Return this rank's fair share of the cores that its host's ranks may use (collective)."""
+def _split_cores_of_this_rank(optimizer_fraction: float) -> CoreSplit:
+    """Divide this rank's fair share of the cores that its host's ranks may use (collective)."""
     own = Seat(host=socket.gethostname(), cores=TRAINER_BINDING.available())
     seats: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seats, own)
-    return share_of_rank(seats, dist.get_rank())
-
-
-def record_event() -> Any:
-    """Return an event recorded on the accelerator's current stream.
-
-    Whoever waits for it sleeps, if the accelerator has such events, because the trainer has few cores.
-    """
-    try:
-        event = get_accelerator().Event(blocking=True)
-    except TypeError:
-        event = get_accelerator().Event()
-    event.record()
-    return event
+    siblings = read_siblings(own.cores)
+    return split_cores(share_of_rank(seats, dist.get_rank(), siblings), optimizer_fraction, siblings)
 
 
 def _hyper_reader(main: CpuAdam, group_of: Mapping[int, int]) -> Callable[[int], AdamHyper]:

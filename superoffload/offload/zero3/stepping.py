@@ -9,7 +9,7 @@ import torch
 from .checkpointing import AdamStateBook
 from .gradients import gradient_factor
 from .partitions import ArenaPartitions
-from .service import OptimizerService, record_event
+from .service import OptimizerService
 from .surface import ZeroOptimizer
 
 _FOLLOWED = ("lr", "betas", "eps", "weight_decay")
@@ -37,8 +37,8 @@ class HostStep:
             base(sub_group)
         elif sub_group == min(self._partitions.host):
             coordinator = self._service.coordinator
+            self._service.transfers.begin_uploads()
             coordinator.collect(lambda i: self._upload(zero, i))
-            _let_all_gather_wait(zero)
             self._book.set_steps(coordinator.steps)
 
     def reassign(self, zero: ZeroOptimizer, sub_group: int, base: Callable[[int], None]) -> None:
@@ -49,9 +49,12 @@ class HostStep:
             base(sub_group)
 
     def _upload(self, zero: ZeroOptimizer, sub_group: int) -> None:
-        """Copy new weights to the device; streams order the copy before the next forward."""
+        """Copy new weights to the device; a gather of one of these parameters waits for the copy."""
         staging = self._partitions.host[sub_group].staging
-        zero.fp16_partitioned_groups_flat[sub_group].data.copy_(staging, non_blocking=True)
+        weights = zero.fp16_partitioned_groups_flat[sub_group].data
+        with self._service.transfers.uploading(sub_group):
+            weights.copy_(staging, non_blocking=True)
+            self._service.verification.uploaded(sub_group, weights)
 
     def _align_device_group(self, group_id: int) -> None:
         """Give the device share's Adam the current hyper-parameters of the main one."""
@@ -60,16 +63,6 @@ class HostStep:
         main, group = self._book.main.param_groups[group_id], self._book.backup.param_groups[group_id]
         group.update({key: main[key] for key in _FOLLOWED})
         group["decoupled_weight_decay"] = bool(self._book.main.adam_w_mode)
-
-
-def _let_all_gather_wait(zero: ZeroOptimizer) -> None:
-    """Let the stream of DeepSpeed's all-gather wait for the uploads queued on the current stream.
-
-    With overlap_comm it is a stream of its own, and without this wait it could send old weights to the other ranks.
-    """
-    stream = zero.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
-    if stream is not None:
-        stream.wait_event(record_event())
 
 
 def _separate_device_groups(book: AdamStateBook) -> None:

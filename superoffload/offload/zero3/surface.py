@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -15,9 +16,18 @@ class DsParameter(Protocol):
     ds_numel: int
     grad: torch.Tensor | None
     requires_grad: bool
+    all_gather: Callable[..., Any]
+    all_gather_coalesced: Callable[..., Any]
 
     def partition_numel(self) -> int:
         """Return the number of elements of each rank's partition, including padding."""
+
+
+class ZeroModule(Protocol):
+    """The model, whose parameters are all ZeRO-3's."""
+
+    def parameters(self) -> Iterator[DsParameter]:
+        """Return every parameter, trained or not."""
 
 
 class CpuAdam(Protocol):
@@ -31,10 +41,10 @@ class CpuAdam(Protocol):
     state: dict[torch.Tensor, dict[str, Any]]
 
 
-class ParameterOffload(Protocol):
-    """DeepSpeedZeRoOffload, which gathers the parameters; its stream is None if the accelerator has no streams."""
+class ReduceBucket(Protocol):
+    """IPGBucketZ3: `buffer` holds the gradients that are reduced together; None if they stay where they are."""
 
-    _DeepSpeedZeRoOffload__allgather_stream: Any
+    buffer: torch.Tensor | None
 
 
 class ZeroOptimizer(Protocol):
@@ -44,7 +54,9 @@ class ZeroOptimizer(Protocol):
     """
 
     optimizer: CpuAdam
-    parameter_offload: ParameterOffload
+    module: ZeroModule
+    persistent_parameters: list[DsParameter]
+    device: Any
     dtype: torch.dtype
     master_weights_and_grads_dtype: torch.dtype
     gradient_accumulation_dtype: torch.dtype
@@ -53,6 +65,9 @@ class ZeroOptimizer(Protocol):
     micro_step_id: int
     partial_offload: float
     offload_optimizer_pin_memory: bool
+    contiguous_gradients: bool
+    reduce_bucket_size: int
+    ipg_buckets: dict[torch.dtype, ReduceBucket]
     subgroup_to_device: dict[int, str]
     sub_group_to_group_id: dict[int, int]
     grad_position: dict[int, list[int]]
@@ -73,13 +88,12 @@ class ZeroOptimizer(Protocol):
 
     def _constant_buffered_norm2(self, input: torch.Tensor) -> torch.Tensor: ...
 
-    def _offload_grad_partition_at_boundary(
-        self,
-        param: DsParameter,
-        grad_buffer: torch.Tensor,
-        offload_fp32_gradients: dict[int, list[torch.Tensor]],
-        offload_fp32_offsets: dict[int, list[int]],
-    ) -> None: ...
+    def _create_fp32_partitions(self) -> None: ...
+
+    def _create_next_swappable_fp32_groups(self) -> None: ...
+
+    def initialize_optimizer_states(self) -> None:
+        """Attach the gradients to the flat parameters."""
 
     def _unflatten_partitioned_parameters(self, sub_group_id: int) -> None: ...
 

@@ -52,3 +52,45 @@ def test_ranks_bound_by_a_launcher_keep_their_cores() -> None:
 def test_more_ranks_than_cores_share_cores() -> None:
     seats = [Seat(host="a", cores=(0, 1))] * 5
     assert [share_of_rank(seats, r) for r in range(5)] == [(0,), (1,), (0,), (1,), (0,)]
+
+
+def hyperthreads(physical: int, threads: int = 2) -> dict[int, tuple[int, ...]]:
+    """Number the cores as Linux usually does: first one thread of every physical core, then the others."""
+    return {c + physical * t: tuple(c + physical * u for u in range(threads)) for c in range(physical) for t in (0, 1)}
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8, 0.9])
+@pytest.mark.parametrize("physical", [2, 6, 48])
+def test_hyperthreads_of_one_core_serve_one_process(physical: int, fraction: float) -> None:
+    siblings = hyperthreads(physical)
+    split = split_cores(tuple(range(2 * physical)), fraction, siblings)
+    assert sorted(split.trainer + split.optimizer) == list(range(2 * physical))
+    for cores in (split.trainer, split.optimizer):
+        assert cores and all(set(siblings[c]) <= set(cores) for c in cores)
+    wanted = min(physical - 1, max(1, round(fraction * physical)))
+    assert len(split.optimizer) == 2 * wanted
+
+
+def test_the_hyperthreads_of_a_single_core_are_divided() -> None:
+    split = split_cores((3, 7), 0.9, {3: (3, 7), 7: (3, 7)})
+    assert (split.trainer, split.optimizer) == ((3,), (7,))
+
+
+def test_hyperthreads_that_a_launcher_has_split_count_as_cores() -> None:
+    split = split_cores((0, 1, 2, 3), 0.5, hyperthreads(4))
+    assert (split.trainer, split.optimizer) == ((0, 1), (2, 3))
+
+
+@pytest.mark.parametrize(("physical", "ranks"), [(8, 4), (7, 3), (5, 4)])
+def test_ranks_share_no_physical_core(physical: int, ranks: int) -> None:
+    siblings = hyperthreads(physical)
+    seats = [Seat(host="a", cores=tuple(range(2 * physical)))] * ranks
+    shares = [share_of_rank(seats, r, siblings) for r in range(ranks)]
+    assert sorted(c for share in shares for c in share) == list(range(2 * physical))
+    assert all(set(siblings[c]) <= set(share) for share in shares for c in share)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 2
+
+
+def test_ranks_divide_hyperthreads_if_there_are_too_few_cores() -> None:
+    seats = [Seat(host="a", cores=(0, 1, 2, 3))] * 4
+    assert [share_of_rank(seats, r, hyperthreads(2)) for r in range(4)] == [(0,), (1,), (2,), (3,)]

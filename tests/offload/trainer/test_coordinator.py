@@ -81,7 +81,7 @@ def setup() -> Setup:
 def test_an_accepted_speculation_is_uploaded_then_committed(setup: Setup) -> None:
     setup.backward()
     setup.step()
-    assert setup.uploaded == [1, 0]
+    assert setup.uploaded == [0, 1]
     assert setup.process.kinds() == [
         ("SPECULATE", 1),
         ("SPECULATE", 0),
@@ -113,6 +113,25 @@ def test_a_clipped_step_is_repeated_with_the_factor(setup: Setup) -> None:
     assert {t.sub_group for t in steps} == {0, 1} and {t.factor for t in steps} == {CLIPPED}
     assert ("COMMIT", 0) not in setup.process.kinds()
     assert setup.coordinator.statistics.refused == 2
+
+
+@pytest.mark.parametrize("speculate", [True, False])
+def test_a_clipped_step_is_uploaded_while_the_next_sub_group_is_stepped(setup: Setup, speculate: bool) -> None:
+    process, uploaded_when_waiting = setup.process, []
+    process.held = {TaskKind.STEP}
+    setup.backward(speculate)
+
+    def receive(timeout_s: float, doing: str) -> Reply | None:
+        if timeout_s and not process.replies:
+            uploaded_when_waiting.append(list(setup.uploaded))
+            steps = [t for t in process.tasks if t.kind is TaskKind.STEP]
+            assert [t.sub_group for t in steps] == [0, 1]  # the first sub-group of the next forward first
+            process.answer(steps[len(setup.uploaded)], ReplyKind.STEPPED)
+        return process.replies.popleft() if process.replies else None
+
+    process.receive = receive  # type: ignore[method-assign]
+    setup.step(CLIPPED)
+    assert uploaded_when_waiting == [[], [0]] and setup.uploaded == [0, 1]
 
 
 def test_speculation_pauses_while_steps_are_clipped(setup: Setup) -> None:
@@ -195,7 +214,7 @@ def test_gradients_wait_for_their_own_commit_only(setup: Setup) -> None:
 
 def test_a_step_without_any_backward_steps_everything(setup: Setup) -> None:
     setup.step()
-    assert setup.process.kinds() == [("DECIDE", -1), ("STEP", 1), ("STEP", 0)]
+    assert setup.process.kinds() == [("DECIDE", -1), ("STEP", 0), ("STEP", 1)]
 
 
 def test_collecting_before_deciding_is_an_error(setup: Setup) -> None:

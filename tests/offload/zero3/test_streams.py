@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from superoffload.offload.settings import OffloadSettings
+from superoffload.offload.shared.affinity import CoreSplit
 from superoffload.offload.shared.messages import Task, TaskKind
-from superoffload.offload.zero3 import service
-from superoffload.offload.zero3.gradients import HostGradients
-from superoffload.offload.zero3.stepping import HostStep
-from tests.helpers.fake_cuda import Accelerator, Stream
+from superoffload.offload.zero3 import service, transfers
+from superoffload.offload.zero3.transfers import Transfers
+from tests.helpers.fake_cuda import Accelerator
 
 pytestmark = pytest.mark.unit
 
@@ -23,70 +21,17 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     made = Accelerator()
-    monkeypatch.setattr(service, "get_accelerator", lambda: made)
+    for module in (service, transfers):
+        monkeypatch.setattr(module, "get_accelerator", lambda: made)
     return made
 
 
 def test_events_block_instead_of_spinning(accelerator: Accelerator) -> None:
-    assert service.record_event().blocking
+    copies = Transfers()
+    assert copies.record().blocking
     accelerator.events_can_block = False
-    assert not service.record_event().blocking
+    assert not copies.record().blocking
     assert [what for what, _ in accelerator.calls] == ["record"] * 2
-
-
-class Uploads:
-    """A coordinator whose new weights are all there."""
-
-    steps: dict[int, int] = {0: 1, 1: 1}  # noqa: RUF012
-
-    def collect(self, upload: Callable[[int], None]) -> None:
-        for sub_group in (1, 0):
-            upload(sub_group)
-
-
-@pytest.mark.parametrize("stream", [Stream(), None], ids=["asynchronous", "synchronous"])
-def test_the_all_gather_waits_for_an_event_after_the_uploads(accelerator: Accelerator, stream: Stream | None) -> None:
-    weights = [torch.zeros(4) for _ in range(2)]
-    host = {i: SimpleNamespace(staging=torch.full((4,), i + 1.0)) for i in range(2)}
-    uploaded_when_recorded: list[list[float]] = []
-    made = accelerator.Event
-
-    def event(**options: Any) -> Any:
-        uploaded_when_recorded.append([float(w[0]) for w in weights])
-        return made(**options)
-
-    accelerator.Event = event  # type: ignore[method-assign]
-    zero: Any = SimpleNamespace(
-        fp16_partitioned_groups_flat=weights,
-        parameter_offload=SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=stream),
-    )
-    parts: Any = SimpleNamespace(host=host)
-    book: Any = SimpleNamespace(backup=None, set_steps=lambda steps: None)
-    HostStep(parts, SimpleNamespace(coordinator=Uploads()), book).step(zero, 0, lambda i: None)  # type: ignore[arg-type]
-    assert [w.tolist() for w in weights] == [[1.0] * 4, [2.0] * 4]
-    if stream is None:
-        assert accelerator.calls == []
-        return
-    ((what, waited),) = stream.calls
-    assert (what, accelerator.calls) == ("wait_event", [("record", waited)])
-    assert uploaded_when_recorded == [[1.0, 2.0]]
-
-
-@pytest.mark.parametrize("host", [{0: None}, {}], ids=["host sub-group", "all on the device"])
-def test_each_bucket_of_the_last_backward_is_noted(host: dict[int, None]) -> None:
-    noted: list[str] = []
-    coordinator = SimpleNamespace(
-        pump=lambda: noted.append("pump"),
-        gradients_queued=lambda: noted.append("queued"),
-        arrived=lambda *_: noted.append("arrived"),
-        worth_speculating=False,
-    )
-    parts: Any = SimpleNamespace(host=host)
-    gradients = HostGradients(OffloadSettings(), parts, SimpleNamespace(coordinator=coordinator))  # type: ignore[arg-type]
-    zero: Any = SimpleNamespace(loss_scale=1.0, clip_grad=0.0, get_param_id=lambda p: 0, grad_position={0: (0, 0, 4)})
-    param: Any = SimpleNamespace()
-    gradients._report_arrivals(zero, [param])
-    assert noted == (["pump", "queued", "arrived"] if host else ["pump"])
 
 
 def test_a_rank_on_its_third_device_uses_that_device_alone(
@@ -96,11 +41,18 @@ def test_a_rank_on_its_third_device_uses_that_device_alone(
         belongs_to_this_process=True, close=lambda: None, send=lambda *_, **__: None, receive=lambda *_: None
     )
     locked: list[Any] = []
-    monkeypatch.setattr(service, "OptimizerProcess", lambda setup, fd: process)
-    monkeypatch.setattr(service, "_cores_of_this_rank", lambda: (0, 1))
+    started: list[str] = []
+
+    def start(setup: Any, arena_fd: int) -> Any:
+        started.append("process")
+        return process
+
+    monkeypatch.setattr(service, "OptimizerProcess", start)
+    monkeypatch.setattr(service, "_split_cores_of_this_rank", lambda _: CoreSplit(trainer=(0,), optimizer=(1,)))
     monkeypatch.setattr(service.OptimizerService, "_worker_setup", lambda *_, **__: None)
 
     def page_lock(*arguments: Any) -> list[int]:
+        started.append("page-locking")
         locked.append(arguments)
         return [4096]
 
@@ -115,13 +67,12 @@ def test_a_rank_on_its_third_device_uses_that_device_alone(
     arena = SimpleNamespace(transferred=lambda: ["G", "S"])
     parts: Any = SimpleNamespace(arena=arena, hand_over=nullcontext, host={0: None})
     accelerator.set_device(2)
-    made = service.OptimizerService(OffloadSettings(bind_trainer=False))
-    made.start(zero, parts, 0.5)
+    made = service.OptimizerService(OffloadSettings(bind_trainer=False), 0.5)
+    made.start(zero, parts)
+    assert started == ["process", "page-locking"]  # the process loads while pages are being locked
     assert locked == [(["G", "S"], "cuda")]
-    made.coordinator.gradients_queued()
-    (queued,) = [event for what, event in accelerator.calls if what == "record"]
     made.coordinator.settle()
-    assert ("synchronize", queued) in accelerator.calls
+    assert [what for what, _ in accelerator.calls] == ["record", "synchronize"]
     made.coordinator.send_speculation(Task(kind=TaskKind.SPECULATE))
     made.close()
     assert accelerator.calls[-1] == ("synchronize device", 2)

@@ -1,0 +1,59 @@
+"""DeepSpeed's accumulation buffer appears when it is needed, and can be moved and freed like DeepSpeed's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+from tests.helpers.offload_training import Case, Trainer, make_engine, snapshot
+from tests.helpers.ranks import run_ranks
+
+TWICE = Case(clip=100.0, twice_steps=(2,), steps=4)
+
+
+def life_of_the_buffer() -> list[bool]:
+    """Return whether it is allocated: after steps of one micro-batch, after a second backward, after destroy()."""
+    engine = make_engine(TWICE, True)
+    accumulation, found = engine.optimizer._accumulation, []
+    trainer = Trainer(engine, TWICE)
+    for first, last in ((0, 2), (2, 3)):
+        trainer.run(first, last)
+        found.append(accumulation.is_allocated)
+    engine.destroy()
+    return [*found, accumulation.is_allocated]
+
+
+def unused_until_the_end() -> list[bool]:
+    engine = make_engine(Case(), True)
+    accumulation = engine.optimizer._accumulation
+    Trainer(engine, Case()).run(0, 1)
+    engine.destroy()
+    return [accumulation.is_allocated, engine.optimizer.grad_partitions_flat_buffer is None]
+
+
+def train_and_move(moved: bool) -> dict[str, Any]:
+    """Train; on the way, let DeepSpeed move the buffer away and back."""
+    engine = make_engine(TWICE, True)
+    trainer = Trainer(engine, TWICE)
+    trainer.run(0, 1)
+    if moved:
+        engine.offload_states(include=[OffloadStateTypeEnum.lp_grads], pin_memory=False)
+        engine.reload_states()
+    trainer.run(1, 4)
+    result = {"losses": trainer.losses, **snapshot(engine)["tensors"]}
+    engine.destroy()
+    return result
+
+
+def run_all() -> tuple[list[bool], list[bool], dict[str, Any], dict[str, Any]]:
+    return life_of_the_buffer(), unused_until_the_end(), train_and_move(False), train_and_move(True)
+
+
+def test_the_buffer_appears_when_needed_and_can_be_moved() -> None:
+    ((life, unused, stayed, moved),) = run_ranks(1, run_all)
+    assert life == [False, True, False]
+    assert unused == [False, True]
+    assert stayed["losses"] == moved["losses"]
+    assert all(torch.equal(t, moved[name]) for name, t in stayed.items() if name != "losses")
