@@ -87,7 +87,7 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
         "frozen": count_parameters(model) - count_parameters(model, trained_only=True),
         "plain": plain_numbers(folder),
     }
-    model_engine = engine.create(model, merged.ds_config, merged.config.training, 10)
+    model_engine = engine.create(model, merged.ds_config, merged.config, 10)
     varlen = attention.takes_documents(kernel)
     packed = Layout(packs=True, full_length=False, max_length=64, pad_token_id=0, varlen=varlen)
     rows = documents()

@@ -146,7 +146,12 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
 
     batches: Any = SimpleNamespace(epoch=epoch, total_steps=STEPS, packs_in=lambda epoch: STEPS, packs_per_step=1)
     evaluated: list[int] = []
-    evaluation: Any = SimpleNamespace(due=lambda *_: True, run=lambda *given: evaluated.append(given[-1]) or {})
+
+    def evaluate(*given: Any) -> dict[str, float]:
+        evaluated.append(given[-1])
+        return {}
+
+    evaluation: Any = SimpleNamespace(due=lambda *_: True, run=evaluate)
     engine: Any = Engine()
     control = RunControl(chosen, is_rank_0=True)
     monkeypatch.setattr(control, "votes", votes)
