@@ -1,5 +1,6 @@
 """Families of different kinds against plain transformers; tests/benchmarks/architectures.py measures them all."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,14 @@ def test_unused_towers_stay_as_they_are(mode: str, ranks: int, rows_file: Path, 
     for name in before:
         unused = "vision_tower" in name or "multi_modal_projector" in name
         assert bool((before[name] == after[name]).all()) == unused, name
+
+
+def test_a_run_without_attention(rows_file: Path, tmp_path: Path) -> None:
+    model, out = write_model(tmp_path / "model", "mamba", **FAMILIES["mamba"]), tmp_path / "out"
+    done = launch(
+        1, "--model_name", str(model), "--dataset_name", str(rows_file), "--output_dir", str(out), "--max_length", "64",
+        "--max_steps", "3", "--no_packing", "--save_checkpoint", "--export", "--warmup_steps", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "summary.json").read_text())["tflops_per_gpu"] > 0
+    assert (out / "model_step3" / "model.safetensors").is_file()
