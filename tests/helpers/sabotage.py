@@ -28,6 +28,7 @@ def _speculations_wait_for_gradients() -> Patches:
 
 def _decide_waits_for_gradients() -> Patches:
     yield EventDispatcher, "settle", lambda self, relieve: relieve()
+    yield from _steps_wait_for_copies()  # which waits for the same
 
 
 def _gradients_wait_for_the_last_commit() -> Patches:
@@ -118,6 +119,7 @@ def _without_synchronizing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _pages_are_unlocked_after_the_device_has_finished() -> Patches:
     yield service, "page_unlock", lambda addresses, synchronize: pinning.page_unlock(addresses, lambda: None)
+    yield Transfers, "synchronize", lambda self: None  # so does close(), but the finalizer may run without it
 
 
 WAITS: Mapping[str, Callable[[], Patches]] = {
