@@ -29,6 +29,7 @@ def _speculations_wait_for_gradients() -> Patches:
 def _decide_waits_for_gradients() -> Patches:
     yield Transfers, "synchronize", lambda self: None  # step() waits too, for the norms
     yield EventDispatcher, "settle", lambda self, relieve: relieve()
+    yield from _steps_wait_for_copies()  # which waits for the same
 
 
 def _gradients_wait_for_the_last_commit() -> Patches:
@@ -120,6 +121,7 @@ def _without_synchronizing(function: Callable[..., Any]) -> Callable[..., Any]:
 def _pages_are_unlocked_after_the_device_has_finished() -> Patches:
     yield Transfers, "synchronize", lambda self: None  # close() waits too; an optimizer that is collected does not
     yield service, "page_unlock", lambda addresses, synchronize: pinning.page_unlock(addresses, lambda: None)
+    yield Transfers, "synchronize", lambda self: None  # so does close(), but the finalizer may run without it
 
 
 WAITS: Mapping[str, Callable[[], Patches]] = {
