@@ -15,6 +15,8 @@ LENGTH = 24  # tokens per document, longer than the short convolutions of curren
 NOISE_FACTOR = 3
 TOLERANCE = {torch.float32: 1e-4}
 HALF_TOLERANCE = 1e-3
+# A leak shows each time; a library that splits a product among another number of threads, on a busy machine, does not.
+ATTEMPTS = 3
 
 
 def check(model_engine: Engine, layout: Layout) -> None:
@@ -28,24 +30,26 @@ def check(model_engine: Engine, layout: Layout) -> None:
     """
     if not layout.packs:
         return
-    changes = _changes(model_engine, layout)
     config = model_engine.module.config
-    dtype = next(model_engine.module.parameters()).dtype
-    isolated = False
-    if not distributed.all_ranks_ok(changes is None or math.isfinite(changes[0])):
-        raise UserError(f"--model_name {config.name_or_path}: its logits are infinite or NaN; use intact weights")
-    if changes is not None:
-        noise, leak = changes
-        isolated = leak <= NOISE_FACTOR * noise + TOLERANCE.get(dtype, HALF_TOLERANCE)
-    if distributed.all_ranks_ok(isolated):
-        return
     what = f"{type(model_engine.module).__name__} with {config._attn_implementation} attention"
     advice = "use --no_packing, or another --attn_implementation"
-    if changes is None:
-        raise UserError(f"--packing: {what} does not accept packed rows; {advice}")
+    for _ in range(ATTEMPTS):
+        changes = _changes(model_engine, layout)
+        if not distributed.all_ranks_ok(changes is not None) or changes is None:
+            raise UserError(f"--packing: {what} does not accept packed rows; {advice}")
+        if not distributed.all_ranks_ok(math.isfinite(changes[0])):
+            raise UserError(f"--model_name {config.name_or_path}: its logits are infinite or NaN; use intact weights")
+        if distributed.all_ranks_ok(_is_isolated(changes, model_engine)):
+            return
     raise UserError(
-        f"--packing: {what} lets a packed row see the one before it (its logits change by {leak:.1%}); {advice}"
+        f"--packing: {what} lets a packed row see the one before it (its logits change by {changes[1]:.1%}); {advice}"
     )
+
+
+def _is_isolated(changes: tuple[float, float], model_engine: Engine) -> bool:
+    noise, leak = changes
+    dtype = next(model_engine.module.parameters()).dtype
+    return leak <= NOISE_FACTOR * noise + TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
 def _changes(model_engine: Engine, layout: Layout) -> tuple[float, float] | None:

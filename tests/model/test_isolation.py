@@ -74,6 +74,16 @@ def test_a_model_that_leaks_is_refused(dtype: torch.dtype) -> None:
     isolation.check(engine, PADDED)
 
 
+def test_a_change_that_does_not_repeat_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny("llama"))
+    changes = iter([(0.0, 0.007), (0.0, 0.0)])
+    monkeypatch.setattr(isolation, "_changes", lambda *_: next(changes))
+    isolation.check(engine, PACKED)
+    monkeypatch.setattr(isolation, "_changes", lambda *_: (0.0, 0.007))
+    with pytest.raises(UserError, match=r"its logits change by 0\.7%"):
+        isolation.check(engine, PACKED)
+
+
 @pytest.mark.parametrize(
     "config",
     [
