@@ -33,6 +33,7 @@ def check(model_engine: Engine, layout: Layout) -> None:
     config = model_engine.module.config
     what = f"{type(model_engine.module).__name__} with {config._attn_implementation} attention"
     advice = "use --no_packing, or another --attn_implementation"
+    leak = 0.0
     for _ in range(ATTEMPTS):
         changes = _changes(model_engine, layout)
         if not distributed.all_ranks_ok(changes is not None) or changes is None:
@@ -41,8 +42,9 @@ def check(model_engine: Engine, layout: Layout) -> None:
             raise UserError(f"--model_name {config.name_or_path}: its logits are infinite or NaN; use intact weights")
         if distributed.all_ranks_ok(_is_isolated(changes, model_engine)):
             return
+        leak = changes[1]
     raise UserError(
-        f"--packing: {what} lets a packed row see the one before it (its logits change by {changes[1]:.1%}); {advice}"
+        f"--packing: {what} lets a packed row see the one before it (its logits change by {leak:.1%}); {advice}"
     )
 
 
