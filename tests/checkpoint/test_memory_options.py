@@ -99,6 +99,7 @@ def test_the_export_holds_the_master_weights(whole: Path) -> None:
     assert torch.isin(torch.cat([t.flatten() for t in exported.values()]).float(), masters.float()).all()
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_resumes_on_another_number_of_ranks(
     whole: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -92,7 +92,7 @@ def add_tokens(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("mode", ["superoffload", "zerooffload"])
+@pytest.mark.parametrize("mode", ["superoffload", pytest.param("zerooffload", marks=pytest.mark.slow)])
 def test_a_run_with_more_tokens_than_rows(mode: str, tmp_path: Path, rows_file: Path) -> None:
     import transformers
 
