@@ -67,6 +67,7 @@ def whole(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPath
         pytest.param(("zerooffload", *BF16, *OFFLOADED), ("zerooffload", *BF16), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_in_either_mode(
     first: tuple[str, ...], second: tuple[str, ...], whole: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

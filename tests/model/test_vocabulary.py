@@ -92,7 +92,8 @@ def add_tokens(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("mode", ["superoffload", pytest.param("zerooffload", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["superoffload", "zerooffload"])
 def test_a_run_with_more_tokens_than_rows(mode: str, tmp_path: Path, rows_file: Path) -> None:
     import transformers
 
