@@ -123,8 +123,10 @@ def _problems(source: Source, *, trusted: bool) -> tuple[str, str]:
     hashed = [] if source.universal and not distributed.is_rank_0() else names
     if damage := manifest.damage(source.path, source.manifest, hashed):
         return damage, ""
+    # DeepSpeed loads the files of a checkpoint for any number of ranks itself, also those that the manifest leaves out.
+    loaded = trust.stored(source.path) if source.universal else [source.path / name for name in names]
     try:
-        trust.check(source.path, [source.path / name for name in names if name.endswith(".pt")], trusted=trusted)
+        trust.check(source.path, loaded, trusted=trusted)
     except UserError as error:
         return "", str(error)
     return "", ""
