@@ -1,6 +1,7 @@
 """What belongs to one run, and its checkpoint and export."""
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from superoffload.training.metrics import Meter
 from superoffload.training.progress import Progress, Saved
 from superoffload.training.run_control import RunControl
 from superoffload.training.tracking import Trackers
+
+LAUNCHER_PATIENCE_S = 30  # DeepSpeed's launcher kills its ranks this long after Ctrl-C
+LONG_SAVE_S = LAUNCHER_PATIENCE_S / 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,8 +113,10 @@ class Run:
         with distributed.wait_without_collective("export"):
             if distributed.is_rank_0():
                 target = Path(self.config.output.output_dir) / f"model_step{self.progress.step}"
+                # If nothing was left to train, this is the checkpoint that was resumed from.
+                trust = Trust(files=self.config.checkpoint.trust_checkpoint, code=self.config.model.trust_remote_code)
                 try:
-                    weights.export(self.saved.path, target, trust=Trust(code=self.config.model.trust_remote_code))
+                    weights.export(self.saved.path, target, trust=trust)
                 except UserError as error:
                     logger.error("NO MODEL WAS EXPORTED: %s", error)
                     self.failed = True
@@ -132,7 +138,14 @@ class Run:
             "meter": self.meter.state(),
             "trackers": self.trackers.state(),
         }
+        began = time.monotonic()
         path = save.save(self.engine, self.tokenizer, self.config, asdict(self.progress), extra)
+        if (took_s := time.monotonic() - began) > LONG_SAVE_S:
+            logger.warning(
+                "Saving took %.0f s; after Ctrl-C, `deepspeed` started without a recipe kills the ranks within %d s: "
+                "use a recipe, or stop the run with SIGTERM to a rank",
+                took_s, LAUNCHER_PATIENCE_S,
+            )  # fmt: skip
         self.saved, self.saved_step = outcomes.saved_in(path), self.progress.step
         self.failed = self.saved.failed
         self.meter.start()  # the save's time belongs to no step
