@@ -205,8 +205,10 @@ def restore(engine: Engine, source: Source, *, trusted: bool) -> dict[str, Any]:
     """Load model, optimizer and position in the schedule into the engine (collective).
 
     Learning rate, weight decay and schedule are this run's, also where the checkpoint has other values. Returns what
-    `save` was given: `progress`, `config` and the entries of `extra`.
+    `save` was given: `progress`, `config` and the entries of `extra`. Raises `UserError` if the checkpoint's model
+    trains other tensors.
     """
+    _check_same_model(engine, source.path, trusted=trusted)
     groups = engine.optimizer.param_groups
     fresh = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     scheduler = engine.lr_scheduler
@@ -224,6 +226,26 @@ def restore(engine: Engine, source: Source, *, trusted: bool) -> dict[str, Any]:
     progress = state["progress"]
     logger.info("Resuming from %s: step %d, epoch %d", source.path, progress["step"], progress["epoch"])
     return state
+
+
+def _check_same_model(engine: Engine, path: Path, *, trusted: bool) -> None:
+    """Raise `UserError` if the checkpoint's tensors in training differ from the model's in name or shape.
+
+    Settings cannot tell: the model of the same name may have changed, and `--resume_anyway` allows another name.
+    """
+    files = sorted(path.glob("*_model_states.pt"))
+    described = trust.load(files[0], trusted=trusted).get("param_shapes") if files else None
+    if described is None:
+        return
+    saved = {name: tuple(shape) for group in described for name, shape in group.items()}
+    model: Any = engine.module
+    current = {name: tuple(tensor.ds_shape) for name, tensor in model.named_parameters() if tensor.requires_grad}
+    for name in sorted({*saved, *current}):
+        if saved.get(name) != current.get(name):
+            raise UserError(
+                f"{path}: belongs to a different model: {name} has the shape {saved.get(name, '(none)')} there, "
+                f"{current.get(name, '(none)')} in this run; use that model, or --resume none"
+            )
 
 
 def _own_moments(engine: Engine) -> None:

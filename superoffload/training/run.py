@@ -43,6 +43,7 @@ class Run:
     control: RunControl
     saved: Saved = outcomes.NOT_REQUESTED
     saved_step: int = -1
+    resumed_step: int = -1
     stopped: bool = False
     failed: bool = False
     bad_steps: int = 0
@@ -66,6 +67,7 @@ class Run:
                 "--resume none starts from the model"
             )
         self.saved, self.saved_step = Saved(path, f"Checkpoint of this step is in {path}"), self.progress.step
+        self.resumed_step = self.progress.step
         left = self.last_step - self.progress.step
         if left > 0:
             logger.info("%d steps of %d rows or packs are left", left, self.batches.packs_per_step)
@@ -113,6 +115,9 @@ class Run:
         with distributed.wait_without_collective("export"):
             if distributed.is_rank_0():
                 target = Path(self.config.output.output_dir) / f"model_step{self.progress.step}"
+                if target.is_dir() and self.progress.step == self.resumed_step:  # and complete, or it would not exist
+                    logger.info("The model of this step is in %s", target)
+                    return
                 # If nothing was left to train, this is the checkpoint that was resumed from.
                 trust = Trust(files=self.config.checkpoint.trust_checkpoint, code=self.config.model.trust_remote_code)
                 try:

@@ -41,6 +41,22 @@ def test_a_save_that_ctrl_c_would_not_wait_for_is_reported(
     assert ("Saving took 20 s; after Ctrl-C, `deepspeed` started without a recipe kills" in caplog.text) == warned
 
 
+@pytest.mark.parametrize(("resumed_step", "exports"), [(9, 0), (5, 1)])
+def test_a_finished_run_that_is_started_again_exports_nothing_anew(
+    resumed_step: int, exports: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_rank: None
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(distributed, "wait_without_collective", lambda _: nullcontext())
+    monkeypatch.setattr(weights, "export", lambda *_, trust: seen.append(trust))
+    run = make_run(save_checkpoint=True, export=True, output_dir=str(tmp_path))
+    run.saved, run.resumed_step = Saved(tmp_path / "global_step9", ""), resumed_step
+    run.export()
+    (tmp_path / "model_step9").mkdir()
+    run.export()
+    assert len(seen) == 1 + exports
+    assert not run.failed
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_an_export_trusts_what_the_run_trusts(trusted: bool, monkeypatch: pytest.MonkeyPatch, one_rank: None) -> None:
     """If nothing is left to train, the checkpoint that the run resumed from is exported."""
