@@ -79,7 +79,7 @@ def main(config: "Config") -> int:
     try:
         with run.control:
             if source:
-                run.restore_rng_and_check_data(source.path, state)
+                run.restore_rng_and_check_data(source, state)
             train(run)
             if config.checkpoint.save_checkpoint or run.stopped:
                 run.save()

@@ -8,6 +8,7 @@ from typing import Any
 
 from superoffload import distributed
 from superoffload.checkpoint import save
+from superoffload.checkpoint.resume import Source
 from superoffload.checkpoint.trust import Trust
 from superoffload.config import Config, shown
 from superoffload.data.loader import Batches
@@ -54,20 +55,22 @@ class Run:
         total = self.batches.total_steps
         return min(total, self.config.measurement.bench_steps or total)
 
-    def restore_rng_and_check_data(self, path: Path, state: dict[str, Any]) -> None:
-        """Restore every RNG state from the checkpoint in `path`; nothing may draw between this and the next step.
+    def restore_rng_and_check_data(self, source: Source, state: dict[str, Any]) -> None:
+        """Restore every RNG state from a checkpoint; nothing may draw between this and the next step.
 
         Raises `UserError` if the data set has other rows than when the checkpoint was saved.
         """
-        extent = self.batches.extent()
+        path, extent = source.path, self.batches.extent()
         if state["data"] != extent and not self.config.checkpoint.resume_anyway:
             raise UserError(
                 f"--dataset_name {shown(self.config.data.dataset_name)}: its rows have changed since {path} was saved "
                 f"(checkpoint has {state['data']}, this run has {extent}); --resume_anyway resumes with the new rows, "
                 "--resume none starts from the model"
             )
-        self.saved, self.saved_step = Saved(path, f"Checkpoint of this step is in {path}"), self.progress.step
+        self.saved = Saved(path, f"Checkpoint of this step is in {path}")
         self.resumed_step = self.progress.step
+        if not source.universal and path.resolve().parent == Path(self.config.output.output_dir).resolve():
+            self.saved_step = self.progress.step  # or else this run saves one of its own, even if no step is left
         left = self.last_step - self.progress.step
         if left > 0:
             logger.info("%d steps of %d rows or packs are left", left, self.batches.packs_per_step)

@@ -12,6 +12,7 @@ import torch
 
 from superoffload import config, distributed
 from superoffload.checkpoint import save
+from superoffload.checkpoint.resume import Source
 from superoffload.checkpoint.trust import Trust
 from superoffload.export import weights
 from superoffload.training.progress import Progress, Saved
@@ -23,7 +24,7 @@ def make_run(**flags: Any) -> Run:
     meter = SimpleNamespace(bad_loss=torch.tensor(0.0).double(), state=dict, start=lambda: None)
     engine = SimpleNamespace(get_global_grad_norm=lambda: 1.0, optimizer=SimpleNamespace())
     rest: Any = dict.fromkeys(("loss", "tokenizer", "evaluation", "control"))
-    rest |= {"batches": SimpleNamespace(extent=dict), "trackers": SimpleNamespace(state=dict)}
+    rest |= {"batches": SimpleNamespace(extent=dict, total_steps=9), "trackers": SimpleNamespace(state=dict)}
     chosen = config.build({"model_name": "m", "output_dir": "out", **flags})
     return Run(config=chosen, progress=Progress(step=9), engine=engine, meter=meter, **rest)  # type: ignore[arg-type]
 
@@ -39,6 +40,23 @@ def test_a_save_that_ctrl_c_would_not_wait_for_is_reported(
     run.save()
     assert run.saved.path == Path("out/global_step9")
     assert ("Saving took 20 s; after Ctrl-C, `deepspeed` started without a recipe kills" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("folder", "universal", "saves"), [("out", False, 0), ("out", True, 1), ("elsewhere", False, 1)]
+)
+def test_a_checkpoint_from_elsewhere_is_saved_anew(
+    folder: str, universal: bool, saves: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_rank: None
+) -> None:
+    """Also if no step is left: this run's folder is to hold its checkpoint, and an export needs it."""
+    seen: list[object] = []
+    monkeypatch.setattr(distributed, "restore_rng_state", lambda _: None)
+    monkeypatch.setattr(save, "save", lambda *_: seen.append(0) or Path("new"))
+    run = make_run(output_dir=str(tmp_path / "out"), save_checkpoint=True)
+    source = Source(tmp_path / folder / "global_step9", {"universal": universal})
+    run.restore_rng_and_check_data(source, {"data": {}, "random": {}})
+    run.save()
+    assert len(seen) == saves
 
 
 @pytest.mark.parametrize(("resumed_step", "exports"), [(9, 0), (5, 1)])
