@@ -64,6 +64,11 @@ def read(source: Path, *, trusted: bool = False) -> RankFiles:
     folder, output_dir = locate(source)
     if manifest.is_incomplete(folder):
         raise UserError(f"{folder}: incomplete: saving it was interrupted; use another checkpoint")
+    if (manifest.read(folder) or {}).get("universal"):
+        raise UserError(
+            f"{folder}: was converted for any number of ranks; use the checkpoint that it was made from, or resume it "
+            "with --save_checkpoint first"
+        )
     known = sorted(folder.glob("*_model_states.pt"))
     if not known:
         raise UserError(f"{folder}: has no checkpoint (no file *_model_states.pt)")

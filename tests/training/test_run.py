@@ -51,7 +51,7 @@ def test_a_checkpoint_from_elsewhere_is_saved_anew(
     """Also if no step is left: this run's folder is to hold its checkpoint, and an export needs it."""
     seen: list[object] = []
     monkeypatch.setattr(distributed, "restore_rng_state", lambda _: None)
-    monkeypatch.setattr(save, "save", lambda *_: seen.append(0) or Path("new"))
+    monkeypatch.setattr(save, "save", lambda *given: seen.append(given))
     run = make_run(output_dir=str(tmp_path / "out"), save_checkpoint=True)
     source = Source(tmp_path / folder / "global_step9", {"universal": universal})
     run.restore_rng_and_check_data(source, {"data": {}, "random": {}})
