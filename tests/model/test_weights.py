@@ -134,7 +134,7 @@ def test_a_damaged_file_is_named(form: str, damage: Callable[[Path], Any], text:
 def test_a_file_that_could_run_code_does_not(tmp_path: Path) -> None:
     model = make_model()
     model.config.save_pretrained(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(os.mkdir))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(os.mkdir, protocol=2))
     with pytest.raises(UserError, match=r"pytorch_model.bin is damaged, or holds more than tensors, .*\*.safetensors"):
         check(tmp_path)
 
