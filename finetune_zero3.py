@@ -28,8 +28,7 @@ def main(config: "Config") -> int:
     ds_config = read_ds_config(config)
     from superoffload import distributed, log
     from superoffload.checkpoint import output_folder, resume
-    from superoffload.model import attention, isolation, load, loss_kernel, vocabulary
-    from superoffload.model.flops import shape_of
+    from superoffload.model import attention, flops, isolation, load, loss_kernel, vocabulary
     from superoffload.model.tokenizer import load_tokenizer
     from superoffload.training import engine, metrics, tracking
     from superoffload.training.progress import Progress
@@ -43,6 +42,7 @@ def main(config: "Config") -> int:
     lock = output_folder.prepare(config.output.output_dir, config.inputs)
     distributed.init()
     distributed.seed_everything(config.training.seed, config.training.deterministic)
+    engine.check(merged.ds_config, config.offload.deepspeed_config)
     checkpoints = resume.find(config)
 
     model_config = load.load_config(*config.model.origin)
@@ -71,7 +71,7 @@ def main(config: "Config") -> int:
         tokenizer=tokenizer,
         batches=batches,
         progress=progress,
-        meter=metrics.Meter(config, shape_of(model), state.get("meter"), sources=batches.sources),
+        meter=metrics.Meter(config, flops.shape_of(model), state.get("meter"), sources=batches.sources),
         trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
         evaluation=evaluation,
         control=RunControl(config, distributed.is_rank_0()),
@@ -79,7 +79,7 @@ def main(config: "Config") -> int:
     try:
         with run.control:
             if source:
-                run.restore_rng_and_check_data(source.path, state)
+                run.restore_rng_and_check_data(source, state)
             train(run)
             if config.checkpoint.save_checkpoint or run.stopped:
                 run.save()

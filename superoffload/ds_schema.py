@@ -38,7 +38,7 @@ def _line(error: Any) -> str:
 
 
 def _whole(value: Any) -> Any:
-    if value != AUTO and (isinstance(value, (bool, str)) or not isinstance(value, (int, float)) or value != int(value)):
+    if value != AUTO and (isinstance(value, (bool, str)) or not isinstance(value, (int, float)) or value % 1):
         raise ValueError('must be a whole number or "auto"')
     return value
 
@@ -72,6 +72,7 @@ Number = Annotated[Any, PlainValidator(_number)]
 Switch = Annotated[Any, PlainValidator(_switch)]
 Pair = Annotated[Any, PlainValidator(_pair)]
 Steps = Annotated[Any, PlainValidator(_steps)]
+Section = dict[str, Any]
 
 
 class _Open(BaseModel):
@@ -148,6 +149,26 @@ class _File(_Open):
     fp16: _Precision = _Precision()
     optimizer: _Optimizer = _Optimizer()
     scheduler: _Schedule = _Schedule()
+    # What DeepSpeed reads without looking at its type.
+    activation_checkpointing: Section = {}
+    aio: Section = {}
+    amp: Section = {}
+    checkpoint: Section = {}
+    comms_logger: Section = {}
+    compile: Section = {}
+    compression_training: Section = {}
+    csv_monitor: Section = {}
+    data_efficiency: Section = {}
+    data_types: Section = {}
+    elasticity: Section = {}
+    flops_profiler: Section = {}
+    tensorboard: Section = {}
+    timers: Section = {}
+    torch_autocast: Section = {}
+    wandb: Section = {}
+    prescale_gradients: Switch = AUTO
+    wall_clock_breakdown: Switch = AUTO
+    steps_per_print: Whole = AUTO
     train_batch_size: Whole = AUTO
     train_micro_batch_size_per_gpu: Whole = AUTO
     gradient_accumulation_steps: Whole = AUTO

@@ -60,7 +60,7 @@ LIBRARIES: dict[str, set[str]] = {
         "training.engine",
         "offload.install", "offload.zero3",
     },
-    "huggingface_hub": {"hub", "model.tokenizer", "export.weights"},
+    "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.weights"},
     "pyarrow": {"data.files", "data.sources"},
     "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},

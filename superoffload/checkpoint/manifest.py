@@ -25,6 +25,7 @@ INCOMPLETE = "incomplete"
 TAGS = "global_step*"
 PARTIAL = ".partial"
 READ_BYTES = 2**24
+PARTS = {"saved_at": int | float, "world_size": int, "files": dict, "config": dict, "progress": dict}
 
 Manifest = dict[str, Any]
 Entry = dict[str, Any]
@@ -134,7 +135,7 @@ def publish(output_dir: Path, tag: str, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Manifest | None:
-    """Return the manifest of a checkpoint folder, None if it has no readable one.
+    """Return the manifest of a checkpoint folder, None if it has no readable one, or one of another form.
 
     Raises `UserError` if it names a file outside the folder.
     """
@@ -142,7 +143,9 @@ def read(folder: Path) -> Manifest | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in PARTS.items()):
+        return None
+    if not all(isinstance(entry, dict) for entry in manifest["files"].values()):
         return None
     for name in manifest["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -185,8 +188,8 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str:
             found = describe(folder / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found["bytes"] != entry["bytes"]:
-            return f"{name} has {found['bytes']} bytes instead of {entry['bytes']}"
+        if found["bytes"] != entry.get("bytes"):
+            return f"{name} has {found['bytes']} bytes instead of {entry.get('bytes')}"
         if found != entry:
             return f"{name} does not match its checksum"
     return ""

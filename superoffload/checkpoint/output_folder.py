@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from superoffload import distributed
+from superoffload.data import mixture
 from superoffload.errors import UserError
 from superoffload.log import logger
 
@@ -13,12 +14,12 @@ from superoffload.log import logger
 def prepare(folder: str, inputs: Iterable[tuple[str, str]] = ()) -> int | None:
     """Create the output folder and write to it once, so that an error shows before training, not after; then lock it.
 
-    `inputs` holds what the run reads, as pairs of a flag and a name. Returns what `lock` returns on rank 0, None on the
-    other ranks. Raises `UserError` if the folder cannot be created, written or locked, or is one of these, whose files
-    would be overwritten.
+    `inputs` holds what the run reads, as pairs of a flag and a value of it. Returns what `lock` returns on rank 0, None
+    on the other ranks. Raises `UserError` if the folder cannot be created, written or locked, or is one of these, whose
+    files would be overwritten.
     """
     for flag, name in inputs:
-        source = Path(name).expanduser()
+        source = Path(mixture.name_of(name) if flag == "dataset_name" else name).expanduser()
         if source.is_dir() and source.resolve() == Path(folder).resolve():
             raise UserError(
                 f"--output_dir {folder}: is the folder of --{flag}, which the run would write to; choose another folder"

@@ -64,6 +64,11 @@ def read(source: Path, *, trusted: bool = False) -> RankFiles:
     folder, output_dir = locate(source)
     if manifest.is_incomplete(folder):
         raise UserError(f"{folder}: incomplete: saving it was interrupted; use another checkpoint")
+    if (manifest.read(folder) or {}).get("universal"):
+        raise UserError(
+            f"{folder}: was converted for any number of ranks; use the checkpoint that it was made from, or resume it "
+            "with --save_checkpoint first"
+        )
     known = sorted(folder.glob("*_model_states.pt"))
     if not known:
         raise UserError(f"{folder}: has no checkpoint (no file *_model_states.pt)")
@@ -71,19 +76,24 @@ def read(source: Path, *, trusted: bool = False) -> RankFiles:
     for path in files:
         check_readable(path)
     trust.check(folder, files, trusted=trusted)
-    ranks = int(trust.load(known[0], trusted=trusted)["dp_world_size"])
+    try:
+        ranks = int(trust.load(known[0], trusted=trusted)["dp_world_size"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise _unreadable(folder, error) from error
     states = [_file_of(folder, MODEL_STATES, rank, ranks) for rank in range(ranks)]
     for rank in range(ranks):
         _file_of(folder, OPTIM_STATES, rank, ranks)
     state = trust.load(states[0], trusted=trusted)
-    buffers = {name: state["module"][name] for name in state["buffer_names"]}
-    return RankFiles(
-        folder=folder,
-        output_dir=output_dir,
-        tensors={**_lazy_weights(folder), **buffers},
-        config=dict(state.get("config") or {}),
-        progress=dict(state.get("progress") or {}),
-    )
+    try:
+        buffers = {name: state["module"][name] for name in state["buffer_names"]}
+        described = {key: dict(state.get(key) or {}) for key in ("config", "progress")}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(folder, error) from error
+    return RankFiles(folder=folder, output_dir=output_dir, tensors={**_lazy_weights(folder), **buffers}, **described)
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder}: not a readable ZeRO-3 checkpoint ({first_line(error)}); use another checkpoint")
 
 
 def _file_of(folder: Path, pattern: str, rank: int, ranks: int) -> Path:
@@ -115,10 +125,11 @@ def _lazy_weights(folder: Path) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, lazy_mode=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{folder}: not a readable ZeRO-3 checkpoint ({first_line(error)}); use another checkpoint"
-        ) from error
+    except (
+        OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, AssertionError,
+        pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        raise _unreadable(folder, error) from error
     return dict(weights)
 
 

@@ -123,8 +123,10 @@ def _problems(source: Source, *, trusted: bool) -> tuple[str, str]:
     hashed = [] if source.universal and not distributed.is_rank_0() else names
     if damage := manifest.damage(source.path, source.manifest, hashed):
         return damage, ""
+    # DeepSpeed loads the files of a checkpoint for any number of ranks itself, also those that the manifest leaves out.
+    loaded = trust.stored(source.path) if source.universal else [source.path / name for name in names]
     try:
-        trust.check(source.path, [source.path / name for name in names if name.endswith(".pt")], trusted=trusted)
+        trust.check(source.path, loaded, trusted=trusted)
     except UserError as error:
         return "", str(error)
     return "", ""
@@ -203,8 +205,10 @@ def restore(engine: Engine, source: Source, *, trusted: bool) -> dict[str, Any]:
     """Load model, optimizer and position in the schedule into the engine (collective).
 
     Learning rate, weight decay and schedule are this run's, also where the checkpoint has other values. Returns what
-    `save` was given: `progress`, `config` and the entries of `extra`.
+    `save` was given: `progress`, `config` and the entries of `extra`. Raises `UserError` if the checkpoint's model
+    trains other tensors.
     """
+    _check_same_model(engine, source.path, trusted=trusted)
     groups = engine.optimizer.param_groups
     fresh = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     scheduler = engine.lr_scheduler
@@ -222,6 +226,26 @@ def restore(engine: Engine, source: Source, *, trusted: bool) -> dict[str, Any]:
     progress = state["progress"]
     logger.info("Resuming from %s: step %d, epoch %d", source.path, progress["step"], progress["epoch"])
     return state
+
+
+def _check_same_model(engine: Engine, path: Path, *, trusted: bool) -> None:
+    """Raise `UserError` if the checkpoint's tensors in training differ from the model's in name or shape.
+
+    Settings cannot tell: the model of the same name may have changed, and `--resume_anyway` allows another name.
+    """
+    files = sorted(path.glob("*_model_states.pt"))
+    described = trust.load(files[0], trusted=trusted).get("param_shapes") if files else None
+    if described is None:
+        return
+    saved = {name: tuple(shape) for group in described for name, shape in group.items()}
+    model: Any = engine.module
+    current = {name: tuple(tensor.ds_shape) for name, tensor in model.named_parameters() if tensor.requires_grad}
+    for name in sorted({*saved, *current}):
+        if saved.get(name) != current.get(name):
+            raise UserError(
+                f"{path}: belongs to a different model: {name} has the shape {saved.get(name, '(none)')} there, "
+                f"{current.get(name, '(none)')} in this run; use that model, or --resume none"
+            )
 
 
 def _own_moments(engine: Engine) -> None:

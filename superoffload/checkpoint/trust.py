@@ -4,6 +4,7 @@ A pickle may name any function of any module and call it. Here it may name tenso
 DeepSpeed's checkpoints hold, and nothing else.
 """
 
+import os
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,16 +47,24 @@ def load(path: Path, *, trusted: bool = False) -> Any:
 
 
 def check(folder: Path, paths: Iterable[Path], *, trusted: bool) -> None:
-    """Raise `UserError` for a file that lies outside the folder, or that `load` refuses. Reads no tensors.
+    """Raise `UserError` for a path that leads out of the folder, or a file `*.pt` that `load` refuses.
 
-    For files that DeepSpeed's own code will unpickle without limits.
+    Reads no tensors. For files that DeepSpeed's own code will unpickle without limits.
     """
     if trusted:
         return
     for path in paths:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{path}: a link that leads out of the checkpoint; {TRUST} follows it")
-        load(path)
+        if path.suffix == ".pt" and not path.is_dir():
+            load(path)
+
+
+def stored(folder: Path) -> list[Path]:
+    """List everything below a folder; links are not followed, but listed."""
+    return [
+        Path(parent) / name for parent, folders, files in os.walk(folder) for name in (*sorted(folders), *sorted(files))
+    ]
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from superoffload.data.rows import TokenizedRows
 from superoffload.errors import BadRow, UserError
 from superoffload.protocols import Tokenizer
 
+ROWS_AT_A_TIME = 1000  # in memory, when all rows are read
+
 
 def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[TokenizedRows, TokenizedRows | None]:
     """Return the rows to train on, and the held-out rows or None if the settings ask for none.
@@ -228,6 +230,12 @@ class Batches:
             # Dealt out one pack at a time, so that an incomplete last step is spread over ranks and micro-batches.
             own = order[first : first + self.packs_per_step][self._rank :: self._world_size]
             yield [self._batch(own[micro::accumulation], members, packs.bounds) for micro in range(accumulation)]
+
+    def largest_id(self) -> int:
+        """Return the largest token in this rank's share of all rows, whether or not an epoch draws them."""
+        own = range(self._rank, len(self._rows), self._world_size)
+        parts = (own[first : first + ROWS_AT_A_TIME] for first in range(0, len(own), ROWS_AT_A_TIME))
+        return max((int(ids.max()) for part in parts for ids, _ in self._rows.read(part)), default=0)
 
     def held_out(self) -> Iterator[Batch]:
         """Yield this rank's batches of one pass in a fixed order, for evaluation; every rank has the same number.

@@ -10,6 +10,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from superoffload import hub
 from superoffload.checkpoint.rank_files import RankFiles
+from superoffload.checkpoint.trust import TRUST
 from superoffload.config import several, shown
 from superoffload.data import mixture
 from superoffload.errors import UserError
@@ -49,6 +50,16 @@ def _config(checkpoint: RankFiles, trust_remote_code: bool) -> Any:
         raise UserError(
             f"{checkpoint.output_dir}: has no config.json, and the original cannot be read ({error})"
         ) from error
+
+
+def check_links(checkpoint: RankFiles) -> None:
+    """Raise `UserError` if a file that an export copies is a link out of the output folder, to what may be private."""
+    folder = checkpoint.output_dir.resolve()
+    for pattern in (CONFIG, GENERATION_CONFIG, *TOKENIZER):
+        for top in checkpoint.output_dir.glob(pattern):
+            for path in (top, *top.rglob("*")):
+                if not path.resolve().is_relative_to(folder):
+                    raise UserError(f"{path}: a link that leads out of the output folder; {TRUST} follows it")
 
 
 def write(folder: Path, model: Model, checkpoint: RankFiles, dtype: str) -> None:

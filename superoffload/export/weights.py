@@ -59,6 +59,8 @@ def export(
     target = target.expanduser().resolve()
     _check_target(target)
     checkpoint = rank_files.read(source.expanduser(), trusted=trust.files)
+    if not trust.files:
+        files.check_links(checkpoint)
     require_intact(checkpoint.folder)
     model = files.empty_model(checkpoint, trust.code)
     groups = plan(model, _wanted(model, checkpoint, DTYPES[dtype]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations import deepspeed as integration
 
@@ -15,6 +16,8 @@ from superoffload.errors import UserError, first_line
 from superoffload.log import logger
 from superoffload.protocols import Model
 
+# What transformers and torch raise for values in config.json that make no model.
+UNFIT = (StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 PROBE_LENGTH = 8  # tokens
 POSITION_TABLE = re.compile(r"(wpe|position|pos_emb|pos_encoding)")  # names such as `wpe` and `embed_positions`
 TABLE_MARGIN = 8  # rows that a table may have besides one per position
@@ -44,9 +47,22 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Model:
             return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]  # untyped
                 config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        kind = getattr(config, "model_type", type(config).__name__)
-        raise UserError(f"--model_name: {kind} is no causal language model: {first_line(error)}") from error
+    except UNFIT as error:
+        if isinstance(error, AttributeError):  # how transformers says that it has no such class
+            raise UserError(_not_causal(config, error)) from error
+        raise UserError(f"--model_name: {unfit(error)}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_not_causal(config, error)) from error
+
+
+def unfit(error: BaseException) -> str:
+    """Describe an error of `UNFIT`, which may say little but its type."""
+    return f"its config.json describes no model ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
+def _not_causal(config: Any, error: BaseException) -> str:
+    kind = getattr(config, "model_type", type(config).__name__)
+    return f"--model_name: {kind} is no causal language model: {first_line(error)}"
 
 
 def check_positions(skeleton: Model, max_length: int) -> None:

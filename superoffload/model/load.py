@@ -37,6 +37,8 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"--model_name {name}: {explain(error)}") from error
+    except architecture.UNFIT as error:
+        raise UserError(f"--model_name {name}: {architecture.unfit(error)}") from error
     quantization.check(name, config)
     return config
 

@@ -57,7 +57,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
             name, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--model_name {name}: {explain(error)}") from error
+        raise UserError(f"--model_name {name}: no tokenizer can be loaded: {explain(error)}") from error
     if tokenizer.eos_token is None:
         raise UserError(
             f"--model_name {name}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"

@@ -50,8 +50,7 @@ def _largest_id(batches: Sequence[Batches]) -> int:
     """Return the largest id in the data, after every rank has read its share (collective)."""
     from superoffload import distributed  # only here: an export loads no DeepSpeed
 
-    own = max((int(batch.inputs["input_ids"].max()) for part in batches for batch in part.held_out()), default=0)
-    return int(max(distributed.all_gather_objects(own)))
+    return int(max(distributed.all_gather_objects(max(part.largest_id() for part in batches))))
 
 
 def grow(model: Model, rows: int, ds_config: DsConfig) -> None:

@@ -35,8 +35,10 @@ def find(name: str, revision: str | None = None) -> list[Path]:
             if file.endswith(".json"):
                 return [Path(path) for path in get_checkpoint_shard_files(folder, found, **options)[0]]
             return [Path(found)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--model_name {name}: {first_line(error)}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"--model_name {name}: {file} lists no files of weights; download it again") from error
     raise UserError(f"--model_name {name}: has no weights (none of {', '.join(FILES)})")
 
 
@@ -58,7 +60,12 @@ def describe(name: str, files: Iterable[Path]) -> dict[str, torch.Tensor]:
         check_not_a_pointer(name, path)
         try:
             tensors |= _in_safetensors(path) if path.suffix == ".safetensors" else _in_pickle(path)
-        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"--model_name {name}: {path.name} is damaged, or holds more than tensors, which could run code; use "
+                "weights in files *.safetensors"
+            ) from error
+        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"--model_name {name}: {path.name} is damaged or truncated ({first_line(error)}); download it again"
             ) from error

@@ -1,14 +1,17 @@
 """Build the optimizer, its schedule and DeepSpeed's engine."""
 
+import copy
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from pydantic import ValidationError
 
 from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
-from superoffload.errors import UserError
+from superoffload.errors import UserError, first_line
 from superoffload.log import logger
 from superoffload.offload.install import installed
 from superoffload.offload.operators import compiled
@@ -16,6 +19,29 @@ from superoffload.offload.settings import OffloadSettings
 from superoffload.offload.zero3.optimizer import SharedMemorySuperOffload
 from superoffload.protocols import Engine, Model
 from superoffload.training import schedule
+
+# What DeepSpeed raises for values of its configuration, besides pydantic's error.
+REJECTIONS = (
+    DeepSpeedConfigError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError
+)  # fmt: skip
+
+
+def check(ds_config: DsConfig, name: str) -> None:
+    """Raise `UserError` if DeepSpeed does not accept the ds_config made from the file `name`.
+
+    `superoffload.ds_schema` has checked what this program reads; DeepSpeed's own keys are checked here, before it
+    rejects them while it loads the model.
+    """
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds_config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"--deepspeed_config {name}: {key} is {first['input']!r}: {first['msg']} ({error.title})"
+        ) from error
+    except REJECTIONS as error:
+        raise UserError(f"--deepspeed_config {name}: DeepSpeed does not accept it: {first_line(error)}") from error
 
 
 def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int) -> Engine:

@@ -1,12 +1,14 @@
 """What belongs to one run, and its checkpoint and export."""
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from superoffload import distributed
 from superoffload.checkpoint import save
+from superoffload.checkpoint.resume import Source
 from superoffload.checkpoint.trust import Trust
 from superoffload.config import Config, shown
 from superoffload.data.loader import Batches
@@ -21,6 +23,9 @@ from superoffload.training.metrics import Meter
 from superoffload.training.progress import Progress, Saved
 from superoffload.training.run_control import RunControl
 from superoffload.training.tracking import Trackers
+
+LAUNCHER_PATIENCE_S = 30  # DeepSpeed's launcher kills its ranks this long after Ctrl-C
+LONG_SAVE_S = LAUNCHER_PATIENCE_S / 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +44,7 @@ class Run:
     control: RunControl
     saved: Saved = outcomes.NOT_REQUESTED
     saved_step: int = -1
+    resumed_step: int = -1
     stopped: bool = False
     failed: bool = False
     bad_steps: int = 0
@@ -49,19 +55,22 @@ class Run:
         total = self.batches.total_steps
         return min(total, self.config.measurement.bench_steps or total)
 
-    def restore_rng_and_check_data(self, path: Path, state: dict[str, Any]) -> None:
-        """Restore every RNG state from the checkpoint in `path`; nothing may draw between this and the next step.
+    def restore_rng_and_check_data(self, source: Source, state: dict[str, Any]) -> None:
+        """Restore every RNG state from a checkpoint; nothing may draw between this and the next step.
 
         Raises `UserError` if the data set has other rows than when the checkpoint was saved.
         """
-        extent = self.batches.extent()
+        path, extent = source.path, self.batches.extent()
         if state["data"] != extent and not self.config.checkpoint.resume_anyway:
             raise UserError(
                 f"--dataset_name {shown(self.config.data.dataset_name)}: its rows have changed since {path} was saved "
                 f"(checkpoint has {state['data']}, this run has {extent}); --resume_anyway resumes with the new rows, "
                 "--resume none starts from the model"
             )
-        self.saved, self.saved_step = Saved(path, f"Checkpoint of this step is in {path}"), self.progress.step
+        self.saved = Saved(path, f"Checkpoint of this step is in {path}")
+        self.resumed_step = self.progress.step
+        if not source.universal and path.resolve().parent == Path(self.config.output.output_dir).resolve():
+            self.saved_step = self.progress.step  # or else this run saves one of its own, even if no step is left
         left = self.last_step - self.progress.step
         if left > 0:
             logger.info("%d steps of %d rows or packs are left", left, self.batches.packs_per_step)
@@ -109,8 +118,13 @@ class Run:
         with distributed.wait_without_collective("export"):
             if distributed.is_rank_0():
                 target = Path(self.config.output.output_dir) / f"model_step{self.progress.step}"
+                if target.is_dir() and self.progress.step == self.resumed_step:  # and complete, or it would not exist
+                    logger.info("The model of this step is in %s", target)
+                    return
+                # If nothing was left to train, this is the checkpoint that was resumed from.
+                trust = Trust(files=self.config.checkpoint.trust_checkpoint, code=self.config.model.trust_remote_code)
                 try:
-                    weights.export(self.saved.path, target, trust=Trust(code=self.config.model.trust_remote_code))
+                    weights.export(self.saved.path, target, trust=trust)
                 except UserError as error:
                     logger.error("NO MODEL WAS EXPORTED: %s", error)
                     self.failed = True
@@ -132,7 +146,14 @@ class Run:
             "meter": self.meter.state(),
             "trackers": self.trackers.state(),
         }
+        began = time.monotonic()
         path = save.save(self.engine, self.tokenizer, self.config, asdict(self.progress), extra)
+        if (took_s := time.monotonic() - began) > LONG_SAVE_S:
+            logger.warning(
+                "Saving took %.0f s; after Ctrl-C, `deepspeed` started without a recipe kills the ranks within %d s: "
+                "use a recipe, or stop the run with SIGTERM to a rank",
+                took_s, LAUNCHER_PATIENCE_S,
+            )  # fmt: skip
         self.saved, self.saved_step = outcomes.saved_in(path), self.progress.step
         self.failed = self.saved.failed
         self.meter.start()  # the save's time belongs to no step

@@ -121,7 +121,10 @@ def test_a_removed_checkpoint_is_at_no_moment_complete(tmp_path: Path, monkeypat
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\xff"])
+WITHOUT_SIZES = '{"saved_at": 1, "world_size": 1, "config": {}, "progress": {}, "files": {"a": 5}}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\xff", '{"files": {}}', WITHOUT_SIZES])
 def test_a_manifest_that_cannot_be_read_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
     assert manifest.read(tmp_path) is None

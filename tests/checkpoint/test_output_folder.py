@@ -33,6 +33,9 @@ def test_the_folder_of_the_model_or_the_data_is_refused(tmp_path: Path) -> None:
                 output_folder.prepare(str(tmp_path / name), [(flag, str(tmp_path / "model"))])
     assert list((tmp_path / "model").iterdir()) == []
     output_folder.prepare(str(tmp_path / "model" / "out"), [("model_name", str(tmp_path / "model"))])
+    for name in ("model:0.5", "model#20"):  # a share or a number of its rows
+        with pytest.raises(UserError, match=f"--output_dir {tmp_path}/model: is the folder of --dataset_name"):
+            output_folder.prepare(str(tmp_path / "model"), [("dataset_name", str(tmp_path / name))])
     output_folder.prepare(str(tmp_path / "new"), [("model_name", "owner/name")])
 
 

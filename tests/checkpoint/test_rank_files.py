@@ -3,11 +3,12 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from superoffload.checkpoint import rank_files
+from superoffload.checkpoint import manifest, rank_files
 from superoffload.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -69,6 +70,24 @@ def test_a_damaged_description_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{STATES}: damaged or truncated \(.*\); use another checkpoint"):
         rank_files.check_readable(path)
+
+
+def test_a_converted_checkpoint_is_an_error(tmp_path: Path) -> None:
+    folder = write_states(tmp_path / "new").parent
+    manifest.write(
+        folder, {"universal": True, "saved_at": 1, "world_size": 1, "files": {}, "config": {}, "progress": {}}
+    )
+    with pytest.raises(UserError, match=f"{folder}: was converted for any number of ranks; use the checkpoint that"):
+        rank_files.read(folder)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"dp_world_size": "two"}, {"dp_world_size": 1}])
+def test_a_file_of_another_form_is_an_error(content: Any, tmp_path: Path) -> None:
+    folder = write_states(tmp_path / "global_step3").parent
+    for path in (folder / STATES, folder / STATES.replace("model", "optim")):
+        torch.save(content, path)
+    with pytest.raises(UserError, match=rf"{folder}: not a readable ZeRO-3 checkpoint \(.+\); use another checkpoint"):
+        rank_files.read(folder)
 
 
 @dataclass

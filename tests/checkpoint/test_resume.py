@@ -18,6 +18,7 @@ from superoffload import config
 from superoffload.checkpoint import output_folder, resume
 from superoffload.errors import UserError
 from superoffload.training import schedule
+from tests.helpers.models import write_model
 from tests.helpers.ranks import REPOSITORY, environment, free_port, launch, run_ranks
 from tests.helpers.runs import damage, flags, logged, make_checkpoint
 from tests.helpers.states import states
@@ -320,3 +321,30 @@ def test_new_values_hold_from_the_first_resumed_step(mode: str, model_folder: Pa
     assert found["decays"] == [0.1, 0.0]
     assert found["steps"] == {4}
     assert found["mapped"] == {None}  # nothing that training changes lies in the checkpoint's files
+
+
+def resume_with_another_model(model: str, other: str, out: str) -> str:
+    """Save a checkpoint of one model, resume another from it, and return the error. Runs on a rank."""
+    from superoffload.checkpoint import save
+    from tests.helpers.runs import make_engine
+
+    first, tokenizer, chosen = make_engine(model, out, resume="auto", resume_anyway=True)
+    assert save.save(first, tokenizer, chosen, {"step": 0, "epoch": 0}, {}) is not None
+    first.destroy()  # type: ignore[attr-defined]
+    engine, _, chosen = make_engine(other, out, resume="auto", resume_anyway=True)
+    source = resume.first_intact(chosen, resume.find(chosen))
+    assert source is not None
+    try:
+        resume.restore(engine, source, trusted=False)
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.destroy()  # type: ignore[attr-defined]
+    return ""
+
+
+def test_another_model_is_refused_in_one_line(model_folder: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", num_hidden_layers=3)
+    for error in run_ranks(2, resume_with_another_model, str(model_folder), str(other), str(tmp_path / "out")):
+        assert "belongs to a different model: model.layers.2." in error
+        assert "has the shape (none) there" in error

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from superoffload import config
+from superoffload.checkpoint.resume import Source
 from superoffload.data import collate, loader
 from superoffload.errors import UserError
 from superoffload.training.run import Run
@@ -92,7 +93,7 @@ def test_other_rows_of_a_source_are_noticed(sources: list[str], tmp_path: Path) 
     after = extent()
     run: Any = SimpleNamespace(config=chosen, batches=SimpleNamespace(extent=lambda: after))
     with pytest.raises(UserError) as raised:
-        Run.restore_rng_and_check_data(run, tmp_path, {"data": before})
+        Run.restore_rng_and_check_data(run, Source(tmp_path, {}), {"data": before})
     message = str(raised.value)
     assert message.startswith(f"--dataset_name {' '.join(names)}: its rows have changed since {tmp_path}")
     assert "'more.jsonl': {'rows': 30" in message and "'more.jsonl': {'rows': 29" in message

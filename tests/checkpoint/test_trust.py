@@ -120,6 +120,25 @@ def test_names_and_links_that_lead_out_of_the_folder(tmp_path: Path) -> None:
             rank_files.locate(folder.parent)
 
 
+def test_files_that_a_manifest_leaves_out_do_not_run_either(tmp_path: Path, one_rank: None) -> None:
+    """DeepSpeed itself loads what lies in the folder of a checkpoint for any number of ranks."""
+    folder = make_checkpoint(tmp_path / "out", 3, 1.0)
+    described = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**described, "universal": True, "files": {}}))
+    (folder / NAME).unlink()
+    (folder / "zero").mkdir()
+    assert resume_from(folder) is not None
+    torch.save(Marker(tmp_path / "marker"), folder / "zero" / "optimizer_state.pt")
+    with pytest.raises(UserError, match=r"zero/optimizer_state.pt: holds posix.mkdir"):
+        resume_from(folder)
+    (folder / "zero" / "optimizer_state.pt").unlink()
+    (folder / "zero" / "weight").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"zero/weight: a link that leads out of the checkpoint"):
+        resume_from(folder)
+    assert resume_from(folder, trust_checkpoint=True) is not None
+    assert not (tmp_path / "marker").exists()
+
+
 @pytest.mark.unit
 def test_a_tensor_larger_than_its_file(tmp_path: Path) -> None:
     whole = torch.zeros(4)

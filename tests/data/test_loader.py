@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,13 @@ def test_what_is_left_out_of_the_loss_is_in_the_statistics(jsonl: WriteJsonLines
 def make_batches(rows: TokenizedRows) -> Batches:
     layout = Layout(packs=True, full_length=False, max_length=2048, pad_token_id=0)
     return Batches(rows, layout, TrainingSettings(), rank=0, world_size=1)
+
+
+@pytest.mark.parametrize("weights", [(), (1.0,)])
+def test_the_largest_token_is_found_in_every_row(weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in those that the first epoch, which draws with replacement, leaves out."""
+    monkeypatch.setattr(loader, "ROWS_AT_A_TIME", 10)
+    rows = replace(make_rows(), weights=weights)
+    for world_size in (1, 2, 5):
+        assert max(make(rows, world_size, rank).largest_id() for rank in range(world_size)) == 1000 + len(rows) - 1
+    assert make(rows, 200, 150).largest_id() == 0

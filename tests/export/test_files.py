@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import pytest
 import transformers
 
 from superoffload.checkpoint import rank_files
+from superoffload.checkpoint.trust import Trust
+from superoffload.errors import UserError
 from superoffload.export import files, weights
 from tests.helpers.exports import STEPS, Trained, load
 
@@ -33,6 +37,19 @@ def test_missing_files_come_from_the_original_model(damaged: Path, tmp_path: Pat
     weights.export(damaged, tmp_path / "target")
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "target")) == 257
     assert load(tmp_path / "target").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "additional_chat_templates"])
+def test_a_link_out_of_the_output_folder_is_not_copied(name: str, damaged: Path, tmp_path: Path) -> None:
+    private = damaged.parents[1] / f"private_{name}"
+    private.mkdir()
+    shutil.copyfile(damaged / "tokenizer_config.json", private / "file")
+    (damaged / name).unlink(missing_ok=True)
+    (damaged / name).symlink_to(private if name.startswith("additional") else private / "file")
+    with pytest.raises(UserError, match=f"{damaged / name}: a link that leads out of the output folder; --trust_ch"):
+        weights.export(damaged, tmp_path / "target")
+    weights.export(damaged, tmp_path / "target", trust=Trust(files=True))
+    assert (tmp_path / "target" / name).exists()
 
 
 def test_the_model_card_names_data_settings_and_loss(damaged: Path, tmp_path: Path) -> None:

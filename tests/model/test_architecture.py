@@ -1,14 +1,16 @@
 """A model without weights: its positions, and the parameters that text does not reach."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 from superoffload.errors import UserError
-from superoffload.model import architecture
+from superoffload.model import architecture, load
 from tests.helpers.families import FAMILIES
 from tests.helpers.models import make_model
 
@@ -85,6 +87,26 @@ def test_an_empty_model_takes_no_memory_and_no_random_numbers() -> None:
 def test_a_model_that_generates_no_text_is_refused() -> None:
     with pytest.raises(UserError, match="vit is no causal language model"):
         architecture.empty_model(transformers.AutoConfig.for_model("vit"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("hidden_act", "siluu", "KeyError: 'siluu'"),
+        ("hidden_size", "abc", "StrictDataclassFieldValidationError: .*'hidden_size'.* expected int, got str"),
+        ("num_attention_heads", 0, "ZeroDivisionError"),
+        ("num_hidden_layers", None, "StrictDataclassFieldValidationError"),
+        ("vocab_size", -5, ""),
+    ],
+)
+def test_a_configuration_that_describes_no_model_is_one_line(
+    key: str, value: Any, reason: str, tmp_path: Path, model_folder: Path
+) -> None:
+    described = json.loads((model_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, key: value}))
+    with pytest.raises(UserError, match=f"config.json describes no model \\({reason}") as caught:
+        architecture.empty_model(load.load_config(str(tmp_path)))
+    assert "\n" not in str(caught.value)
 
 
 CODE = """

@@ -31,3 +31,12 @@ def test_a_tokenizer_without_an_end_token_is_refused(model_folder: Path, tmp_pat
 def test_a_missing_folder_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"--model_name {name}: no such folder"):
         load_tokenizer(name)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(model_folder: Path, tmp_path: Path) -> None:
+    for file in model_folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for content in ('{"a":', "{}"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=f"--model_name {tmp_path}: no tokenizer can be loaded: "):
+            load_tokenizer(str(tmp_path))

@@ -1,6 +1,8 @@
 """Weights that are missing, of another shape, damaged or not finite are an error in one line."""
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,24 @@ def test_a_damaged_file_is_named(form: str, damage: Callable[[Path], Any], text:
     check(tmp_path)
     damage(path)
     with pytest.raises(UserError, match=f"--model_name {tmp_path}: ({path.name} )?({text})"):
+        check(tmp_path)
+
+
+@pytest.mark.unit
+def test_a_file_that_could_run_code_does_not(tmp_path: Path) -> None:
+    model = make_model()
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(os.mkdir, protocol=2))
+    with pytest.raises(UserError, match=r"pytorch_model.bin is damaged, or holds more than tensors, .*\*.safetensors"):
+        check(tmp_path)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}'])
+def test_an_index_of_another_form_is_named(content: str, tmp_path: Path) -> None:
+    make_model().config.save_pretrained(tmp_path)
+    (tmp_path / f"{FILE}.index.json").write_text(content)
+    with pytest.raises(UserError, match=f"--model_name {tmp_path}: {FILE}.index.json lists no files of weights"):
         check(tmp_path)
 
 

@@ -71,6 +71,29 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
     return model_engine, recorder.logged
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"zero_optimization": {"stage3_prefetch_bucket_size": "abc"}}, "stage3_prefetch_bucket_size is 'abc': Input"),
+        ({"zero_optimization": {"prefetch": 5}}, "prefetch is 5: Extra inputs are not permitted .DeepSpeedZeroConfig."),
+        ({"zero_optimization": {"reduce_bucket_size": -5}}, "reduce_bucket_size is -5: Input should be greater than"),
+        ({"fp16": {"enabled": True, "loss_scale": "x"}, "bf16": {"enabled": False}}, "loss_scale is 'x': Value error"),
+        ({"communication_data_type": "x"}, "DeepSpeed does not accept it: .*x"),
+    ],
+)
+def test_what_deepspeed_does_not_accept_is_named_before_the_model_is_loaded(
+    change: dict[str, Any], words: str, one_rank: None
+) -> None:
+    chosen = config.build({"model_name": "m", "output_dir": "unused"})
+    merged = merge_flags(FP32, chosen, 1).ds_config
+    engine.check(merged, "file.json")
+    for section, values in change.items():
+        merged[section] = {**merged.get(section, {}), **values} if isinstance(values, dict) else values
+    with pytest.raises(UserError, match=f"--deepspeed_config file.json: {words}") as caught:
+        engine.check(merged, "file.json")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.unit
 def test_norms_and_biases_take_no_decay() -> None:
     qwen = make_model("qwen2", "float32")  # has biases
