@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 
 from superoffload.config import DataSettings
-from superoffload.data.encode import Encoded, Encoder
+from superoffload.data.encode import IGNORED, Encoded, Encoder
 from superoffload.data.formats import BadRow, Chat, Conversation, Pair, Text
 from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
@@ -335,6 +335,15 @@ def test_turn_that_the_row_keeps_out_of_the_loss() -> None:
     assert targets(CHATML.replace("<|end|>", ""), last) == ["No\n"]  # no end-of-sequence token is trained on
 
 
+@pytest.mark.parametrize("template", [CHATML, "plain"])
+def test_turn_that_the_row_keeps_out_of_the_loss_stays_out_when_prompts_are_trained_on(template: str) -> None:
+    row = Chat((user("q"), assistant("No"), user("wrong"), assistant("Yes")), untrained=frozenset({1}))
+    tokenizer = make_trained_tokenizer("gpt2", ADDED, None if template == "plain" else template)
+    encoded = encode(tokenizer, row, train_on_prompt=True)
+    kept_out = [token for token, label in zip(encoded.input_ids, encoded.labels, strict=True) if label == IGNORED]
+    assert tokenizer.decode(kept_out) == ("No<eos>" if template == "plain" else "No<|end|>")
+
+
 def test_empty_answers_are_counted_and_not_trained_on() -> None:
     tokenizer = make_trained_tokenizer("gpt2", ADDED, CHATML)
     turns = [user("q"), assistant(""), user("q"), assistant("Yes"), user("q"), assistant("  ")]
@@ -464,3 +473,4 @@ def test_prompts_are_written_as_the_rows_are() -> None:
         "messages": "<|start|>user\nhi<|end|>\n<|start|>assistant\n",
     }
     assert tokenizer.decode(encoder.prompt_ids("<bos>hi", Text)) == "<bos>hi"
+    assert tokenizer.decode(encoder.prompt_ids("<bos>hi", Pair)) == written["alpaca"]
