@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from superoffload import distributed
+from superoffload.data import mixture
 from superoffload.errors import UserError
 from superoffload.log import logger
 
@@ -18,7 +19,7 @@ def prepare(folder: str, inputs: Iterable[tuple[str, str]] = ()) -> int | None:
     would be overwritten.
     """
     for flag, name in inputs:
-        source = Path(name).expanduser()
+        source = Path(mixture.name_of(name)).expanduser()
         if source.is_dir() and source.resolve() == Path(folder).resolve():
             raise UserError(
                 f"--output_dir {folder}: is the folder of --{flag}, which the run would write to; choose another folder"

@@ -118,7 +118,7 @@ class _Search:
             self._text, marks = self._template.render_marked(self._turns, **self._options)
         else:
             self._text = self._template.render(self._turns, **self._options)
-        others = self._unwritten_beside()
+        others = self._unwritten_beside(drawn)
         if others and not drop:
             raise BadRow(others[0])
         self._drawn, self._places = drawn, skeleton.align(self._text, drawn, self._pieces)
@@ -136,13 +136,11 @@ class _Search:
                 if not skeleton.writes_arguments(self._row.turns[index]["tool_calls"], words):
                     raise BadRow(_unwritten("tool_calls", index, turn["role"]))
 
-    def _unwritten_beside(self) -> list[str]:
+    def _unwritten_beside(self, drawn: Drawn) -> list[str]:
         """List what the template leaves out of the row besides the assistant's turns."""
-        result = [
-            _unwritten("content", index, turn["role"])
-            for index, turn in enumerate(self._turns)
-            if turn["role"] != "assistant" and not skeleton.is_written(str(turn["content"] or ""), self._text)
-        ]
+        turns = [(index, turn) for index, turn in enumerate(self._turns) if turn["role"] != "assistant"]
+        lost = skeleton.unwritten([turn["content"] or "" for _, turn in turns], drawn.text)
+        result = [_unwritten("content", turns[at][0], turns[at][1]["role"]) for at in lost]
         return result + [_unwritten(name) for name in self._options if self._without(name) == self._text]
 
     def _without(self, name: str) -> str:

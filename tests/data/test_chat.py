@@ -269,10 +269,17 @@ def test_tools_and_documents_reach_the_template() -> None:
 
 def test_content_of_others_that_the_template_does_not_write() -> None:
     template = "{% for m in messages if m.role != 'system' %}" + CHATML.split("%}", 1)[1]
-    row = [{"role": "system", "content": "Be brief."}, user("q"), assistant("Yes")]
-    with pytest.raises(BadRow, match=r"does not write content of message 1 \(system\)"):
-        targets(template, row)
-    assert targets(template, row, drop_unrendered=True) == ["Yes<|end|>"]
+    for system in ("Be brief.", "brief", "Yes", "q"):  # other turns may say the same
+        row = [{"role": "system", "content": system}, user("Be q, brief"), assistant("Yes")]
+        with pytest.raises(BadRow, match=r"does not write content of message 1 \(system\)"):
+            targets(template, row)
+        assert targets(template, row, drop_unrendered=True) == ["Yes<|end|>"]
+        assert targets(CHATML, row) == ["Yes<|end|>"]
+    twice = [user("q"), assistant("Yes"), user("q"), assistant("No")]
+    assert targets(CHATML, twice) == ["Yes<|end|>", "No<|end|>"]
+    once = "{% for m in messages[:2] + messages[3:] %}"
+    with pytest.raises(BadRow, match=r"does not write content of message 3 \(user\)"):
+        targets(once + CHATML.split("%}", 1)[1], twice)
 
 
 def test_reasoning_that_the_template_does_not_write() -> None:
