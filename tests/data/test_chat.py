@@ -103,6 +103,16 @@ def test_marks_around_an_empty_answer_belong_to_no_other_turn() -> None:
     assert targets(marks, turns, keep_empty_answers=True) == ["Yes<|end|>", "<|end|>", "No<|end|>"]
 
 
+@pytest.mark.parametrize("turns", [2, 4])
+def test_marks_around_other_turns_are_refused(turns: int) -> None:
+    template = "{% generation %}" + CHATML.replace("{% if add", "{% endgeneration %}{% if add")
+    row = [user("q"), assistant("Yes"), user("q2"), assistant("No")][:turns]
+    with pytest.raises(BadRow, match=r"message 2\) cannot be found .*: its generation marks enclose other turns too"):
+        targets(template, row)
+    with pytest.raises(BadRow, match="enclose other turns too"):
+        targets(template, [assistant("Yes"), assistant("No")])
+
+
 def test_two_answers_one_after_the_other() -> None:
     turns = [user("q"), assistant("Yes"), assistant("No"), user("q")]
     assert targets(CHATML, turns) == ["Yes<|end|>", "No<|end|>"]
