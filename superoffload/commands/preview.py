@@ -26,14 +26,16 @@ def _show(rows: int, **values: Any) -> None:
     model = settings.model
     tokenizer = load_tokenizer(model.model_name, model.revision, model.trust_remote_code)
     train, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
+    layout = collate.choose_layout(settings.data, tokenizer.pad_token_id, False)
+    parts = {"": train} if held_out is None else {"Training rows": train, "Held-out rows": held_out}
+    statistics = {
+        title: loader.Batches(part, layout, settings.training, rank=0, world_size=1).statistics()
+        for title, part in parts.items()
+    }
     for label, part in train.by_source().items():
         for line in ([label] if label else []) + list(shown_rows(part, tokenizer, rows, sys.stdout.isatty())):
             click.echo(line)
-    parts = {"": train} if held_out is None else {"Training rows": train, "Held-out rows": held_out}
-    for title, part in parts.items():
-        layout = collate.choose_layout(settings.data, tokenizer.pad_token_id, False)
-        batches = loader.Batches(part, layout, settings.training, rank=0, world_size=1)
-        found = batches.statistics()
+    for title, found in statistics.items():
         click.echo("\n".join(["", *([title] if title else []), *found.lines()]))
         for source in found.sources:
             click.echo("\n".join(["", ", ".join(filter(None, (title, source.label))), *source.lines()]))

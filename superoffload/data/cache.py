@@ -20,6 +20,7 @@ from superoffload.config import DataSettings
 from superoffload.data import formats, sources
 from superoffload.data.encode import VERSION, Encoded, Encoder
 from superoffload.data.formats import BadRow
+from superoffload.data.packing import Indices
 from superoffload.data.rows import RowCounts, TokenizedRows
 from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
@@ -58,9 +59,9 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     key of the cache covers the rows, the tokenizer, the template's text and every setting that matters. Raises
     `UserError` if a row is malformed, or if more than half of the rows have no target token.
     """
-    rows = chosen_rows(spec)
+    rows, numbers = _chosen(spec)
     encoder = Encoder(tokenizer, settings)
-    encode_row = _RowEncoder(encoder, rows, spec, settings)
+    encode_row = _RowEncoder(encoder, rows, numbers, spec, settings)
     key = _key(rows, tokenizer, encoder.template, settings)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "superoffload" / key
     try:
@@ -74,11 +75,18 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     return _read(folder, spec, settings)
 
 
-def chosen_rows(spec: DatasetSpec) -> datasets.Dataset:
-    """Open a data set and select the rows to use, in their order, at least one.
+def check(spec: DatasetSpec, settings: DataSettings) -> None:
+    """Raise `UserError` if a data set cannot be read, has fewer rows than `count`, or has no known format."""
+    rows, _ = _chosen(spec)
+    _shape(rows, spec, settings)
 
-    Raises `UserError` if it cannot be read, or has fewer rows than `count`.
-    """
+
+def _shape(rows: datasets.Dataset, spec: DatasetSpec, settings: DataSettings) -> formats.Shape:
+    return formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, spec.name)
+
+
+def _chosen(spec: DatasetSpec) -> tuple[datasets.Dataset, range | Indices]:
+    """Open a data set and select the rows to use, in their order, at least one; return their numbers (from 0) too."""
     rows = sources.open_rows(spec.name, spec.split, spec.flag, spec.config)
     count = len(rows) if spec.count is None else spec.count
     if count > len(rows):
@@ -87,9 +95,9 @@ def chosen_rows(spec: DatasetSpec) -> datasets.Dataset:
         count = max(1, round(count * spec.share))
     count = max(1, int(count * spec.percentage / 100))
     if count == len(rows) or not (spec.shuffled or spec.share is not None or spec.count is not None):
-        return rows.select(range(count))
-    drawn = np.random.default_rng([spec.seed, 2**32 + 1]).permutation(len(rows))[:count]
-    return rows.select(np.sort(drawn))
+        return rows.select(range(count)), range(count)
+    drawn = np.sort(np.random.default_rng([spec.seed, 2**32 + 1]).permutation(len(rows))[:count])
+    return rows.select(drawn), drawn
 
 
 def join(parts: Mapping[str, TokenizedRows]) -> TokenizedRows:
@@ -174,10 +182,18 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
 class _RowEncoder:
     """Encodes one row at a time; can be pickled, so that it runs in any process."""
 
-    def __init__(self, encoder: Encoder, rows: datasets.Dataset, spec: DatasetSpec, settings: DataSettings) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows: datasets.Dataset,
+        numbers: range | Indices,
+        spec: DatasetSpec,
+        settings: DataSettings,
+    ) -> None:
         self._encoder = encoder
-        columns = sources.columns_of(rows)
-        self._shape = formats.detect(columns, settings.dataset_format, settings.columns, spec.name)
+        self._numbers = numbers
+        self._split = spec.split
+        self._shape = _shape(rows, spec, settings)
         self._features = dict(rows.features)
         self.where = f"--{spec.flag} {spec.name}"
         self._max_length = settings.max_length
@@ -185,15 +201,14 @@ class _RowEncoder:
         self.num_proc = settings.num_proc
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """Encode the row at `index` (from 0) into the columns of the cache."""
+        """Encode the row at `index` (from 0) of those chosen into the columns of the cache."""
         try:
             whole = self._encoder(formats.read(sources.parse(row, self._features), self._shape))
         except BadRow as error:
+            bad = f"{sources.row_name(int(self._numbers[index]), self._split)}: {error}"
             if not self._skip_bad_rows:
-                raise UserError(
-                    f"{self.where}: row {index + 1}: {error}; fix it, or skip such rows with --skip_bad_rows"
-                ) from None
-            return _columns(Encoded([], []), bad=f"row {index + 1}: {error}")
+                raise UserError(f"{self.where}: {bad}; fix it, or skip such rows with --skip_bad_rows") from None
+            return _columns(Encoded([], []), bad=bad)
         kept = whole.head(self._max_length)
         cut = len(whole.input_ids) - len(kept.input_ids)
         if not kept.target_tokens:
@@ -269,9 +284,9 @@ def _numbers(table: datasets.Dataset, column: str) -> np.ndarray[Any, np.dtype[n
 def _not_trained_on(counts: RowCounts) -> str:
     reasons = []
     if counts.empty_answers:
-        reasons.append(f"{counts.empty_answers} answers are empty, which --keep_empty_answers would train on")
+        reasons.append(f"empty answers: {counts.empty_answers}, which --keep_empty_answers would train on")
     if counts.untrained_turns:
-        reasons.append(f"the rows keep {counts.untrained_turns} answers out of the loss themselves")
+        reasons.append(f"answers that the rows keep out of the loss themselves: {counts.untrained_turns}")
     return "".join(f"; {reason}" for reason in reasons)
 
 
@@ -284,12 +299,15 @@ def _read(folder: Path, spec: DatasetSpec, settings: DataSettings) -> TokenizedR
     if counts.bad > counts.given / 2:
         raise UserError(f"{where}: {counts.bad} of {counts.given} rows are malformed, e.g. {counts.first_bad}")
     if counts.dropped > (counts.given - counts.bad) / 2 or counts.dropped + counts.bad == counts.given:
-        remedy = (
-            f"--max_length {enough} would keep every row that has one" if enough else "no row has one at any length"
-        )
+        if not enough:
+            raise UserError(
+                f"{where}: {counts.dropped} of {counts.given} rows have no target token at any length"
+                f"{_not_trained_on(counts)}"
+            )
         raise UserError(
             f"--max_length {settings.max_length}: {counts.dropped} of {counts.given} rows of {spec.name} have no "
-            f"target token within this length; {remedy}{_not_trained_on(counts)}"
+            f"target token within this length; --max_length {enough} would keep every row that has one"
+            f"{_not_trained_on(counts)}"
         )
     table = datasets.load_from_disk(str(folder))
     lengths, targets = _numbers(table, "length"), _numbers(table, "targets")

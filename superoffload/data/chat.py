@@ -118,7 +118,7 @@ class _Search:
             self._text, marks = self._template.render_marked(self._turns, **self._options)
         else:
             self._text = self._template.render(self._turns, **self._options)
-        others = self._unwritten_beside()
+        others = self._unwritten_beside(drawn)
         if others and not drop:
             raise BadRow(others[0])
         self._drawn, self._places = drawn, skeleton.align(self._text, drawn, self._pieces)
@@ -136,13 +136,11 @@ class _Search:
                 if not skeleton.writes_arguments(self._row.turns[index]["tool_calls"], words):
                     raise BadRow(_unwritten("tool_calls", index, turn["role"]))
 
-    def _unwritten_beside(self) -> list[str]:
+    def _unwritten_beside(self, drawn: Drawn) -> list[str]:
         """List what the template leaves out of the row besides the assistant's turns."""
-        result = [
-            _unwritten("content", index, turn["role"])
-            for index, turn in enumerate(self._turns)
-            if turn["role"] != "assistant" and not skeleton.is_written(str(turn["content"] or ""), self._text)
-        ]
+        turns = [(index, turn) for index, turn in enumerate(self._turns) if turn["role"] != "assistant"]
+        lost = skeleton.unwritten([turn["content"] or "" for _, turn in turns], drawn.text)
+        result = [_unwritten("content", turns[at][0], turns[at][1]["role"]) for at in lost]
         return result + [_unwritten(name) for name in self._options if self._without(name) == self._text]
 
     def _without(self, name: str) -> str:
@@ -279,6 +277,8 @@ class _Search:
         if {piece for pieces in inside for piece in pieces} != {place.piece for place in places}:
             raise BadRow(_not_found(turn, "its generation marks do not enclose it"))
         own = [number for number, pieces in enumerate(inside) if pieces and marks[number][0] >= floor]
+        if not own or self._holds_turn_before(turn, marks[own[0]][0], places[0].start):
+            raise BadRow(_not_found(turn, "its generation marks enclose other turns too"))
         first, last = own[0], own[-1]
         # A mark beside these with nothing between belongs to the turn as well, e.g. one around the end-of-turn token.
         while first and marks[first - 1][0] >= floor and not self._text[marks[first - 1][1] : marks[first][0]].strip():
@@ -293,6 +293,14 @@ class _Search:
             if closed and end > said[-1].end:
                 said[-1] = Said(turn, 0, said[-1].start, end, True)
         return said
+
+    def _holds_turn_before(self, turn: int, start: int, end: int) -> bool:
+        """Return whether the text from `start` to `end` includes what the turn before this one says."""
+        words = str(self._turns[turn - 1].get("content") or "").strip() if turn else ""
+        if not words or words not in self._text[start:end]:
+            return False
+        before = self._closed_before(turn)
+        return self._text.startswith(before.rstrip()) and words in self._text[start : len(before)]
 
 
 def _unwritten(field: str, turn: int | None = None, role: str = "") -> str:

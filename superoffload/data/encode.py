@@ -12,7 +12,7 @@ from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 
 IGNORED = -100  # the label of a token that is not a target
-VERSION = 4  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
+VERSION = 5  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
 
 # The Alpaca template.
 INSTRUCTION = "### Instruction:\n"
@@ -136,15 +136,18 @@ class Encoder:
         if isinstance(conversation, Text):
             return self._segments([(conversation.text, True)])
         if isinstance(conversation, Pair):
-            if self._bos_text and conversation.prompt.startswith(self._bos_text):
-                conversation = replace(conversation, prompt=conversation.prompt.removeprefix(self._bos_text))
+            conversation = replace(conversation, prompt=conversation.prompt.removeprefix(self._bos_text))
             if not self._pairs_as_chat:
                 return self._segments([(alpaca_prompt(conversation), False), (conversation.answer, True)])
             conversation = as_chat(conversation)
         return self._plain(conversation) if self._jinja is None else self._chat(conversation, self._jinja)
 
     def prompt_ids(self, prompt: str, kind: type[Conversation]) -> list[int]:
-        """Tokenise a prompt as in a row that is read as `kind`, up to where the answer begins."""
+        """Tokenise a prompt as in a row that is read as `kind`, up to where the answer begins.
+
+        Raises `BadRow` if the template rejects it.
+        """
+        prompt = prompt.removeprefix(self._bos_text) if kind is Pair else prompt
         turns = as_chat(Pair(prompt=prompt, context="", answer=""))
         if kind is Text:
             text = prompt
@@ -185,20 +188,21 @@ class Encoder:
         ids: list[int] = []
         labels: list[int] = []
         number = empty = untrained = 0
+        every = self._settings.train_on_prompt
         for index, (text, is_answer) in enumerate(segments):
             new = self._ids(text) if index else self._first_ids(text)
-            target = is_answer
+            target = is_answer or every
             if is_answer:
                 self._check(new, text.removesuffix(self._special.eos))
                 if trained and not trained[number]:
                     target, untrained = False, untrained + 1
                 elif not text.strip() and not self._settings.keep_empty_answers:
-                    target, empty = False, empty + 1
+                    target, empty = every, empty + 1
                 number += 1
                 if not new or new[-1] != self._eos:
                     new.append(self._eos)
             ids += new
-            labels += new if target or self._settings.train_on_prompt else [IGNORED] * len(new)
+            labels += new if target else [IGNORED] * len(new)
         return Encoded(ids, labels, empty=empty, untrained=untrained)
 
     def _ids(self, text: str) -> list[int]:
@@ -210,13 +214,16 @@ class Encoder:
             row, jinja, self._special, keep_empty=keep_empty, drop_unrendered=self._settings.drop_unrendered
         )
         text = found.text
-        said = [turn for turn in found.said if turn.turn not in row.untrained]
+        every = self._settings.train_on_prompt
         answers = {index for index, turn in enumerate(row.turns) if turn["role"] == "assistant"}
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
-        labels = [IGNORED] * len(ids)
-        for turn in said:
+        labels = list(ids) if every else [IGNORED] * len(ids)
+        for turn in found.said if every else [turn for turn in found.said if turn.turn not in row.untrained]:
             tokens = _covered(encoded["offset_mapping"], turn, text)
+            if turn.turn in row.untrained:
+                labels[tokens] = [IGNORED] * len(ids[tokens])
+                continue
             self._check(ids[tokens], text[turn.start : turn.end])
             labels[tokens] = ids[tokens]
         last = found.said[-1] if found.said else None
@@ -226,7 +233,7 @@ class Encoder:
             labels.append(self._eos if last.turn not in row.untrained else IGNORED)
         return Encoded(
             ids,
-            list(ids) if self._settings.train_on_prompt else labels,
+            labels,
             empty=len(answers - row.untrained - {turn.turn for turn in found.said}),
             untrained=len(answers & row.untrained),
             unwritten=found.unwritten,

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,18 @@ def _csv_rows(file: Any, encoding: str, delimiter: str) -> Iterator[bytes]:
         twice = [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]
         if twice:
             raise UserError(f"the header line names the column {twice[0]} twice; rename or remove one")
+        _check_separator(reader.fieldnames or (), delimiter)
         for row in reader:
             yield json.dumps(row).encode()
             number += 1
     except csv.Error as error:
         raise UserError(f"row {number}: broken CSV ({error}), {HIDES}") from error
+
+
+def _check_separator(names: Sequence[str], delimiter: str) -> None:
+    """Raise `UserError` if a header line is a single name that holds other separators."""
+    found = [mark for mark in ";\t|," if mark != delimiter and mark in "".join(names[:1])] if len(names) == 1 else []
+    if found:
+        raise UserError(
+            f"the header line is separated by {found[0]!r}; separate the values by commas in .csv, by tabs in .tsv"
+        )

@@ -48,6 +48,17 @@ def _is_known(path: Path) -> bool:
     return False
 
 
+def is_saved(folder: Path) -> bool:
+    """Return whether `datasets.save_to_disk` wrote a folder."""
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def may_have_configs(name: str) -> bool:
+    """Return whether a data set may have configs: one on the hub, or a folder whose README declares them."""
+    path = Path(name).expanduser()
+    return not path.exists() or (path.is_dir() and not is_saved(path) and hub.has_configs(path / "README.md"))
+
+
 def refuse_config(config: str | None, config_flag: str) -> None:
     """Raise `UserError` if a config is named for a source that has none."""
     if config is not None:

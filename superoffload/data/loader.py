@@ -9,9 +9,10 @@ import numpy as np
 
 from superoffload.config import DataSettings, TrainingSettings
 from superoffload.data import formats, mixture, packing, sources, statistics
-from superoffload.data.cache import DatasetSpec, chosen_rows, join, load_tokenized
+from superoffload.data.cache import DatasetSpec, check, join, load_tokenized
 from superoffload.data.collate import Batch, Layout, collate, targets_by_source
 from superoffload.data.encode import Encoder
+from superoffload.data.folders import may_have_configs
 from superoffload.data.rows import TokenizedRows
 from superoffload.errors import BadRow, UserError
 from superoffload.protocols import Tokenizer
@@ -26,15 +27,14 @@ def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[Token
     tokenises once; see `cache.load_tokenized`. Raises `UserError` if a data set cannot be used.
     """
     specs = _specs(settings, seed)
-    if len(specs) > 1:
-        for spec in specs.values():  # a mistake in the last one shows before the first one has been tokenised
-            chosen_rows(spec)
+    held_out = _held_out(settings)
+    every = [*specs.values(), *([held_out] if held_out else [])]
+    if len(every) > 1:
+        for spec in every:  # a mistake in the last one shows before the first one has been tokenised
+            check(spec, settings)
     rows = join({label: load_tokenized(spec, tokenizer, settings) for label, spec in specs.items()})
     rows = replace(rows, weights=settings.dataset_weights)
-    if settings.eval_dataset is not None:
-        held_out = DatasetSpec(
-            name=settings.eval_dataset, split=settings.eval_split, flag="eval_dataset", config=settings.eval_config
-        )
+    if held_out is not None:
         return rows, load_tokenized(held_out, tokenizer, settings)
     if settings.eval_percentage:
         return split_off(rows, settings.eval_percentage, seed)
@@ -42,7 +42,12 @@ def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[Token
 
 
 def _specs(settings: DataSettings, seed: int) -> dict[str, DatasetSpec]:
-    """Return the data sets to train on by their labels."""
+    """Return the data sets to train on by their labels.
+
+    Of several, those that cannot have configs ignore `--dataset_config`, unless none of them can have any.
+    """
+    asked = mixture.parse(settings.dataset_name)
+    with_configs = [source for source in asked if may_have_configs(source.name)] or asked
     return {
         source.label: DatasetSpec(
             name=source.name,
@@ -52,10 +57,22 @@ def _specs(settings: DataSettings, seed: int) -> dict[str, DatasetSpec]:
             count=source.count,
             shuffled=settings.shuffle_rows,
             seed=seed,
-            config=settings.dataset_config,
+            config=settings.dataset_config if source in with_configs else None,
         )
-        for source in mixture.parse(settings.dataset_name)
+        for source in asked
     }
+
+
+def _held_out(settings: DataSettings) -> DatasetSpec | None:
+    if settings.eval_dataset is None:
+        return None
+    [source] = mixture.parse((settings.eval_dataset,), "eval_dataset")
+    if source.share is not None or source.count is not None:
+        raise UserError(
+            f"--eval_dataset {settings.eval_dataset}: takes no share or number of rows; "
+            f"--eval_split {settings.eval_split}[:500] takes 500 rows"
+        )
+    return DatasetSpec(name=source.name, split=settings.eval_split, flag="eval_dataset", config=settings.eval_config)
 
 
 def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: DataSettings) -> list[list[int]]:
@@ -65,12 +82,18 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     """
     if not prompts:
         return []
-    first, *_ = mixture.parse(settings.dataset_name)
-    rows = sources.open_rows(first.name, settings.dataset_split, "dataset_name", settings.dataset_config)
+    first, *_ = _specs(settings, seed=0).values()
+    rows = sources.open_rows(first.name, first.split, first.flag, first.config)
     shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, first.name)
     encoder = Encoder(tokenizer, settings)
     kind = _kind_of(rows, shape)
-    return [encoder.prompt_ids(prompt, kind) for prompt in prompts]
+    result = []
+    for prompt in prompts:
+        try:
+            result.append(encoder.prompt_ids(prompt, kind))
+        except BadRow as error:
+            raise UserError(f"--sample_prompts: {prompt!r}: {error}") from error
+    return result
 
 
 def _kind_of(rows: Any, shape: formats.Shape) -> type[formats.Conversation]:

@@ -130,6 +130,8 @@ def _turn(message: Any, number: int) -> Turn:
     calls = _calls(message, number)
     if role.lower() in CALLING_ROLES and not calls:
         calls, turn["content"] = _written_calls(turn["content"], number), None
+    if calls and turn["role"] != "assistant":
+        raise BadRow(f"message {number} has tool calls, but its role is {role}; only the assistant's are read")
     if calls:
         turn["tool_calls"] = calls
     if turn["content"] is not None or not calls:

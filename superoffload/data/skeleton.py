@@ -179,6 +179,19 @@ def is_written(content: str, text: str) -> bool:
     return core in text or any(written in text for written in _escaped(core))
 
 
+def unwritten(contents: Sequence[str], text: str) -> list[int]:
+    """List the positions of contents that have no place of their own in a text, each perhaps escaped or stripped."""
+    result = []
+    for index in sorted(range(len(contents)), key=lambda index: -len(contents[index])):
+        core = contents[index].strip()
+        written = core if core in text else next((other for other in _escaped(core) if other in text), None)
+        if written is None:
+            result.append(index)
+        elif written:
+            text = text.replace(written, "\n", 1)
+    return sorted(result)
+
+
 def missing(drawn: Drawn, pieces: Sequence[Piece]) -> list[tuple[int, str]]:
     """List the turns and fields of which the template leaves out a piece."""
     written = set(drawn.pieces)

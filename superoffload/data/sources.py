@@ -15,13 +15,13 @@ from pyarrow import parquet, types
 
 from superoffload import hub
 from superoffload.data import files
-from superoffload.data.folders import files_of_splits, listing_configs, refuse_config
+from superoffload.data.folders import files_of_splits, is_saved, listing_configs, refuse_config
 from superoffload.data.messages import decode
 from superoffload.errors import BadRow, UserError, first_line
 from superoffload.log import shows_bars
 
 RAW = "superoffload_raw_row"
-READER_VERSION = 2
+READER_VERSION = 3
 SAMPLED_ROWS = 100  # the keys of this many rows are the columns of a JSON file
 
 
@@ -36,7 +36,7 @@ def open_rows(name: str, split: str, flag: str = "dataset_name", config: str | N
         rows = _open(name, split, flag, config)
         if len(rows) == 0:
             raise UserError("has no rows")
-        _check_first(rows)
+        _check_first(rows, split)
     except UserError as error:
         raise error if str(error).startswith("--") else UserError(f"--{flag} {name}: {error}") from error
     except (OSError, ValueError, RuntimeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
@@ -48,6 +48,8 @@ def open_rows(name: str, split: str, flag: str = "dataset_name", config: str | N
 
 
 def _open(name: str, split: str, flag: str, config: str | None) -> datasets.Dataset:
+    if not name.strip():
+        raise UserError("is empty; give the name of a data set")
     path = Path(name).expanduser()
     config_flag = flag.replace("dataset_name", "dataset_config").replace("eval_dataset", "eval_config")
     if path.is_file():
@@ -58,7 +60,8 @@ def _open(name: str, split: str, flag: str, config: str | None) -> datasets.Data
     if path.is_dir():
         return _sliced(split, _splits_of(path, config, config_flag))
     id_, colon, rest = name.partition(":")
-    if hub.looks_like_path(name) or files.kind_of(path):
+    is_path = hub.looks_like_path(name) or files.kind_of(path)
+    if is_path and not (colon and Path(id_).expanduser().is_dir()):
         raise UserError("no such file or folder")
     if colon:
         raise UserError(
@@ -89,12 +92,11 @@ def _sliced(split: str, open_split: Callable[[str], datasets.Dataset]) -> datase
 
 def _splits_of(path: Path, config: str | None, config_flag: str) -> Callable[[str], datasets.Dataset]:
     """Return a function that opens a split of a folder."""
-    if (path / "dataset_info.json").exists():
-        refuse_config(config, config_flag)
-        return lambda split: datasets.load_from_disk(str(path))
-    saved = (path / "dataset_dict.json").exists()
+    saved = is_saved(path)
     if saved:
         refuse_config(config, config_flag)
+    if (path / "dataset_info.json").exists():
+        return lambda split: datasets.load_from_disk(str(path))
     splits: Mapping[str, Any] = (
         datasets.load_from_disk(str(path)) if saved else files_of_splits(path, config, config_flag)
     )
@@ -192,11 +194,21 @@ def _raw(paths: Sequence[Path]) -> datasets.Dataset:
 
 def _raw_rows(stamps: tuple[tuple[str, int, int], ...], version: int) -> Iterator[dict[str, bytes]]:
     for name, _, _ in stamps:
-        for row in files.raw_rows(Path(name)):
-            yield {RAW: row}
+        try:
+            for row in files.raw_rows(Path(name)):
+                yield {RAW: row}
+        except (UserError, OSError, ValueError) as error:
+            if len(stamps) == 1:
+                raise
+            raise UserError(f"{Path(name).name}: {first_line(error)}") from error
 
 
-def _check_first(rows: datasets.Dataset) -> None:
+def row_name(number: int, split: str) -> str:
+    """Name a row of a split for errors, by its number from 0; in a part of a split, rows are counted from its start."""
+    return f"row {number + 1}" + (f" of {split}" if "[" in split or "+" in split else "")
+
+
+def _check_first(rows: datasets.Dataset, split: str) -> None:
     """Raise `UserError` if none of the first rows can be parsed, which says more than that there are no columns."""
     reasons = []
     for row in rows.select(range(min(len(rows), SAMPLED_ROWS))) if rows.column_names == [RAW] else ():
@@ -206,7 +218,7 @@ def _check_first(rows: datasets.Dataset) -> None:
         except BadRow as error:
             reasons.append(error)
     if reasons:
-        raise UserError(f"row 1: {reasons[0]}") from reasons[0]
+        raise UserError(f"{row_name(0, split)}: {reasons[0]}") from reasons[0]
 
 
 def columns_of(rows: datasets.Dataset) -> list[str]:

@@ -31,6 +31,9 @@ def test_the_folder_of_the_model_or_the_data_is_refused(tmp_path: Path) -> None:
         for name in ("model", "link", "model/../model"):
             with pytest.raises(UserError, match=f"--output_dir {tmp_path}/{name}: is the folder of --{flag}"):
                 output_folder.prepare(str(tmp_path / name), [(flag, str(tmp_path / "model"))])
+    for part in (":0.5", "#10"):
+        with pytest.raises(UserError, match="is the folder of --dataset_name"):
+            output_folder.prepare(str(tmp_path / "model"), [("dataset_name", f"{tmp_path / 'model'}{part}")])
     assert list((tmp_path / "model").iterdir()) == []
     output_folder.prepare(str(tmp_path / "model" / "out"), [("model_name", str(tmp_path / "model"))])
     for name in ("model:0.5", "model#20"):  # a share or a number of its rows

@@ -1,6 +1,7 @@
 """Tokenising once: what is kept, what is counted, and what changes the cache's key."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,32 @@ def test_malformed_row_is_named_or_skipped(
     jsonl: WriteJsonLines, tokenizer: Tokenizer, bad: RawRow, reason: str
 ) -> None:
     check_bad_row_is_named_or_skipped(jsonl, tokenizer, bad, reason, num_proc=1)
+
+
+@pytest.mark.parametrize("choice", [{"share": 0.5}, {"count": 50}, {"percentage": 50.0, "shuffled": True}])
+def test_a_bad_row_has_the_number_it_has_in_the_file(
+    choice: dict[str, Any], jsonl: WriteJsonLines, tokenizer: Tokenizer
+) -> None:
+    answer = {"role": "assistant", "content": "a"}
+    roles = [f"bot{n}" if n > 60 and n % 2 == 0 else "user" for n in range(1, 101)]
+    name = jsonl([{"messages": [{"role": role, "content": "q"}, answer]} for role in roles])
+    spec = DatasetSpec(name=name, split="train", seed=3, **choice)
+    with pytest.raises(UserError) as error:
+        load_tokenized(spec, tokenizer, DataSettings())
+    found = load_tokenized(spec, tokenizer, DataSettings(skip_bad_rows=True)).counts.first_bad
+    for text in (str(error.value).partition(f"{name}: ")[2], found):
+        match = re.match(r"row (\d+): message 1 has the role 'bot(\d+)'", text)
+        assert match and match[1] == match[2], text
+
+
+def test_a_bad_row_in_a_part_of_a_split_says_so(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
+    name = jsonl([*pairs(9), {"prompt": "q"}, *pairs(9)])
+    with pytest.raises(UserError, match=r": row 3 of train\[7:\]: completion is missing"):
+        load_tokenized(DatasetSpec(name=name, split="train[7:]"), tokenizer, DataSettings())
+    with pytest.raises(UserError, match=r": row 1 of train\[:1\]: broken JSON"):
+        load_tokenized(
+            DatasetSpec(name=jsonl([b"{", *pairs(2)], "b.jsonl"), split="train[:1]"), tokenizer, DataSettings()
+        )
 
 
 def test_mostly_malformed_is_an_error_even_when_skipping(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
@@ -205,7 +232,8 @@ def test_empty_answers_are_dropped_and_counted_unless_kept(jsonl: WriteJsonLines
     assert (len(rows), rows.counts.empty_answers, rows.counts.dropped) == (4, 2, 2)
     kept = load(name, tokenizer, keep_empty_answers=True)
     assert (len(kept), kept.counts.empty_answers) == (6, 0)
-    with pytest.raises(UserError, match="2 answers are empty, which --keep_empty_answers would train on"):
+    words = "--dataset_name .*: 2 of 2 rows have no target token at any length; empty answers: 2, which --keep_empty"
+    with pytest.raises(UserError, match=words):
         load(jsonl(empty, "empty.jsonl"), tokenizer)
 
 

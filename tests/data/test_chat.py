@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 
 from superoffload.config import DataSettings
-from superoffload.data.encode import Encoded, Encoder
+from superoffload.data.encode import IGNORED, Encoded, Encoder
 from superoffload.data.formats import BadRow, Chat, Conversation, Pair, Text
 from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
@@ -101,6 +101,16 @@ def test_marks_around_an_empty_answer_belong_to_no_other_turn() -> None:
     assert targets(marks, turns) == ["Yes<|end|>", "No<|end|>"]
     assert targets(marks, turns[2:4]) == []
     assert targets(marks, turns, keep_empty_answers=True) == ["Yes<|end|>", "<|end|>", "No<|end|>"]
+
+
+@pytest.mark.parametrize("turns", [2, 4])
+def test_marks_around_other_turns_are_refused(turns: int) -> None:
+    template = "{% generation %}" + CHATML.replace("{% if add", "{% endgeneration %}{% if add")
+    row = [user("q"), assistant("Yes"), user("q2"), assistant("No")][:turns]
+    with pytest.raises(BadRow, match=r"message 2\) cannot be found .*: its generation marks enclose other turns too"):
+        targets(template, row)
+    with pytest.raises(BadRow, match="enclose other turns too"):
+        targets(template, [assistant("Yes"), assistant("No")])
 
 
 def test_two_answers_one_after_the_other() -> None:
@@ -269,10 +279,17 @@ def test_tools_and_documents_reach_the_template() -> None:
 
 def test_content_of_others_that_the_template_does_not_write() -> None:
     template = "{% for m in messages if m.role != 'system' %}" + CHATML.split("%}", 1)[1]
-    row = [{"role": "system", "content": "Be brief."}, user("q"), assistant("Yes")]
-    with pytest.raises(BadRow, match=r"does not write content of message 1 \(system\)"):
-        targets(template, row)
-    assert targets(template, row, drop_unrendered=True) == ["Yes<|end|>"]
+    for system in ("Be brief.", "brief", "Yes", "q"):  # other turns may say the same
+        row = [{"role": "system", "content": system}, user("Be q, brief"), assistant("Yes")]
+        with pytest.raises(BadRow, match=r"does not write content of message 1 \(system\)"):
+            targets(template, row)
+        assert targets(template, row, drop_unrendered=True) == ["Yes<|end|>"]
+        assert targets(CHATML, row) == ["Yes<|end|>"]
+    twice = [user("q"), assistant("Yes"), user("q"), assistant("No")]
+    assert targets(CHATML, twice) == ["Yes<|end|>", "No<|end|>"]
+    once = "{% for m in messages[:2] + messages[3:] %}"
+    with pytest.raises(BadRow, match=r"does not write content of message 3 \(user\)"):
+        targets(once + CHATML.split("%}", 1)[1], twice)
 
 
 def test_reasoning_that_the_template_does_not_write() -> None:
@@ -333,6 +350,15 @@ def test_turn_that_the_row_keeps_out_of_the_loss() -> None:
         assert encoded.untrained == 1
     last = Chat(turns, untrained=frozenset({3}))
     assert targets(CHATML.replace("<|end|>", ""), last) == ["No\n"]  # no end-of-sequence token is trained on
+
+
+@pytest.mark.parametrize("template", [CHATML, "plain"])
+def test_turn_that_the_row_keeps_out_of_the_loss_stays_out_when_prompts_are_trained_on(template: str) -> None:
+    row = Chat((user("q"), assistant("No"), user("wrong"), assistant("Yes")), untrained=frozenset({1}))
+    tokenizer = make_trained_tokenizer("gpt2", ADDED, None if template == "plain" else template)
+    encoded = encode(tokenizer, row, train_on_prompt=True)
+    kept_out = [token for token, label in zip(encoded.input_ids, encoded.labels, strict=True) if label == IGNORED]
+    assert tokenizer.decode(kept_out) == ("No<eos>" if template == "plain" else "No<|end|>")
 
 
 def test_empty_answers_are_counted_and_not_trained_on() -> None:
@@ -464,3 +490,4 @@ def test_prompts_are_written_as_the_rows_are() -> None:
         "messages": "<|start|>user\nhi<|end|>\n<|start|>assistant\n",
     }
     assert tokenizer.decode(encoder.prompt_ids("<bos>hi", Text)) == "<bos>hi"
+    assert tokenizer.decode(encoder.prompt_ids("<bos>hi", Pair)) == written["alpaca"]

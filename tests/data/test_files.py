@@ -179,6 +179,7 @@ def test_only_the_first_lines_of_json_lines_are_held(tmp_path: Path, monkeypatch
     ("text", "words"),
     [
         ("instruction,output,output\nq,first,second\n", "names the column output twice"),
+        ("instruction;output\nq;a\n", "separated by ';'; separate the values by commas in .csv"),
         ('a,b\n1,"2\n3,4\n', "row 1: broken CSV"),
         ('a,b\n1,2\n3,"4" and more\n', "row 2: broken CSV"),
     ],

@@ -18,6 +18,7 @@ from superoffload.data.rows import RowCounts, TokenizedRows
 from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 from tests.helpers.rows import WriteJsonLines
+from tests.helpers.tokenizers import make_chat_tokenizer
 
 pytestmark = pytest.mark.unit
 
@@ -187,6 +188,15 @@ def test_columns_that_do_not_fit_the_evaluation_set(jsonl: WriteJsonLines, token
 CONFIGS = "---\nconfigs:\n- config_name: en\n  data_files: en.jsonl\n- config_name: nb\n  data_files: nb.jsonl\n---\n"
 
 
+@pytest.mark.parametrize("part", [":0.5", "#5"])
+def test_a_part_of_the_evaluation_set_is_chosen_by_its_split(
+    part: str, jsonl: WriteJsonLines, tokenizer: Tokenizer
+) -> None:
+    name = jsonl([{"text": "a"}] * 9)
+    with pytest.raises(UserError, match=r"--eval_dataset .*: takes no share .*--eval_split test\[:500\] takes"):
+        loader.load(tokenizer, DataSettings(dataset_name=(name,), eval_dataset=name + part), seed=0)
+
+
 def test_configs_of_both_data_sets(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
     folder = Path(jsonl([{"prompt": "q", "completion": "a"}] * 3, "en.jsonl")).parent
     jsonl([{"prompt": "q", "completion": "a"}] * 2, "nb.jsonl")
@@ -213,6 +223,15 @@ def test_sample_prompts_are_turns_if_the_rows_are_chats(
     [ids] = loader.tokenize_prompts(["Say it."], tokenizer, settings)
     heading = "### User:" if in_turns else "### Instruction:"
     assert tokenizer.decode(ids).startswith(f"{heading}\nSay it.")
+
+
+def test_a_sample_prompt_that_the_template_rejects(jsonl: WriteJsonLines) -> None:
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn, please') }}{% endif %}"
+    tokenizer = make_chat_tokenizer(template)
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    settings = DataSettings(dataset_name=(jsonl(rows),))
+    with pytest.raises(UserError, match="--sample_prompts: 'hi': the chat template rejects it: a system turn"):
+        loader.tokenize_prompts(["hi"], tokenizer, settings)
 
 
 def test_statistics(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:

@@ -181,6 +181,15 @@ def test_a_key_that_appears_twice_is_refused_at_any_depth() -> None:
         decode("{")
 
 
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+def test_calls_of_others_are_refused(role: str) -> None:
+    calls = [{"name": "f", "arguments": {}}]
+    for content in ("text", None):
+        with pytest.raises(BadRow, match=f"message 1 has tool calls, but its role is {role}"):
+            read_turns([{"role": role, "content": content, "tool_calls": calls}])
+    assert read_turns([{"role": role, "content": "text", "tool_calls": []}])[0] == [{"role": role, "content": "text"}]
+
+
 def test_null_in_arguments_stays() -> None:
     [turn] = turns_of({"role": "assistant", "tool_calls": [FUNCTION]})
     assert turn["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo", "days": 2, "unit": None}

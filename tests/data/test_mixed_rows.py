@@ -119,6 +119,39 @@ def test_a_mistake_in_the_last_source_shows_before_the_first_is_tokenised(
     assert not (own_cache / "superoffload").exists()
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_wrong_columns_of_a_later_data_set_show_before_the_first_is_tokenised(
+    held_out: bool, files: tuple[str, ...], load: Load, own_cache: Path, jsonl: WriteJsonLines
+) -> None:
+    wrong = jsonl([{"a": "b"}], "wrong.jsonl")
+    names, settings = ((files[0],), {"eval_dataset": wrong}) if held_out else ((files[0], wrong), {})
+    with pytest.raises(UserError, match=r"wrong\.jsonl has the columns a, which match no known format"):
+        load(*names, **settings)
+    assert not (own_cache / "superoffload").exists()
+
+
+def test_a_config_is_of_the_sources_that_have_configs(
+    files: tuple[str, ...], load: Load, jsonl: WriteJsonLines, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    folder = tmp_path / "folder"
+    for name in ("en", "nb"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text(f'{{"prompt": "q", "completion": "{name}0"}}\n')
+    entries = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("en", "nb"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list([{"prompt": "q", "completion": "saved0"}]).save_to_disk(str(saved))
+    names = (files[2], str(folder), str(saved))
+    rows, _ = load(*names, dataset_config="nb")
+    assert words(rows, tokenizer) == [*named("pairs", range(20)), "nb0", "saved0"]
+    settings = DataSettings(dataset_name=names, dataset_config="nb")
+    assert len(loader.tokenize_prompts(["hi"], tokenizer, settings)) == 1
+    with pytest.raises(UserError, match="--dataset_name .*folder: has several configs; choose one with --dataset_conf"):
+        load(*names)
+    with pytest.raises(UserError, match="has no configs; leave out --dataset_config nb"):
+        load(files[0], str(saved), dataset_config="nb")
+
+
 def test_a_percentage_of_each_source(files: tuple[str, ...], load: Load, tokenizer: Tokenizer) -> None:
     first, _ = load(*files, dataset_percentage=25)
     assert words(first, tokenizer) == named("plain", range(10)) + named("chats", range(3)) + named("pairs", range(5))

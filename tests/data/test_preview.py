@@ -87,6 +87,16 @@ def test_plain_marks_can_be_told_from_the_same_characters_in_the_data(tokenizer:
     assert parts == [said + "q", said, said + "q"]
 
 
+@pytest.mark.unit
+def test_weights_that_leave_a_source_out_are_an_error_before_any_row_is_shown(
+    capsys: Capture, folder: str, jsonl: WriteJsonLines
+) -> None:
+    first, second = jsonl([{"text": "a"}] * 9, "first.jsonl"), jsonl([{"text": "a"}], "second.jsonl")
+    with pytest.raises(UserError, match="--dataset_weights 1 0.001: an epoch of 10 rows would hold none of second"):
+        preview(capsys, "--model_name", folder, "--dataset_name", first, second, "--dataset_weights", "1", "0.001")
+    assert capsys.readouterr().out == ""
+
+
 def test_mistakes_are_one_line(folder: str, jsonl: WriteJsonLines) -> None:
     name = jsonl([{"a": 1}])
     command = [sys.executable, "-m", "superoffload.commands", "preview", "--model_name", folder, "--dataset_name", name]

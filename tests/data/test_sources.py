@@ -122,6 +122,10 @@ def test_a_config_after_the_id(tmp_path: Path) -> None:
         UserError, match="--dataset_name owner/name:en: .*--dataset_name owner/name --dataset_config en"
     ):
         open_rows("owner/name:en", "train")
+    with pytest.raises(UserError, match=f"for the config en of {tmp_path}, use --dataset_name {tmp_path} --dataset_c"):
+        open_rows(f"{tmp_path}:en", "train")
+    with pytest.raises(UserError, match="none:en: no such file or folder$"):
+        open_rows(f"{tmp_path}/none:en", "train")
 
 
 def test_configs_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +318,12 @@ def test_missing_or_unknown_files(tmp_path: Path) -> None:
         open_rows(str(tmp_path / "rows.json"), "train", "eval_dataset")
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(name: str) -> None:
+    with pytest.raises(UserError, match=f"--dataset_name {name}: is empty"):
+        open_rows(name, "train")
+
+
 def test_values_keep_their_type_even_if_other_rows_have_another(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"output": "2024-01-01"},
@@ -357,6 +367,13 @@ def test_broken_array_names_row_and_line(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('[{"a": 1},\n{"a": 2},\n{"a": }]')
     with pytest.raises(UserError, match=r"rows.json: row 3: broken JSON in line 3"):
         open_rows(str(tmp_path / "rows.json"), "train")
+
+
+def test_an_error_names_the_file_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"a": 1}]')
+    (tmp_path / "b.json").write_text('[{"a": 1},\n{"a": }]')
+    with pytest.raises(UserError, match=r"b\.json: row 2: broken JSON in line 2"):
+        open_rows(str(tmp_path), "train")
 
 
 def test_csv_with_a_field_too_many(tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from superoffload import config, distributed
+from superoffload.data import loader
 from superoffload.data.collate import Batch, Layout, TargetsBySource, collate, targets_by_source
+from superoffload.data.encode import IGNORED
 from superoffload.model import attention, loss_kernel
-from superoffload.model.head import plain_loss
-from superoffload.training import metrics, tracking
+from superoffload.model.head import following, plain_loss, sums_by_source
+from superoffload.training import evaluation, metrics, tracking
 from superoffload.training.progress import Progress
 from superoffload.training.source_losses import SourceLosses
 from tests.helpers.packs import DOCUMENTS, PACKED, PADDED, VARLEN, make_engine, tiny
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tokenizers import make_chat_tokenizer
 from tests.training.test_metrics import SHAPE
 
 SOURCES = [1, 0, 0, 2]  # of the documents
@@ -111,6 +114,34 @@ def test_one_source_has_no_numbers_of_its_own(one_rank: None) -> None:
     made.end_step()
     assert set(made.state()) == {"interval", "loss_sum", "last_loss"}
     assert not any("/" in key for key in read(made).as_dict())
+
+
+def own_ids(_: Any, batch: Batch) -> torch.Tensor:
+    """Stand in for a loss: the loss of a target token is its number in the vocabulary."""
+    labels = following(batch.inputs["labels"]).flatten()
+    return sums_by_source(labels[labels != IGNORED].double(), batch)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("layout", [PACKED, PADDED], ids=["packed", "padded"])
+def test_the_held_out_loss_of_each_source(layout: Layout, one_rank: None, tmp_path: Path) -> None:
+    for name, answer in (("a", "yes"), ("b", "no, never")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "q", "completion": "{answer}"}}\n' * 10)
+    names = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    settings = config.DataSettings(dataset_name=names, max_length=64, eval_percentage=30)
+    _, held_out = loader.load(make_chat_tokenizer(), settings, 0)
+    assert held_out is not None
+    batches = loader.Batches(held_out, layout, config.TrainingSettings(), rank=0, world_size=1)
+    numbers = evaluation.held_out_loss(None, own_ids, batches)  # type: ignore[arg-type]
+    every: list[int] = []
+    for label, rows in held_out.by_source().items():
+        labels = [row[1:] for _, row in rows.read(list(range(len(rows))))]
+        targets = [int(token) for row in labels for token in row if token != IGNORED]
+        assert numbers[f"eval_target_tokens/{label}"] == len(targets) > 3
+        assert numbers[f"eval_loss/{label}"] == pytest.approx(sum(targets) / len(targets))
+        every += targets
+    assert numbers["eval_loss"] == pytest.approx(sum(every) / len(every))
+    assert numbers["eval_loss/a"] != pytest.approx(numbers["eval_loss/b"])
 
 
 def read_on_two_ranks() -> dict[str, Any]:
