@@ -113,9 +113,13 @@ class OptimizerService:
             raise RuntimeError("this optimizer has been closed")
         return self._coordinator
 
-    def check_running(self) -> None:
-        """Raise RuntimeError after close()."""
+    def begin_step(self) -> None:
+        """Wait for the copy stream, which has written norms and sums that DeepSpeed reads in a step.
+
+        Raises RuntimeError after close().
+        """
         _ = self.coordinator
+        self.transfers.synchronize()
 
     @property
     def statistics(self) -> Statistics:
