@@ -9,8 +9,8 @@ replace one module attribute while that function runs. Nothing stays patched aft
 
 from __future__ import annotations
 
+import base64
 import importlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import hjson
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -88,13 +89,16 @@ def _problem_of_arguments(optimizer: Any, kwargs: Mapping[str, Any]) -> str | No
 
 
 def _read(ds_config: Any) -> Mapping[str, Any]:
-    """Return the configuration that was given to deepspeed.initialize: a dict, or the path of a JSON file."""
-    if isinstance(ds_config, Mapping):
-        return ds_config
-    if isinstance(ds_config, (str, os.PathLike)):
-        found: Mapping[str, Any] = json.loads(Path(ds_config).read_text(encoding="utf-8"))
-        return found
-    return {}
+    """Return the configuration that was given to deepspeed.initialize, in each form that DeepSpeed has accepted.
+
+    These are a dict, the path of a file in Hjson (JSON with comments), and the same text in base64.
+    """
+    if ds_config is None or isinstance(ds_config, Mapping):
+        return ds_config or {}
+    path = Path(ds_config)
+    text = path.read_text("utf-8") if os.path.exists(path) else base64.urlsafe_b64decode(ds_config).decode()
+    found: Mapping[str, Any] = hjson.loads(text)
+    return found
 
 
 def _device(config: Any) -> str:

@@ -103,7 +103,7 @@ def _is_building(folder: Path) -> bool:
     """Return whether a process of this machine has the folder as its working directory, as ninja has during a build."""
     for process in psutil.process_iter():
         try:
-            if Path(process.cwd()) == folder:
+            if Path(process.cwd()) == folder.resolve():  # the system reports it without links
                 return True
         except (psutil.Error, OSError):
             continue  # it has ended, or belongs to another user

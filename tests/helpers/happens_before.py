@@ -165,8 +165,8 @@ class Memory:
         if block.owner is None:
             return
         for old in block.accesses:
-            reusers = (block.owner, self.finished)
-            if old.agent not in block.recorded and not any(a.has_seen(old.agent, old.time) for a in reusers):
+            reusers = (block.owner, self.finished, *block.recorded)  # the allocator waits for the recorded streams
+            if not any(a.has_seen(old.agent, old.time) for a in reusers):
                 self._report(
                     f"{block.name} is freed for reuse on {block.owner.name} without record_stream, "
                     f"and without waiting for {_verb(old)} it"

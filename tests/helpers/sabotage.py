@@ -66,6 +66,15 @@ def _gathers_wait_for_uploads() -> Patches:
     yield Transfers, "wait_for_uploads", lambda self, sub_groups: None
 
 
+def _gathers_wait_for_steps_on_the_device() -> Patches:
+    wait = Transfers.wait_for_uploads
+
+    def for_uploads_alone(self: Transfers, sub_groups: Iterable[int]) -> None:
+        wait(self, self._uploads.keys() & sub_groups)
+
+    yield Transfers, "wait_for_uploads", for_uploads_alone
+
+
 def _uploads_wait_for_readers_of_the_old_weights() -> Patches:
     yield Transfers, "begin_uploads", lambda self: None
 
@@ -121,7 +130,6 @@ def _without_synchronizing(function: Callable[..., Any]) -> Callable[..., Any]:
 def _pages_are_unlocked_after_the_device_has_finished() -> Patches:
     yield Transfers, "synchronize", lambda self: None  # close() waits too; an optimizer that is collected does not
     yield service, "page_unlock", lambda addresses, synchronize: pinning.page_unlock(addresses, lambda: None)
-    yield Transfers, "synchronize", lambda self: None  # so does close(), but the finalizer may run without it
 
 
 WAITS: Mapping[str, Callable[[], Patches]] = {
@@ -134,6 +142,7 @@ WAITS: Mapping[str, Callable[[], Patches]] = {
         _uploads_wait_for_the_optimizer_process,
         _staging_is_rewritten_after_its_upload,
         _gathers_wait_for_uploads,
+        _gathers_wait_for_steps_on_the_device,
         _uploads_wait_for_readers_of_the_old_weights,
         _copies_wait_for_gradients,
         _gradients_are_kept_until_they_are_copied,

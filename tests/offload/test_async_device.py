@@ -12,7 +12,7 @@ from tests.helpers.async_training import Outcome, equality, hazards_without
 from tests.helpers.offload_training import Case
 from tests.helpers.ranks import ACCELERATOR, run_ranks
 from tests.helpers.sabotage import WAITS
-from tests.helpers.verification_faults import caught_by_verification
+from tests.helpers.verification_faults import FAULTS, caught_by_verification
 
 pytestmark = pytest.mark.skipif(ACCELERATOR != "cpu", reason="simulated on the CPU")
 
@@ -32,6 +32,7 @@ CASES = {
     "device-share": Case(ratio=0.5, device_share=True, clip=2.1),
     "unused": Case(clip=2.1, unused_steps=(1, 3), overlap_comm=True),
     "full-buckets": Case(clip=2.1, reduce_bucket_size=2100, evaluated_steps=(1, 3)),
+    "small-buckets": Case(clip=2.1, reduce_bucket_size=500, overlap_comm=True, accumulation=2),
     "lr-moved": Case(clip=100.0, lr_moved_steps=(1, 3)),
     "checkpointing": Case(clip=2.1, checkpointing=True, overlap_comm=True),
 }
@@ -48,6 +49,10 @@ SHOWN_BY: dict[str, tuple[str, Case]] = {
     "uploads wait for the optimizer process": ("reads staging", Case()),
     "staging is rewritten after its upload": ("(SPECULATE", Case()),
     "gathers wait for uploads": ("_allgather_base_", Case(overlap_comm=True, persistence_threshold=0)),
+    "gathers wait for steps on the device": (
+        "_allgather_base_",
+        Case(ratio=0.5, device_share=True, overlap_comm=True, persistence_threshold=0),
+    ),
     "uploads wait for readers of the old weights": ("(copy), which writes", Case(evaluated_steps=(1,))),
     "copies wait for gradients": ("_to_copy", Case()),
     "gradients are kept until they are copied": ("freed for reuse", Case()),
@@ -64,7 +69,16 @@ SHOWN_BY: dict[str, tuple[str, Case]] = {
     ),
     "pages are unlocked after the device has finished": ("unlocks staging", Case(persistence_threshold=0)),
 }
-ON_TWO_RANKS = ("gathers wait for uploads",)
+ON_TWO_RANKS = ("gathers wait for uploads", "gathers wait for steps on the device")
+# One of each kind: copies, the optimizer process, streams, uploads, memory that is reused, pages.
+QUICK_WAITS = (
+    "speculations wait for gradients",
+    "gradients wait for the last commit",
+    "copies wait for gradients",
+    "uploads wait for readers of the old weights",
+    "gradients are kept until they are copied",
+    "pages are unlocked after the device has finished",
+)
 
 
 def run(ranks: int, names: Sequence[str], seeds: Sequence[int], steps: int, timeout_s: float) -> list[Any]:
@@ -78,7 +92,7 @@ def assert_sound(outcomes: Sequence[Outcome]) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank() -> list[Any]:
-    return run(1, QUICK_ON_ONE_RANK, (1, 2), 5, 230)
+    return run(1, QUICK_ON_ONE_RANK, (1,), 5, 230)
 
 
 @pytest.fixture(scope="module")
@@ -106,48 +120,71 @@ def test_more_seeds(name: str, ranks: int, seeds: Sequence[int]) -> None:
         assert_sound(results[name])
 
 
-@pytest.fixture(scope="module")
-def sabotaged() -> dict[str, list[str]]:
+def without(waits: Sequence[str]) -> dict[str, list[str]]:
     """Return the hazards without each of the waits."""
-    alone = {wait: case for wait, (_, case) in SHOWN_BY.items() if wait not in ON_TWO_RANKS}
-    together = {wait: SHOWN_BY[wait][1] for wait in ON_TWO_RANKS}
-    return {
-        **run_ranks(1, hazards_without, alone, timeout_s=600)[0],
-        **run_ranks(2, hazards_without, together, timeout_s=230)[0],
-    }
+    hazards: dict[str, list[str]] = {}
+    for ranks in (1, 2):
+        cases = {wait: SHOWN_BY[wait][1] for wait in waits if (wait in ON_TWO_RANKS) == (ranks == 2)}
+        hazards |= run_ranks(ranks, hazards_without, cases, timeout_s=280)[0] if cases else {}
+    return hazards
+
+
+def assert_shown(wait: str, hazards: dict[str, list[str]]) -> None:
+    assert any(SHOWN_BY[wait][0] in hazard for hazard in hazards[wait]), hazards[wait]
+
+
+@pytest.fixture(scope="module")
+def quickly_sabotaged() -> dict[str, list[str]]:
+    return without(QUICK_WAITS)
 
 
 def test_every_wait_has_its_case() -> None:
     assert SHOWN_BY.keys() == WAITS.keys()
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("wait", WAITS)
-def test_a_missing_wait_is_noticed(sabotaged: dict[str, list[str]], wait: str) -> None:
-    sign = SHOWN_BY[wait][0]
-    assert any(sign in hazard for hazard in sabotaged[wait]), sabotaged[wait]
+@pytest.mark.parametrize("wait", QUICK_WAITS)
+def test_a_missing_wait_is_noticed(quickly_sabotaged: dict[str, list[str]], wait: str) -> None:
+    assert_shown(wait, quickly_sabotaged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [wait for wait in WAITS if wait not in QUICK_WAITS])
+def test_more_missing_waits_are_noticed(wait: str) -> None:
+    assert_shown(wait, without([wait]))
+
+
+PHASES = {
+    "none": None,
+    "a stale gradient on rank 1": "gradient",
+    "a stale upload": "upload",
+    "stale new weights": "update",
+    "a rounding difference": "commit",
+}
+QUICK_FAULTS = ("none", "a stale gradient on rank 1", "a stale upload", "a rounding difference")
 
 
 @pytest.fixture(scope="module")
 def caught() -> list[Any]:
-    """Return what the check of the first steps says of each fault, on two ranks."""
-    return run_ranks(2, caught_by_verification, timeout_s=230)
+    """Return what the check of the first steps says of some faults, on two ranks."""
+    return run_ranks(2, caught_by_verification, QUICK_FAULTS, timeout_s=230)
 
 
-@pytest.mark.parametrize(
-    ("fault", "phase"),
-    [
-        ("none", None),
-        ("a stale gradient on rank 1", "gradient"),
-        ("a stale upload", "upload"),
-        ("stale new weights", "update"),
-        ("a rounding difference", "commit"),
-    ],
-)
-def test_the_first_steps_verify_themselves(caught: list[Any], fault: str, phase: str | None) -> None:
-    for results in caught:
-        assert results[fault] == caught[0][fault]  # the same on every rank
-        line = results[fault]
-        assert (line is None) if phase is None else (f", {phase}: " in line and "\n" not in line)
-    if "rank 1" in fault:
-        assert "on rank 1: sub-group" in caught[0][fault]
+@pytest.mark.parametrize("fault", QUICK_FAULTS)
+def test_the_first_steps_verify_themselves(caught: list[Any], fault: str) -> None:
+    assert_caught(caught, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in QUICK_FAULTS])
+def test_more_faults_are_caught(fault: str) -> None:
+    assert_caught(run_ranks(2, caught_by_verification, [fault], timeout_s=230), fault)
+
+
+def assert_caught(caught: Sequence[dict[str, str | None]], fault: str) -> None:
+    phase, line = PHASES[fault], caught[0][fault]
+    assert [results[fault] for results in caught] == [line] * 2  # the same on every rank
+    if phase is None:
+        assert line is None
+    else:
+        assert line is not None and f", {phase}: " in line and "\n" not in line
+        assert "on rank 1: sub-group" in line or "rank 1" not in fault

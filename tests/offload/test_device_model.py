@@ -87,6 +87,18 @@ def test_memory_must_not_be_reused_while_a_second_stream_reads_it(device: AsyncD
     assert bool(device.hazards) == (not recorded)
 
 
+def test_a_recorded_stream_brings_along_what_it_has_waited_for(device: AsyncDevice) -> None:
+    first, second, source = accelerator().Stream(), accelerator().Stream(), torch.ones(3)
+    first.wait_stream(accelerator().current_stream())
+    with accelerator().stream(first):
+        source + 1
+    second.wait_stream(first)
+    source.record_stream(second)
+    del source
+    gc.collect()
+    assert not device.hazards
+
+
 def test_different_parts_of_a_tensor_do_not_race(device: AsyncDevice) -> None:
     stream, both = accelerator().Stream(), torch.ones(4)
     stream.wait_stream(accelerator().current_stream())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,9 +46,17 @@ def build(optimizer: Any, **arguments: Any) -> None:
 def test_it_is_used_if_nothing_stands_against_it(built: list[str], adam: DeepSpeedCPUAdam, tmp_path: Path) -> None:
     build(adam)
     build(adam, ds_config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "compile": {"deepcompile": False}})
-    (tmp_path / "ds.json").write_text("{}")
+    assert built == ["ours"] * 2
+
+
+@pytest.mark.parametrize("written", ["{}", '{"compile": {"deepcompile": true,},}  # as DeepSpeed reads it: Hjson'])
+def test_a_configuration_that_is_not_a_dict_is_read(
+    written: str, built: list[str], adam: DeepSpeedCPUAdam, tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(written)
     build(adam, ds_config=str(tmp_path / "ds.json"))
-    assert built == ["ours"] * 3
+    build(adam, ds_config=base64.urlsafe_b64encode(written.encode()).decode())
+    assert built == ["ours" if written == "{}" else "ZeRO-Offload"] * 2
 
 
 @pytest.mark.parametrize(

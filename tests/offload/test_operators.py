@@ -64,6 +64,15 @@ def test_a_running_build_is_waited_for(tmp_path: Path, on_sleep: list[Callable[[
         operators.clear_abandoned_locks(tmp_path)
 
 
+def test_a_running_build_is_found_through_a_link(tmp_path: Path, on_sleep: list[Callable[[], object]]) -> None:
+    lock = make_lock(tmp_path / "here", "cpu_adam", age_s=1000)
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    wait = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(wait, cwd=lock.parent, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL):
+        on_sleep += [lambda: None, lock.unlink]  # unlink fails where the lock has been removed
+        operators.clear_abandoned_locks(tmp_path / "link")
+
+
 @pytest.mark.unit
 def test_a_young_lock_is_given_time(tmp_path: Path, on_sleep: list[Callable[[], object]]) -> None:
     lock = make_lock(tmp_path, "deepspeed_shm_comm", age_s=0)

@@ -51,8 +51,10 @@ class AccumulationBuffer:
     def closing(self) -> Iterator[None]:
         """Let DeepSpeed release the buffer inside the block without allocating it first; free it afterwards."""
         self._closed = True
-        yield
-        self._whole, self._views = None, {}
+        try:
+            yield
+        finally:
+            self._whole, self._views = None, {}
 
     def _allocate(self, zero: ZeroOptimizer) -> None:
         params = [param for group in zero.fp16_groups for param in group]

@@ -139,8 +139,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
 
     def step(self, closure: None = None) -> None:
         """Take one optimizer step, or skip it on overflow (collective)."""
-        self._service.check_running()
-        self._service.transfers.synchronize()  # DeepSpeed reads norms and sums that the copy stream has written
+        self._service.begin_step()
         with self._partitions.own_access():
             super().step(closure)
 
@@ -248,6 +247,7 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         without finishing the step, because its result cannot be read any more.
         """
         self._service.close()
+        self._gate.remove()
 
     def destroy(self) -> None:
         """Close, let DeepSpeed release its hooks and buffers, and free the arena.
@@ -256,7 +256,5 @@ class SharedMemorySuperOffload(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[m
         Afterwards the flat parameters on the host are empty.
         """
         self.close()
-        self._gate.remove()
-        with self._accumulation.closing():
+        with self._accumulation.closing(), self._partitions.releasing(self.optimizer):
             super().destroy()
-        self._partitions.release(self.optimizer)

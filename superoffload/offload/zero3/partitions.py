@@ -104,14 +104,18 @@ class ArenaPartitions:
         """Return whether an own_access() block is active."""
         return self._own_access > 0
 
-    def release(self, main: CpuAdam) -> None:
-        """Drop every reference to the arena, and empty the flat parameters in it."""
-        for i in self.host:
-            flat = self.flats[i]
-            main.state.pop(flat, None)
-            flat.grad = None
-            flat.data = flat.data.new_empty(0)
-        self.arena.release()
+    @contextmanager
+    def releasing(self, main: CpuAdam) -> Iterator[None]:
+        """After the block, also if it fails: drop every reference to the arena, and empty the flat parameters in it."""
+        try:
+            yield
+        finally:
+            for i in self.host:
+                flat = self.flats[i]
+                main.state.pop(flat, None)
+                flat.grad = None
+                flat.data = flat.data.new_empty(0)
+            self.arena.release()
 
 
 def _plan(zero: ZeroOptimizer) -> ArenaLayout:

@@ -22,7 +22,7 @@ from ..trainer.bookkeeping import Statistics, startup_phase
 from ..trainer.coordinator import Coordinator
 from ..trainer.dispatch import EventDispatcher
 from ..trainer.pinning import page_lock, page_unlock
-from ..trainer.process import OptimizerProcess, OptimizerProcessError, WorkerSetup
+from ..trainer.process import OptimizerProcess, WorkerSetup
 from ..worker import fused
 from .partitions import ArenaPartitions
 from .surface import CpuAdam, ZeroOptimizer
@@ -113,9 +113,13 @@ class OptimizerService:
             raise RuntimeError("this optimizer has been closed")
         return self._coordinator
 
-    def check_running(self) -> None:
-        """Raise RuntimeError after close()."""
+    def begin_step(self) -> None:
+        """Wait for the copy stream, which has written norms and sums that DeepSpeed reads in a step.
+
+        Raises RuntimeError after close().
+        """
         _ = self.coordinator
+        self.transfers.synchronize()
 
     @property
     def statistics(self) -> Statistics:
@@ -136,7 +140,7 @@ class OptimizerService:
             return
         try:
             self.flush()
-        except OptimizerProcessError as error:
+        except RuntimeError as error:  # of the optimizer process, or of the device
             _log.warning("closing after a failure: %s", error)
         self._last_statistics = self._coordinator.statistics
         self._coordinator = None

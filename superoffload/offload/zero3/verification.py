@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from logging import getLogger
 from pathlib import Path
 from random import Random
@@ -34,11 +35,10 @@ from .surface import CpuAdam
 
 _log = getLogger(__name__)
 
-_BLOCK_NUMEL = (
-    1024  # a multiple of the op's vectors: in a sample, each element takes the path that it takes in the whole
-)
+# A multiple of the op's vectors: in a sample, each element takes the path that it takes in the whole.
+_BLOCK_NUMEL = 1024
 _BLOCKS = 4
-_OPTIMIZER_ID = 1 << 30  # DeepSpeed counts its own from 0
+_OPTIMIZER_IDS = count(1 << 30)  # DeepSpeed counts its own from 0
 _STEPS_ON_CUDA = 3
 _STATE = ("parameters", "gradients", "exp_avg", "exp_avg_sq")
 
@@ -203,12 +203,16 @@ class Verification:
 
 
 class _PlainAdam:
-    """Calls DeepSpeed's op on whole tensors, without chunks, speculation or another process."""
+    """Calls DeepSpeed's op on whole tensors, without chunks, speculation or another process.
+
+    The op keeps running products for each optimizer id, so every engine of a process needs an id of its own.
+    """
 
     def __init__(self, main: CpuAdam) -> None:
         self._op: Any = main.ds_opt_adam
-        self._op.create_adam(_OPTIMIZER_ID, 1e-3, 0.9, 0.999, 1e-8, 0.0, bool(main.adam_w_mode), False)
-        self._products = BetaProducts(self._op, _OPTIMIZER_ID)
+        self._id = next(_OPTIMIZER_IDS)
+        self._op.create_adam(self._id, 1e-3, 0.9, 0.999, 1e-8, 0.0, bool(main.adam_w_mode), False)
+        self._products = BetaProducts(self._op, self._id)
 
     def step(self, task: Task, parameters: torch.Tensor, gradients: torch.Tensor, *moments: torch.Tensor) -> None:
         """Scale the gradients, and update parameters and moments, all in place."""
@@ -217,7 +221,7 @@ class _PlainAdam:
             gradients.mul_(task.factor)
         h = task.hyper
         hypers = (h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, h.bias_correction)
-        self._op.adam_update(_OPTIMIZER_ID, task.step, *hypers, parameters, gradients, *moments)
+        self._op.adam_update(self._id, task.step, *hypers, parameters, gradients, *moments)
 
 
 def _draw_blocks(numel: int, random: Random) -> Blocks:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 
 from tests.helpers.offload_training import Case, Trainer, make_engine, snapshot
@@ -47,13 +50,28 @@ def train_and_move(moved: bool) -> dict[str, Any]:
     return result
 
 
-def run_all() -> tuple[list[bool], list[bool], dict[str, Any], dict[str, Any]]:
-    return life_of_the_buffer(), unused_until_the_end(), train_and_move(False), train_and_move(True)
+def destroyed_on_a_device_that_fails() -> list[bool]:
+    """Return what is left: the accumulation buffer, the arena, the optimizer process."""
+    engine = make_engine(TWICE, True)
+    Trainer(engine, TWICE).run(0, 3)
+    optimizer = engine.optimizer
+    with (
+        mock.patch.object(type(get_accelerator()), "synchronize", side_effect=RuntimeError("CUDA error")),
+        pytest.raises(RuntimeError, match="CUDA error"),
+    ):
+        optimizer.destroy()
+    return [optimizer._accumulation.is_allocated, bool(optimizer._partitions.host), optimizer._service.is_running]
+
+
+def run_all() -> tuple[list[bool], list[bool], list[bool], dict[str, Any], dict[str, Any]]:
+    stayed, moved = train_and_move(False), train_and_move(True)
+    return life_of_the_buffer(), unused_until_the_end(), destroyed_on_a_device_that_fails(), stayed, moved
 
 
 def test_the_buffer_appears_when_needed_and_can_be_moved() -> None:
-    ((life, unused, stayed, moved),) = run_ranks(1, run_all)
+    ((life, unused, failed, stayed, moved),) = run_ranks(1, run_all)
     assert life == [False, True, False]
     assert unused == [False, True]
+    assert failed == [False, False, False]
     assert stayed["losses"] == moved["losses"]
     assert all(torch.equal(t, moved[name]) for name, t in stayed.items() if name != "losses")

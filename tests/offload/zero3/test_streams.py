@@ -79,6 +79,23 @@ def test_a_rank_on_its_third_device_uses_that_device_alone(
     assert accelerator.contexts == {2}
 
 
+def test_an_engine_whose_device_has_failed_is_closed(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(service, "_split_cores_of_this_rank", lambda _: CoreSplit(trainer=(0,), optimizer=(1,)))
+    made = service.OptimizerService(OffloadSettings(), 0.5)
+    coordinator: Any = SimpleNamespace(statistics=None, has_uncommitted=False)
+    made._coordinator, made._finalizer = coordinator, lambda: ended.append("process")  # type: ignore[assignment]
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(made.transfers, "synchronize", fail)
+    made.close()
+    assert ended == ["process"] and not made.is_running and "illegal memory access" in caplog.text
+
+
 def test_pages_are_unlocked_after_the_optimizer_process_and_the_dispatcher_have_ended() -> None:
     ended: list[str] = []
     process: Any = SimpleNamespace(belongs_to_this_process=True, close=lambda: ended.append("process"))

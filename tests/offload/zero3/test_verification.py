@@ -28,7 +28,7 @@ TASK = Task(
 class Steps:
     """One sub-group that is stepped as the offload engine does, in one process, by the op on the whole sub-group."""
 
-    def __init__(self, folder: Path, steps: int = 2) -> None:
+    def __init__(self, folder: Path, steps: int = 2, *, adamw_mode: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
         values = torch.randn(4, NUMEL, generator=generator)
         self.state = SubGroupState(
@@ -41,7 +41,7 @@ class Steps:
         self.weights = torch.zeros(NUMEL, dtype=torch.bfloat16)
         self.generator = generator
         self.step = 0
-        self.adam: Any = DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
+        self.adam: Any = DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))], adamw_mode=adamw_mode)
         settings = OffloadSettings(verify_steps=steps, report_folder=str(folder))
         self.verification = Verification(settings)
         assert self.verification.begin({0: self.state}, self.adam) == (steps > 0)
@@ -188,6 +188,16 @@ def test_a_dropped_batch_is_not_compared(steps: Steps) -> None:
     stale(steps.state.gradients)
     steps.verification.forget_gradients()
     assert steps.decide()
+
+
+def test_each_engine_of_a_process_has_its_own_arithmetic(steps: Steps, tmp_path: Path) -> None:
+    other = Steps(tmp_path, adamw_mode=False)
+    for _ in range(2):
+        steps.run()
+        other.run()
+    for engine in (steps, other):
+        engine.backward()
+        assert engine.decide() is False
 
 
 def test_no_steps_on_the_cpu_unless_asked_for(one_rank: None, tmp_path: Path) -> None:
