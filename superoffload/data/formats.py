@@ -174,7 +174,10 @@ def read(row: Mapping[str, Any], shape: Shape) -> Conversation:
         given = {index for index, turn in enumerate(prompt) if turn["role"] == "assistant"}
         return _chat(row, shape, [*prompt, *completion], given | {len(prompt) + index for index in untrained})
     pair = _pair(row, shape)
-    if set(IN_TURNS) & set(shape.columns) or any(shape.get(row, part) for part in IN_TURNS):
+    late = [part for part in IN_TURNS if part not in shape.columns and shape.get(row, part)]
+    if late:  # the rows before it have been written as pairs, in another form than chats
+        raise BadRow(f"it has {late[0]}, which none of the first rows has; give the first row that column too, empty")
+    if set(IN_TURNS) & set(shape.columns):
         history = [turn for earlier in _history(shape.get(row, "history")) for turn in turns_of(earlier)]
         return _chat(row, shape, [*history, *turns_of(pair)], frozenset())
     return pair

@@ -179,8 +179,15 @@ def test_pairs_with_a_system_message_and_a_history(history: Any) -> None:
     assert read_as(columns, instruction="q", input="", output="a", system="", history=None) == Chat((USER, ANSWER))
     columns = ["prompt", "completion", "tools"]
     assert read_as(columns, prompt="q", completion="a", tools=[TOOL]) == Chat((USER, ANSWER), tools=(TOOL,))
-    # A column that none of the first rows has.
-    assert read_as(["prompt", "completion"], prompt="q", completion="a", system="s") == Chat((SYSTEM, USER, ANSWER))
+
+
+@pytest.mark.parametrize("part", [{"system": "s"}, {"history": [["q0", "a0"]]}, {"tools": [TOOL]}])
+def test_a_row_that_would_be_the_first_chat_among_pairs_is_refused(part: dict[str, Any]) -> None:
+    """The rows before it were written as pairs, in another template."""
+    with pytest.raises(BadRow, match="which none of the first rows has; give the first row that column too, empty"):
+        read_as(["prompt", "completion"], prompt="q", completion="a", **part)
+    empty = dict.fromkeys(part)
+    assert read_as(["prompt", "completion"], prompt="q", completion="a", **empty) == Pair("q", "", "a")
 
 
 @pytest.mark.parametrize("history", [[["q0"]], ["q0", "a0"], [["q0", None]], {"q0": "a0"}, "q0"])
