@@ -44,7 +44,7 @@ from superoffload.offload.trainer import dispatch, pinning
 from superoffload.offload.trainer.process import OptimizerProcess
 from superoffload.offload.zero3 import service
 from tests.helpers.fake_cuda import SUCCESS, Runtime
-from tests.helpers.happens_before import Agent, Clock, Memory, Span
+from tests.helpers.happens_before import Actor, Clock, Memory, Span
 from tests.helpers.watched_process import ProcessWatch
 
 
@@ -70,10 +70,10 @@ class Event:
 
     def query(self) -> bool:
         """Return whether the calling thread has waited for it: the device gives no hint."""
-        return all(self._device.host.has_seen(agent, time) for agent, time in self._clock.items())
+        return all(self._device.host.has_seen(actor, time) for actor, time in self._clock.items())
 
 
-class Stream(Agent):
+class Stream(Actor):
     """A stream; what is queued on it comes after everything that the queueing thread has seen."""
 
     def __init__(self, device: AsyncDevice, name: str) -> None:
@@ -129,12 +129,12 @@ class AsyncDevice:
     # -------------------------------------------------------------------------------- streams and threads
 
     @property
-    def host(self) -> Agent:
+    def host(self) -> Actor:
         """The calling thread."""
-        if not hasattr(self._thread, "agent"):
-            self._thread.agent = Agent(f"thread {threading.current_thread().name}")
-        agent: Agent = self._thread.agent
-        return agent
+        if not hasattr(self._thread, "actor"):
+            self._thread.actor = Actor(f"thread {threading.current_thread().name}")
+        actor: Actor = self._thread.actor
+        return actor
 
     def make_stream(self) -> Stream:
         self._streams.append(Stream(self, f"stream {len(self._streams)}"))
@@ -187,18 +187,18 @@ class AsyncDevice:
             on_host = bool(used) and all(self.memory.is_on_host(t) for t in used)
             if not on_host and any(self.memory.is_on_host(t) for t in used if t.dim()):
                 self._report(f"{function} mixes memory of the host and of the device")
-            agent = self.host if on_host else self._queue_on_stream()
+            actor = self.host if on_host else self._queue_on_stream()
             if function is torch.ops.aten._local_scalar_dense.default:
-                self.memory.finished.join(agent.clock)
+                self.memory.finished.join(actor.clock)
             for tensors, write in ((read, False), (written, True)):
                 for tensor in tensors:
-                    self._access(agent, tensor, write, str(function))
+                    self._access(actor, tensor, write, str(function))
         result = function(*args, **kwargs)
         known = {t.untyped_storage().data_ptr() for t in used}
         for tensor in _flat((result,)):
             if tensor.untyped_storage().data_ptr() not in known:
                 self.memory.add(tensor, None if on_host else self.current_stream())
-                self._access(agent, tensor, True, str(function))
+                self._access(actor, tensor, True, str(function))
         return result
 
     def _queue_on_stream(self) -> Stream:
@@ -206,19 +206,19 @@ class AsyncDevice:
         stream.join(self.host.clock)
         return stream
 
-    def _access(self, agent: Agent, tensor: torch.Tensor, write: bool, what: str) -> int:
+    def _access(self, actor: Actor, tensor: torch.Tensor, write: bool, what: str) -> int:
         if not self.memory.is_known(tensor):
             self.memory.add(tensor, self.current_stream())
-        return self.memory.access(agent, self.memory.span(tensor), write, what)
+        return self.memory.access(actor, self.memory.span(tensor), write, what)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         """Copy between any two places; between host and device the copy ends later, if it may."""
         to_host, from_host = self.memory.is_on_host(target), self.memory.is_on_host(source)
-        agent = self.host if to_host and from_host else self._queue_on_stream()
+        actor = self.host if to_host and from_host else self._queue_on_stream()
         on_host = target if to_host else source
-        self._end_copies(agent, self.memory.span(on_host))  # what this copy touches, as the stream would have left it
-        self._access(agent, source, False, "copy")
-        at = self._access(agent, target, True, "copy")
+        self._end_copies(actor, self.memory.span(on_host))  # what this copy touches, as the stream would have left it
+        self._access(actor, source, False, "copy")
+        at = self._access(actor, target, True, "copy")
         if to_host == from_host:
             return target.copy_(source)
         self.counts["to host" if to_host else "from host"] += 1
@@ -243,9 +243,9 @@ class AsyncDevice:
         if not torch.equal(source.to(value.dtype).expand_as(value).nan_to_num(), value.nan_to_num()):
             self._report("the source of a copy to the device has changed before the copy ended")
 
-    def _end_copies(self, agent: Agent, host: Span | None = None) -> None:
-        """End the copies that `agent` has waited for: all, or those from and to a piece of the host's memory."""
-        seen = [c for c in self._copies if agent.has_seen(c.stream, c.time)]
+    def _end_copies(self, actor: Actor, host: Span | None = None) -> None:
+        """End the copies that `actor` has waited for: all, or those from and to a piece of the host's memory."""
+        seen = [c for c in self._copies if actor.has_seen(c.stream, c.time)]
         self._end([c for c in seen if host is None or host.overlaps(c.host)])
 
     def _end(self, ended: list[Copy]) -> None:

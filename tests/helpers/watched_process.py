@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from superoffload.offload.shared.messages import Reply, ReplyKind, Task, TaskKind
 from superoffload.offload.shared.state import KINDS
-from tests.helpers.happens_before import Agent, Clock, Memory, Span
+from tests.helpers.happens_before import Actor, Clock, Memory, Span
 
 _ADAM = ("parameters", "gradients", "exp_avg", "exp_avg_sq")
 _ANSWERED = (TaskKind.SPECULATE, TaskKind.STEP, TaskKind.COMMIT)
@@ -24,18 +24,18 @@ class Device(Protocol):
     lock: Any
 
     @property
-    def host(self) -> Agent: ...
+    def host(self) -> Actor: ...
 
     def host_waits_for(self, clock: Clock) -> None: ...
 
 
 class _Watched:
-    """One optimizer process: an agent that has seen what the sender of its last task had seen."""
+    """One optimizer process: an actor that has seen what the sender of its last task had seen."""
 
     def __init__(self, device: Device, spans: dict[tuple[int, str], Span]) -> None:
         self._device = device
         self._spans = spans
-        self._agent = Agent("the optimizer process")
+        self._agent = Actor("the optimizer process")
         self._unanswered: deque[Clock] = deque()
         self._speculations: dict[int, Task] = {}
         self._void_version: dict[int, int] = {}
