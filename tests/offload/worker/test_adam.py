@@ -199,7 +199,7 @@ def test_the_other_arithmetic_is_told_apart_by_the_state_and_not_by_the_weights_
 def test_a_kernel_that_does_not_compile_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fused, "NAME", "superoffload_fused_broken")
+    monkeypatch.setattr(fused, "FUSED", "superoffload_fused_broken")
     monkeypatch.setattr(fused, "_FLAGS", ["-no-such-flag"])
     assert fused.build() is None
     assert "The fused kernel cannot be compiled" in caplog.text
