@@ -87,6 +87,7 @@ def test_weights_on_the_host_change_no_bit(mode: str, model_folder: Path, rows_f
     assert_equal(tmp_path / "device", tmp_path / "host", torch.float32)
 
 
+@pytest.mark.slow
 def test_the_export_holds_the_master_weights(whole: Path) -> None:
     exported = load_file(whole / "model_step8" / "model.safetensors")
     checkpoint = read(whole)

@@ -46,9 +46,10 @@ def check_numbers(out: Path) -> None:
         assert len([key for key in line if "/" in key]) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "more"),
-    [pytest.param(1, ["--shuffle_rows", "--dataset_percentage", "90"], marks=pytest.mark.slow), (2, WEIGHTS)],
+    [(1, ["--shuffle_rows", "--dataset_percentage", "90"]), (2, WEIGHTS)],
     ids=["every row, 1 rank", "weights, 2 ranks"],
 )
 def test_a_resumed_run_on_several_data_sets_is_the_same_run_bit_for_bit(

@@ -60,7 +60,10 @@ def soon(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize("moment", ["idle", "speculation", "commit"])
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param("idle", marks=pytest.mark.slow), "speculation", pytest.param("commit", marks=pytest.mark.slow)],
+)
 def test_a_killed_optimizer_process_is_noticed_and_named(moment: str) -> None:
     status, output = play(f"killed-{moment}")
     assert status == 1, output[-3000:]
@@ -73,6 +76,7 @@ def test_a_killed_optimizer_process_is_noticed_and_named(moment: str) -> None:
     assert all(gone(p) for p in optimizer_pids(output))
 
 
+@pytest.mark.slow
 def test_an_optimizer_process_out_of_memory_says_so() -> None:
     """The system refuses memory here; if it kills the process instead, the test above applies.
 
@@ -101,7 +105,7 @@ def test_an_optimizer_process_stopped_for_70_s_is_waited_for() -> None:
     assert "FINISHED equal=True" in output
 
 
-@pytest.mark.parametrize("moment", ["idle", "busy"])
+@pytest.mark.parametrize("moment", ["idle", pytest.param("busy", marks=pytest.mark.slow)])
 def test_no_orphan_remains_when_the_trainer_is_killed(moment: str) -> None:
     trainer = start(f"trainer-{moment}")
     seen = ""
