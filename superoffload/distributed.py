@@ -68,7 +68,7 @@ def init() -> None:
     try:
         with operators.compiled("deepspeed_shm_comm") if on_cpu else nullcontext():
             deepspeed.init_distributed(verbose=False, **chosen)
-    except torch.distributed.DistNetworkError as error:  # a port in use, an unknown host, nobody who answers
+    except torch.distributed.DistNetworkError as error:  # a port in use, an unknown host, no answer
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         remedy = "set MASTER_PORT to a free port" if "EADDRINUSE" in str(error) else "is that the node of rank 0?"
         raise UserError(f"MASTER_ADDR={address} MASTER_PORT={port}: {first_line(error)}; {remedy}") from error

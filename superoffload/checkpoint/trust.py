@@ -19,6 +19,8 @@ from superoffload.errors import UserError, first_line
 from superoffload.protocols import Engine
 
 TRUST = "--trust_checkpoint"
+# What torch raises for files that are damaged or not its own, besides UnpicklingError.
+DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ def load(path: Path, *, trusted: bool = False) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=not trusted)
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, error)) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); use another checkpoint") from error
 
 
@@ -110,7 +112,7 @@ def _refusal(path: Path, error: Exception) -> str:
     with torch.serialization.safe_globals(_allowed_types()):
         try:
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        except Exception:  # noqa: BLE001  whatever is wrong with it, `error` is the reason for the refusal
+        except DAMAGE:  # `error` is then the reason for the refusal
             names = []
     if not names:
         return f"{path}: cannot be read ({first_line(error)}); use another checkpoint"

@@ -111,7 +111,7 @@ def unused_parameters(skeleton: Model) -> set[str]:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
             ids = torch.zeros((1, PROBE_LENGTH), dtype=torch.int64)
             skeleton(input_ids=ids, use_cache=False).logits.sum().backward()  # type: ignore[operator]
-    except Exception as error:  # noqa: BLE001  whatever a model raises without numbers: only the structure is known then
+    except (*UNFIT, ImportError, ValueError) as error:  # only the structure is known then
         logger.debug("The model does not run without numbers: %s", error)
         return _outside_text_model(skeleton)
     unused = {name for name, parameter in skeleton.named_parameters() if parameter.grad is None}

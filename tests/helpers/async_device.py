@@ -7,7 +7,7 @@
 The device computes on the CPU, and its arithmetic happens at once. Two things are as on CUDA:
 
 * *Copies between device and host are late.* A copy to the host with non_blocking=True fills its target with NaN; the
-  values land when somebody has waited for them, or at a random moment before. A copy from the host reads its source at
+  values land when something has waited for them, or at a random moment before. A copy from the host reads its source at
   once, and again when it ends: the source must not have changed.
 * *Order is only what was asked for.* Every access to memory is noted, by which stream, thread or process, and races are
   reported as hazards (happens_before.py). So a missing wait is found in every run that passes the place, not only when

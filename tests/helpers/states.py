@@ -22,3 +22,13 @@ def states(out: Path) -> dict[str, list[torch.Tensor]]:
         path.name: tensors(torch.load(path, weights_only=False)["optimizer_state_dict"])
         for path in sorted(folder.glob("*_optim_states.pt"))
     }
+
+
+def assert_equal_states(one: Path, other: Path) -> None:
+    """Compare the newest checkpoints of two output folders bit for bit."""
+    expected, found = states(one), states(other)
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        assert len(values) == len(found[name]) > 3
+        for left, right in zip(values, found[name], strict=True):
+            assert torch.equal(left, right), name

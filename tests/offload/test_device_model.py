@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def device() -> Iterator[AsyncDevice]:
-    with AsyncDevice(seed=0, delay_s=0.0) as made:  # with this seed no copy ends before somebody waits for it
+    with AsyncDevice(seed=0, delay_s=0.0) as made:  # with this seed no copy ends before something waits for it
         yield made
 
 

@@ -45,7 +45,7 @@ def test_a_save_that_ctrl_c_would_not_wait_for_is_reported(
 @pytest.mark.parametrize(
     ("folder", "universal", "saves"), [("out", False, 0), ("out", True, 1), ("elsewhere", False, 1)]
 )
-def test_a_checkpoint_from_elsewhere_is_saved_anew(
+def test_a_checkpoint_from_another_folder_is_saved_in_this_one(
     folder: str, universal: bool, saves: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_rank: None
 ) -> None:
     """Also if no step is left: this run's folder is to hold its checkpoint, and an export needs it."""
@@ -60,7 +60,7 @@ def test_a_checkpoint_from_elsewhere_is_saved_anew(
 
 
 @pytest.mark.parametrize(("resumed_step", "exports"), [(9, 0), (5, 1)])
-def test_a_finished_run_that_is_started_again_exports_nothing_anew(
+def test_a_finished_run_that_is_started_again_exports_nothing_again(
     resumed_step: int, exports: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_rank: None
 ) -> None:
     seen: list[object] = []

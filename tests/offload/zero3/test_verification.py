@@ -100,7 +100,7 @@ def test_a_sound_run_is_checked_until_the_step_after_the_last(steps: Steps, capl
         steps.backward()
         assert steps.decide() is False
     assert "The first 2 steps are verified" in caplog.text
-    steps.state.gradients.add_(1)  # nobody looks any more
+    steps.state.gradients.add_(1)  # after the last comparison
     steps.verification.gradient(0, 0, torch.zeros(NUMEL))
     steps.verification.uploaded(0, steps.weights)
 
