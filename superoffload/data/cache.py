@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from superoffload.protocols import Tokenizer
 COUNTS_FILE = "superoffload_counts.json"
 ONLY_COUNTED = ("shortest", "cut", "empty", "untrained", "unwritten")  # columns that the cache does not keep
 POLL_S = 0.1
+ROWS_AT_A_TIME = 100  # tokenised together; of long rows, more would take gigabytes
 # After the lock has been free for this long, a rank other than the machine's first one tokenises.
 PATIENCE_S = 60.0
 
@@ -61,12 +62,12 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
     """
     rows, numbers = _chosen(spec)
     encoder = Encoder(tokenizer, settings)
-    encode_row = _RowEncoder(encoder, rows, numbers, spec, settings)
+    encode_rows = _RowEncoder(encoder, rows, numbers, spec, settings)
     key = _key(rows, tokenizer, encoder.template, settings)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "superoffload" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _once(folder, lambda target: _tokenize(rows, encode_row, target, key))
+        _once(folder, lambda target: _tokenize(rows, encode_rows, target, key))
     except OSError as error:
         raise UserError(
             f"the cache folder {folder.parent} cannot be written ({error.strerror or error}); "
@@ -180,7 +181,7 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 class _RowEncoder:
-    """Encodes one row at a time; can be pickled, so that it runs in any process."""
+    """Encodes a batch of rows; can be pickled, so that it runs in any process."""
 
     def __init__(
         self,
@@ -200,28 +201,42 @@ class _RowEncoder:
         self._skip_bad_rows = settings.skip_bad_rows
         self.num_proc = settings.num_proc
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """Encode the row at `index` (from 0) of those chosen into the columns of the cache."""
+    def __call__(self, columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, Any]:
+        """Encode the rows at `indices` (from 0) of those chosen, given by column, into the columns of the cache."""
+        names = list(columns)
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        conversations = [self._read(row) for row in rows]
+        encoded = iter(self._encoder.encode([found for found in conversations if not isinstance(found, BadRow)]))
+        results = [found if isinstance(found, BadRow) else next(encoded) for found in conversations]
+        kept = [self._keep(result, index) for result, index in zip(results, indices, strict=True)]
+        return {name: [row[name] for row in kept] for name in kept[0]}
+
+    def _read(self, row: dict[str, Any]) -> formats.Conversation | BadRow:
         try:
-            whole = self._encoder(formats.read(sources.parse(row, self._features), self._shape))
+            return formats.read(sources.parse(row, self._features), self._shape)
         except BadRow as error:
-            bad = f"{sources.row_name(int(self._numbers[index]), self._split)}: {error}"
+            return error
+
+    def _keep(self, whole: Encoded | BadRow, index: int) -> dict[str, Any]:
+        if isinstance(whole, BadRow):
+            bad = f"{sources.row_name(int(self._numbers[index]), self._split)}: {whole}"
             if not self._skip_bad_rows:
                 raise UserError(f"{self.where}: {bad}; fix it, or skip such rows with --skip_bad_rows") from None
             return _columns(Encoded([], []), bad=bad)
         kept = whole.head(self._max_length)
         cut = len(whole.input_ids) - len(kept.input_ids)
-        if not kept.target_tokens:
+        targets = kept.target_tokens
+        if not targets:
             kept, cut = replace(whole, input_ids=[], labels=[]), 0
-        return _columns(kept, shortest=whole.shortest, cut=cut)
+        return _columns(kept, targets=targets, shortest=whole.shortest, cut=cut)
 
 
-def _columns(row: Encoded, shortest: int = 0, cut: int = 0, bad: str = "") -> dict[str, Any]:
+def _columns(row: Encoded, targets: int = 0, shortest: int = 0, cut: int = 0, bad: str = "") -> dict[str, Any]:
     return {
-        "input_ids": row.input_ids,
-        "labels": row.labels,
+        "input_ids": np.array(row.input_ids, dtype=np.int32),
+        "labels": np.array(row.labels, dtype=np.int32),
         "length": len(row.input_ids),
-        "targets": row.target_tokens,
+        "targets": targets,
         "shortest": shortest,
         "cut": cut,
         "empty": row.empty,
@@ -231,17 +246,19 @@ def _columns(row: Encoded, shortest: int = 0, cut: int = 0, bad: str = "") -> di
     }
 
 
-def _tokenize(rows: datasets.Dataset, encode_row: _RowEncoder, target: Path, key: str) -> None:
+def _tokenize(rows: datasets.Dataset, encode_rows: _RowEncoder, target: Path, key: str) -> None:
     numbers = {name: datasets.Value("int32") for name in ("length", "targets", *ONLY_COUNTED)}
     ids = datasets.Sequence(datasets.Value("int32"))
     features = datasets.Features({"input_ids": ids, "labels": ids, **numbers, "bad": datasets.Value("string")})
     try:
         done = rows.map(
-            encode_row,
+            encode_rows,
             with_indices=True,
+            batched=True,
+            batch_size=ROWS_AT_A_TIME,
             remove_columns=rows.column_names,
             features=features,
-            num_proc=min(encode_row.num_proc, len(rows)) if encode_row.num_proc > 1 else None,
+            num_proc=min(encode_rows.num_proc, len(rows)) if encode_rows.num_proc > 1 else None,
             load_from_cache_file=False,
             cache_file_name=f"{target}.arrow",
             new_fingerprint=key,
@@ -249,7 +266,7 @@ def _tokenize(rows: datasets.Dataset, encode_row: _RowEncoder, target: Path, key
         )
         _save(done, target)
     except UnicodeDecodeError as error:  # a typed file (Parquet, Arrow) whose text columns are not UTF-8
-        raise UserError(f"{encode_row.where}: a text column holds invalid UTF-8 ({error.reason})") from error
+        raise UserError(f"{encode_rows.where}: a text column holds invalid UTF-8 ({error.reason})") from error
     finally:
         for piece in target.parent.glob(f"{target.name}*.arrow"):
             piece.unlink(missing_ok=True)

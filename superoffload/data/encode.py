@@ -46,7 +46,8 @@ class Encoded:
     @property
     def target_tokens(self) -> int:
         """Return the number of labels that are predicted; the first is not, because no token precedes it."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        predicted = self.labels[1:]
+        return len(predicted) - predicted.count(IGNORED)
 
     @property
     def shortest(self) -> int:
@@ -97,6 +98,27 @@ def _beside_plain(turns: Chat) -> list[str]:
     return beside
 
 
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """A row as texts to tokenise separately, and for each whether it is an answer.
+
+    Separately, so that an answer follows exactly the tokens of the prompt alone, as it does in generation. `trained`
+    says which answers are targets, all of them if it is empty; `unwritten` fields are in no text.
+    """
+
+    texts: list[tuple[str, bool]]
+    trained: Sequence[bool] = ()
+    unwritten: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A conversation as the text that a template makes of it, and where the assistant speaks in it."""
+
+    row: Chat
+    found: chat.Found
+
+
 class Encoder:
     """Turns conversations into tokens with one tokenizer and one template.
 
@@ -133,14 +155,49 @@ class Encoder:
 
         Raises `BadRow` if the template rejects it, or if the targets would not say exactly what the row says.
         """
+        [result] = self.encode([conversation])
+        if isinstance(result, BadRow):
+            raise result
+        return result
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | BadRow]:
+        """Encode rows without truncating them, tokenised together, which takes less time than one after the other.
+
+        The result of a row that cannot be encoded is the error that `__call__` would raise.
+        """
+        written = [self._write(conversation) for conversation in conversations]
+        in_segments = [text for text in written if isinstance(text, _Segments)]
+        openings = iter(self._tokenize([text for row in in_segments for text, _ in row.texts[:1]], special=True))
+        others = iter(self._tokenize([text for row in in_segments for text, _ in row.texts[1:]]))
+        rendered = [text.found.text for text in written if isinstance(text, _Rendered)]
+        covering = iter(self._tokenize_with_offsets(rendered))
+        result: list[Encoded | BadRow] = []
+        for row in written:
+            try:
+                if isinstance(row, _Segments):
+                    first = [self._opening(next(openings)) for _ in row.texts[:1]]
+                    result.append(self._join(row, [*first, *(next(others) for _ in row.texts[1:])]))
+                elif isinstance(row, _Rendered):
+                    result.append(self._label(row, *next(covering)))
+                else:
+                    result.append(row)
+            except BadRow as error:
+                result.append(error)
+        return result
+
+    def _write(self, conversation: Conversation) -> "_Segments | _Rendered | BadRow":
+        """Write a row as text; return the error if that is impossible."""
         if isinstance(conversation, Text):
-            return self._segments([(conversation.text, True)])
+            return _Segments([(conversation.text, True)])
         if isinstance(conversation, Pair):
             conversation = replace(conversation, prompt=conversation.prompt.removeprefix(self._bos_text))
             if not self._pairs_as_chat:
-                return self._segments([(alpaca_prompt(conversation), False), (conversation.answer, True)])
+                return _Segments([(alpaca_prompt(conversation), False), (conversation.answer, True)])
             conversation = as_chat(conversation)
-        return self._plain(conversation) if self._jinja is None else self._chat(conversation, self._jinja)
+        try:
+            return self._plain(conversation) if self._jinja is None else self._chat(conversation, self._jinja)
+        except BadRow as error:
+            return error
 
     def prompt_ids(self, prompt: str, kind: type[Conversation]) -> list[int]:
         """Tokenise a prompt as in a row that is read as `kind`, up to where the answer begins.
@@ -157,17 +214,35 @@ class Encoder:
             text = plain_segments(turns)[0][0]
         else:
             rendered = self._jinja.render(turns.turns[:1], ask=True)
-            return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+            return self._tokenize([rendered])[0]
         return self._first_ids(text)
 
     def _first_ids(self, text: str) -> list[int]:
-        """Tokenise the start of a row: with the beginning-of-sequence token once, and without an end."""
-        ids = list(self._tokenizer(text)["input_ids"])
+        return self._opening(self._tokenize([text], special=True)[0])
+
+    def _opening(self, ids: list[int]) -> list[int]:
+        """Return the tokens of the start of a row: with the beginning-of-sequence token once, and without an end."""
         if len(ids) > 1 and self._bos is not None and ids[0] == ids[1] == self._bos:
             ids = ids[1:]
         return ids[:-1] if ids and ids[-1] == self._eos else ids
 
-    def _plain(self, turns: Chat) -> Encoded:
+    def _tokenize(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        """Return the tokens of each text, with `special` those that the tokenizer adds to a text of its own accord."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(
+            texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+        return ids
+
+    def _tokenize_with_offsets(self, texts: list[str]) -> Iterable[tuple[list[int], list[tuple[int, int]]]]:
+        """Return the tokens of each text, and the characters that each of them covers."""
+        if not texts:
+            return ()
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    def _plain(self, turns: Chat) -> "_Segments":
         unwritten = _beside_plain(turns)
         if unwritten and not self._settings.drop_unrendered:
             raise BadRow(
@@ -175,26 +250,25 @@ class Encoder:
                 "or leave such fields out with --drop_unrendered"
             )
         answers = [index for index, turn in enumerate(turns.turns) if turn["role"] == "assistant"]
-        encoded = self._segments(plain_segments(turns), [index not in turns.untrained for index in answers])
-        return replace(encoded, unwritten=len(unwritten))
+        return _Segments(
+            plain_segments(turns), [index not in turns.untrained for index in answers], unwritten=len(unwritten)
+        )
 
-    def _segments(self, segments: Iterable[tuple[str, bool]], trained: Sequence[bool] = ()) -> Encoded:
-        """Tokenise texts separately, and end each answer with the end-of-sequence token.
+    def _join(self, row: "_Segments", tokens: Sequence[list[int]]) -> Encoded:
+        """Join the tokens of segments, and end each answer with the end-of-sequence token.
 
-        Separately, so that an answer follows exactly the tokens of the prompt alone, as it does in generation.
         Targets are found by length and never by token id, so that the model learns to stop even if the padding token
-        is the end-of-sequence token. `trained` says which answers are targets, all of them by default.
+        is the end-of-sequence token.
         """
         ids: list[int] = []
         labels: list[int] = []
         number = empty = untrained = 0
         every = self._settings.train_on_prompt
-        for index, (text, is_answer) in enumerate(segments):
-            new = self._ids(text) if index else self._first_ids(text)
+        for (text, is_answer), new in zip(row.texts, tokens, strict=True):
             target = is_answer or every
             if is_answer:
                 self._check(new, text.removesuffix(self._special.eos))
-                if trained and not trained[number]:
+                if row.trained and not row.trained[number]:
                     target, untrained = False, untrained + 1
                 elif not text.strip() and not self._settings.keep_empty_answers:
                     target, empty = every, empty + 1
@@ -203,24 +277,23 @@ class Encoder:
                     new.append(self._eos)
             ids += new
             labels += new if target else [IGNORED] * len(new)
-        return Encoded(ids, labels, empty=empty, untrained=untrained)
+        return Encoded(ids, labels, empty=empty, untrained=untrained, unwritten=row.unwritten)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _chat(self, row: Chat, jinja: template.Template) -> Encoded:
+    def _chat(self, row: Chat, jinja: template.Template) -> "_Rendered":
         keep_empty = self._settings.keep_empty_answers
         found = chat.find(
             row, jinja, self._special, keep_empty=keep_empty, drop_unrendered=self._settings.drop_unrendered
         )
-        text = found.text
+        return _Rendered(row, found)
+
+    def _label(self, rendered: "_Rendered", ids: list[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
+        """Find the targets among the tokens of a rendered conversation; `offsets` are the characters of each token."""
+        row, found, text = rendered.row, rendered.found, rendered.found.text
         every = self._settings.train_on_prompt
         answers = {index for index, turn in enumerate(row.turns) if turn["role"] == "assistant"}
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
         labels = list(ids) if every else [IGNORED] * len(ids)
         for turn in found.said if every else [turn for turn in found.said if turn.turn not in row.untrained]:
-            tokens = _covered(encoded["offset_mapping"], turn, text)
+            tokens = _covered(offsets, turn, text)
             if turn.turn in row.untrained:
                 labels[tokens] = [IGNORED] * len(ids[tokens])
                 continue

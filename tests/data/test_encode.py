@@ -8,7 +8,7 @@ import pytest
 
 from superoffload.config import DataSettings
 from superoffload.data.encode import IGNORED, Encoded, Encoder, alpaca_prompt, plain_segments
-from superoffload.data.formats import BadRow, Chat, Pair, Text
+from superoffload.data.formats import BadRow, Chat, Conversation, Pair, Text
 from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 from tests.helpers.tokenizers import make_chat_tokenizer
@@ -70,6 +70,30 @@ def test_pair_is_written_as_upstream_does_and_learns_to_stop(tokenizer: Tokenize
     )
     assert decoded_targets(encoded) == ["Red.<eos>"]
     assert "### Input" not in alpaca_prompt(Pair("q", " ", "a"))
+
+
+@pytest.mark.parametrize("template", ["plain", "tokenizer"])
+def test_rows_encoded_together_are_those_encoded_alone(tokenizer: Tokenizer, template: str) -> None:
+    tokenizer.chat_template = "{% if 'hello' == messages[0].content %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    rows: list[Conversation] = [
+        Pair("hi", "", "there"),
+        TURNS,
+        Chat(TURNS.turns[1:3]),
+        Text("hello"),
+        Text(""),
+        Pair("a", "b", "c"),
+    ]
+    encode = encoder(tokenizer, template)
+    alone: list[Encoded | str] = []
+    for row in rows:
+        try:
+            alone.append(encode(row))
+        except BadRow as error:
+            alone.append(str(error))
+    together = [str(row) if isinstance(row, BadRow) else row for row in encode.encode(rows)]
+    assert together == alone
+    assert [isinstance(row, str) for row in alone] == [False, False, template == "tokenizer", False, False, False]
+    assert encode.encode([]) == []
 
 
 def test_answer_follows_the_prompts_own_tokens(tokenizer: Tokenizer) -> None:

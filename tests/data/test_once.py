@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +31,7 @@ class Rank:
 def tokenize(ranks: list[Rank]) -> tuple[int, bool] | str:
     """Return the rows of all ranks and whether this rank tokenised, or the error's text (collective).
 
-    A slow rank tokenises its first row only once the other has waited for `OUTWAITED_S`.
+    A slow rank tokenises its rows only once the other has waited for `OUTWAITED_S`.
     """
     import datasets
     import torch
@@ -38,28 +39,28 @@ def tokenize(ranks: list[Rank]) -> tuple[int, bool] | str:
     from superoffload import distributed
     from superoffload.data.encode import Encoded, Encoder
     from superoffload.data.formats import Conversation
-    from superoffload.errors import UserError
+    from superoffload.errors import BadRow, UserError
     from tests.helpers.rows import load
     from tests.helpers.tokenizers import make_chat_tokenizer
 
     this = ranks[distributed.rank()]
     os.environ["LOCAL_RANK"] = str(this.local_rank)
     datasets.config.HF_DATASETS_CACHE = this.cache
-    encode, tokenised_here = Encoder.__call__, False
+    encode, tokenised_here = Encoder.encode, False
     store = torch.distributed.distributed_c10d._get_default_store()
     timer = threading.Timer(OUTWAITED_S, store.set, ("outwaited", ""))
 
-    def slowly(self: Encoder, conversation: Conversation) -> Encoded:
+    def slowly(self: Encoder, conversations: Sequence[Conversation]) -> list[Encoded | BadRow]:
         nonlocal tokenised_here
         tokenised_here = True
         if this.is_slow:
             store.wait(["outwaited"], timedelta(seconds=60))
-        return encode(self, conversation)
+        return encode(self, conversations)
 
     set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
     set_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     try:
-        with mock.patch.object(Encoder, "__call__", slowly), distributed.wait_without_collective("tokenising"):
+        with mock.patch.object(Encoder, "encode", slowly), distributed.wait_without_collective("tokenising"):
             if this.waits and this.local_rank:
                 timer.start()  # from here on this rank waits for the folder
             rows = load(this.name, make_chat_tokenizer())
