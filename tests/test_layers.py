@@ -41,6 +41,7 @@ ROWS: list[Row] = [
     [{"model"}, {"checkpoint"}],
     [{"export"}],
     [{"training"}, {"tiny"}],
+    [{"planning"}],
     [{"commands"}, {"finetune_zero3"}],
 ]
 # SuperOffload is a package of its own: it imports nothing from its parent, and has an order of its own.
@@ -73,6 +74,7 @@ LIBRARIES: dict[str, set[str]] = {
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
         "tiny",
+        "planning.machine",
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.binding",
         "offload.trainer.first_touch", "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },
