@@ -108,3 +108,34 @@ def _has_device_files() -> bool:
 def _by_torch() -> list[Row]:
     """Ask torch, in a process of its own, whose contexts on the devices end with it."""
     return parse(run(sys.executable, "-c", _BY_TORCH, timeout_s=120.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pcie:
+    """A device's link: the generation that device and slot share, the lanes in use, and those that the device has."""
+
+    generation: int
+    width: int
+    widest: int
+
+
+def pcie() -> Pcie | None:
+    """Return the link of the first device; None if it is not on PCIe. Raises OSError if the driver fails."""
+    fields = "pcie.link.gen.max,pcie.link.width.current,pcie.link.width.max"
+    return parse_pcie(run("nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader,nounits"))
+
+
+def parse_pcie(text: str) -> Pcie | None:
+    """Read the three numbers that `pcie` asks for."""
+    numbers = text.strip().split(",")
+    if len(numbers) != 3 or not all(number.strip().isdecimal() for number in numbers):
+        return None
+    generation, width, widest = map(int, numbers)
+    return Pcie(generation=generation, width=width, widest=widest)
+
+
+def bus_ids() -> list[str]:
+    """Return the PCI address of each device that this process may use."""
+    rows = run("nvidia-smi", "--query-gpu=uuid,pci.bus_id", "--format=csv,noheader").splitlines()
+    addresses = dict(row.replace(" ", "").split(",", 1) for row in rows if row.strip())
+    return [addresses[row.uuid] for row in query() if row.uuid in addresses]

@@ -1,0 +1,199 @@
+"""Versions of packages, CUDA, and the attention kernels."""
+
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from superoffload.planning import child, nvidia
+from superoffload.planning.finding import Finding, Surroundings
+
+SHOWN = ("torch", "deepspeed", "transformers")
+_PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
+
+
+def versions(_: Surroundings) -> Iterator[Finding]:
+    """Check the installed packages against what this one requires, and DeepSpeed against the tested versions."""
+    yield versions_finding(requirements(), installed_version)
+    yield deepspeed_finding()
+
+
+def requirements(pyproject: Path = _PYPROJECT) -> list[Requirement]:
+    """Return what the package requires: from pyproject.toml in a checkout, else from the installed package."""
+    if pyproject.is_file():
+        lines = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
+        lines = metadata.requires("superoffload") or []
+    found = [Requirement(line) for line in lines]
+    return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions_finding(needs: Sequence[Requirement], version_of: Callable[[str], str | None]) -> Finding:
+    """Judge installed versions: broken if a package is missing or outside its range."""
+    wrong = []
+    for need in needs:
+        version = version_of(need.name)
+        if version is None:
+            wrong.append((f"{need.name} is missing", need))
+        elif not need.specifier.contains(version, prereleases=True):
+            wrong.append((f"{need.name} is {version}, needs {need.specifier}", need))
+    python = ".".join(map(str, sys.version_info[:3]))
+    good = ", ".join([f"Python {python}", *(f"{name} {version_of(name)}" for name in SHOWN)])
+    packages = " ".join(f"'{need.name}{need.specifier}'" for _, need in wrong)
+    return Finding(
+        name="versions",
+        looked_at="installed packages, pyproject.toml",
+        found="; ".join(what for what, _ in wrong) or good,
+        verdict="broken" if wrong else "good",
+        fix=f"$ {sys.executable} -m pip install {packages}" if wrong else "",
+    )
+
+
+def deepspeed_finding() -> Finding:
+    """Judge DeepSpeed by the private names that SuperOffload depends on: slow if a run would fall back."""
+    from superoffload.offload import install
+    from superoffload.offload.zero3.contract import TESTED_VERSIONS
+
+    version, tested = metadata.version("deepspeed"), ", ".join(TESTED_VERSIONS)
+    problem = install.environment_problem()
+    known = version.split("+")[0] in TESTED_VERSIONS
+    note = "tested" if known else f"not tested (tested: {tested}), but all that SuperOffload uses is there"
+    return Finding(
+        name="DeepSpeed",
+        looked_at="its source, for the private names in use",
+        found=f"the mode superoffload falls back to zerooffload: {problem}" if problem else f"{version}, {note}",
+        verdict="slow" if problem else "good",
+        fix=f"$ {sys.executable} -m pip install deepspeed=={TESTED_VERSIONS[-1]}" if problem else "",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cuda:
+    """Versions of CUDA: what torch was built for, the newest that the driver takes, and the compiler's (nvcc).
+
+    None: torch without CUDA, no driver, no nvcc. usable: torch sees a device.
+    """
+
+    torch: str | None
+    driver: str | None
+    toolkit: str | None
+    devices: int
+    usable: bool
+
+
+def cuda(around: Surroundings) -> Iterator[Finding]:
+    """Check that the driver, torch's CUDA and the toolkit that compiles operators match."""
+    import torch
+
+    driver = toolkit = None
+    if around.has_devices:
+        driver = release(nvidia.run("nvidia-smi"), r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)")
+    if shutil.which("nvcc"):
+        toolkit = release(nvidia.run("nvcc", "--version"), r"release (\d+\.\d+)")
+    usable = torch.cuda.is_available() if around.has_devices else False
+    versions = Cuda(
+        torch=torch.version.cuda,
+        driver=driver,
+        toolkit=toolkit,
+        devices=len(around.machine.devices),
+        usable=usable,
+    )
+    yield cuda_finding(versions)
+
+
+def release(text: str, pattern: str) -> str | None:
+    """Return the version in the output of a program."""
+    found = re.search(pattern, text)
+    return found[1] if found else None
+
+
+def cuda_finding(versions: Cuda) -> Finding:
+    """Judge the versions. DeepSpeed compiles with a toolkit of torch's major version only (op_builder/builder.py)."""
+    name, looked_at = "CUDA", "torch, nvidia-smi, nvcc"
+    built = f"torch for CUDA {versions.torch}" if versions.torch else "torch without CUDA"
+    if not versions.devices:
+        return Finding(name=name, looked_at=looked_at, found=f"{built}; no device to use it on", verdict="good")
+    found = f"{built}, driver up to {versions.driver or '?'}, nvcc {versions.toolkit or 'missing'}"
+    verdict_and_fix = _cuda_problem(versions)
+    if verdict_and_fix is None:
+        return Finding(name=name, looked_at=looked_at, found=found, verdict="good")
+    return Finding(name=name, looked_at=looked_at, found=found, verdict="broken", fix=verdict_and_fix)
+
+
+def _cuda_problem(versions: Cuda) -> str | None:
+    """Return the fix for what does not match; None if all does. A missing nvcc shows when operators are compiled."""
+    if versions.torch is None:
+        return "Install a torch that is built for CUDA; see `Get started` on pytorch.org."
+    if versions.driver and _major(versions.driver) < _major(versions.torch):
+        return f"Update the driver, or install a torch that is built for CUDA {_major(versions.driver)}."
+    if not versions.usable:
+        return "torch sees no device, nvidia-smi does. Look at the error of:\n" + (
+            f'$ {sys.executable} -c "import torch; torch.cuda.init()"'
+        )
+    if versions.toolkit and _major(versions.toolkit) != _major(versions.torch):
+        return (
+            f"Install the CUDA toolkit {versions.torch} and let CUDA_HOME point to it, or, if operators compile all "
+            "the same:\n$ export DS_SKIP_CUDA_CHECK=1"
+        )
+    return None
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
+
+
+def attention(around: Surroundings) -> Iterator[Finding]:
+    """Check which attention kernel a run on a device would use."""
+    if not around.has_devices:
+        yield Finding(
+            name="attention",
+            looked_at="flash_attn, torch",
+            found="sdpa, document by document: without a GPU there is no other",
+            verdict="good",
+        )
+        return
+    outcome = child.run("attention")
+    trial = outcome.merged()
+    if outcome.failure or "varlen" not in trial:
+        raise RuntimeError(outcome.failure or "no result")
+    yield attention_finding(find_spec("flash_attn") is not None, trial.get("flash"), trial["varlen"])
+
+
+def attention_finding(has_flash: bool, flash_problem: str | None, varlen_problem: str | None) -> Finding:
+    """Judge attention kernels: broken if flash-attn is installed and fails, slow without any kernel for packs."""
+    name, looked_at = "attention", "flash_attn, torch's varlen_attn"
+    if has_flash and flash_problem:
+        return Finding(
+            name=name,
+            looked_at=looked_at,
+            found=f"flash-attn is installed, but cannot be loaded: {flash_problem}",
+            verdict="broken",
+            fix="Build it for the installed torch, or remove it; torch has a kernel of its own:\n"
+            f"$ {sys.executable} -m pip uninstall flash-attn",
+        )
+    if has_flash:
+        return Finding(name=name, looked_at=looked_at, found="flash-attn", verdict="good")
+    if varlen_problem is None:
+        return Finding(name=name, looked_at=looked_at, found="torch's varlen_attn, for bf16 packs", verdict="good")
+    return Finding(
+        name=name,
+        looked_at=looked_at,
+        found=f"sdpa, one document at a time: {varlen_problem}",
+        verdict="slow",
+        fix=f"Install torch 2.10 or newer, or flash-attn:\n$ {sys.executable} -m pip install flash-attn",
+    )
