@@ -26,4 +26,6 @@ def main() -> None:
         status = cli.report(UserError(" ".join(error.format_message().split())))
     except UserError as error:
         status = cli.report(error)
+    except click.Abort:  # Ctrl-C
+        status = 130
     sys.exit(status if isinstance(status, int) else 0)

@@ -31,13 +31,12 @@ def command(ranks: int | None, output_dir: Path, quick: bool, as_json: bool) -> 
             click.echo(f"\r\x1b[Kchecking {name} ...", err=True, nl=False)
 
     around = doctor.surroundings(ranks, output_dir, quick=quick)
-    findings = doctor.examine(around, starting=starting)
+    report = doctor.diagnose(around, starting=starting)
     if shows_progress:
         click.echo("\r\x1b[K", err=True, nl=False)
-    rates_file = doctor.save_rates(around.measured, around.machine)
     if as_json:
-        click.echo(json.dumps(doctor.to_json(findings, around.measured, rates_file), indent=1))
+        click.echo(json.dumps(doctor.to_json(report), indent=1))
     else:
-        report = doctor.lines(findings, width, colours=sys.stdout.isatty())
-        click.echo("\n".join([*report, "", *doctor.summary(findings, rates_file, quick=quick)]))
-    return int(doctor.is_broken(findings))
+        shown = doctor.lines(report.findings, width, colours=sys.stdout.isatty())
+        click.echo("\n".join([*shown, "", *doctor.summary(report, quick=quick)]))
+    return int(report.is_broken)

@@ -36,7 +36,7 @@ def run(part: str, environment: Mapping[str, str] | None = None, timeout_s: floa
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
     # A session of its own, so that a compiler that hangs ends with it.
     process = subprocess.Popen(
-        [sys.executable, "-m", MODULE, part],
+        [sys.executable, "-P", "-m", MODULE, part],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=variables, start_new_session=True,
     )  # fmt: skip

@@ -8,14 +8,15 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from superoffload.errors import first_line
+from superoffload.planning import machine
 from superoffload.planning.checks import cores, devices, memory, network, operators, software, storage
 from superoffload.planning.finding import Check, Finding, Surroundings, Verdict
-from superoffload.planning.machine import Machine, Rates, look, write_rates
+from superoffload.planning.machine import Machine, Rates
 
 CHECKS: Mapping[str, Check] = {
     "versions": software.versions,
@@ -43,10 +44,10 @@ _NAME_WIDTH, _VERDICT_WIDTH = 16, 8
 
 def surroundings(ranks: int | None, output_dir: Path, *, quick: bool) -> Surroundings:
     """Look at this machine; `ranks` is by default the number of devices, or 1 without any."""
-    machine = look()
+    seen = machine.look()
     return Surroundings(
-        machine=machine,
-        ranks=ranks or len(machine.devices) or 1,
+        machine=seen,
+        ranks=ranks or len(seen.devices) or 1,
         output_dir=output_dir,
         quick=quick,
         root=Path("/"),
@@ -72,7 +73,42 @@ def examine(
     return found
 
 
-def save_rates(measured: Mapping[str, float], machine: Machine) -> Path | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What the checks found and measured, and the file in which the rates were saved; None if they were not."""
+
+    findings: list[Finding]
+    measured: Mapping[str, float]
+    rates_file: Path | None
+
+    @property
+    def is_broken(self) -> bool:
+        """Return whether a run would not work."""
+        return any(finding.verdict == "broken" for finding in self.findings)
+
+
+def diagnose(
+    around: Surroundings, checks: Mapping[str, Check] = CHECKS, starting: Callable[[str], None] = lambda name: None
+) -> Report:
+    """Run the checks and save what they measured."""
+    findings = examine(around, checks, starting)
+    rates_file = None
+    try:
+        rates_file = save_rates(around.measured, around.machine)
+    except OSError as error:
+        findings.append(
+            Finding(
+                name="rates",
+                looked_at=str(machine.rates_file()),
+                found=f"cannot be saved: {error.strerror}",
+                verdict="slow",
+                fix="Let XDG_CACHE_HOME name a folder that can be written to.",
+            )
+        )
+    return Report(findings=findings, measured=dict(around.measured), rates_file=rates_file)
+
+
+def save_rates(measured: Mapping[str, float], seen: Machine) -> Path | None:
     """Write the measured rates for `plan` and runs; return the file, or None if Adam or the disk was not measured."""
     needed = ("adam_parameters_per_s", "host_copy_bytes_per_s", "disk_write_bytes_per_s")
     if any(name not in measured for name in needed):
@@ -83,12 +119,7 @@ def save_rates(measured: Mapping[str, float], machine: Machine) -> Path | None:
         from_device_bytes_per_s=measured.get("from_device_bytes_per_s"),
         device_bf16_flops_per_s=measured.get("device_bf16_flops_per_s"),
     )
-    return write_rates(rates, machine)
-
-
-def is_broken(findings: Sequence[Finding]) -> bool:
-    """Return whether a run would not work."""
-    return any(finding.verdict == "broken" for finding in findings)
+    return machine.write_rates(rates, seen)
 
 
 def lines(findings: Sequence[Finding], width: int, *, colours: bool) -> list[str]:
@@ -120,24 +151,24 @@ def _wrap(text: str, width: int, indent: str) -> list[str]:
     )
 
 
-def summary(findings: Sequence[Finding], rates_file: Path | None, *, quick: bool) -> list[str]:
+def summary(report: Report, *, quick: bool) -> list[str]:
     """Return the last lines: how many findings there are of each kind, and what has been written."""
-    counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in COLOURS}
+    counts = {verdict: sum(finding.verdict == verdict for finding in report.findings) for verdict in COLOURS}
     texts = [", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)]
     if quick:
         texts.append("Changed nothing.")
-    elif rates_file:
-        texts.append(f"Changed nothing but compiled operators and the measured rates in {rates_file}.")
+    elif report.rates_file:
+        texts.append(f"Changed nothing but compiled operators and the measured rates in {report.rates_file}.")
     else:
         texts.append("Changed nothing but compiled operators; rates were not saved, as not all could be measured.")
     return texts
 
 
-def to_json(findings: Sequence[Finding], measured: Mapping[str, float], rates_file: Path | None) -> dict[str, Any]:
+def to_json(report: Report) -> dict[str, Any]:
     """Return the report as JSON values."""
     return {
-        "broken": is_broken(findings),
-        "findings": [asdict(finding) for finding in findings],
-        "measured": dict(measured),
-        "rates_file": str(rates_file) if rates_file else None,
+        "broken": report.is_broken,
+        "findings": [asdict(finding) for finding in report.findings],
+        "measured": dict(report.measured),
+        "rates_file": str(report.rates_file) if report.rates_file else None,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from superoffload.planning import nvidia
 from superoffload.planning.checks.software import installed_version, requirements
-from superoffload.planning.finding import gib
+from superoffload.planning.finding import size
 from superoffload.planning.machine import look
 
 Report = dict[str, dict[str, str]]
@@ -74,7 +74,7 @@ def machine() -> dict[str, str]:
     found = look()
     try:
         rows = nvidia.query()
-        devices = ", ".join(f"{row.name} ({gib(row.total_bytes or 0)})" for row in rows) or "none"
+        devices = ", ".join(f"{row.name} ({size(row.total_bytes or 0)})" for row in rows) or "none"
         driver = rows[0].driver if rows else "none"
     except OSError as error:
         devices, driver = "unknown", str(error)
@@ -82,8 +82,8 @@ def machine() -> dict[str, str]:
         "system": f"{_system()}, {platform.platform()}",
         "processor": processor(Path("/proc/cpuinfo").read_text(encoding="utf-8")),
         "cores": f"{found.cores} usable of {os.cpu_count()}, {found.numa_nodes} NUMA nodes",
-        "host memory": f"{gib(found.host_bytes)}, {gib(found.host_available_bytes)} available",
-        "/dev/shm": f"{gib(found.shm_bytes)}, {gib(found.shm_free_bytes)} free",
+        "host memory": f"{size(found.host_bytes)}, {size(found.host_available_bytes)} available",
+        "/dev/shm": f"{size(found.shm_bytes)}, {size(found.shm_free_bytes)} free",
         "devices": devices,
         "driver": driver,
     }

@@ -58,9 +58,9 @@ def skipped(name: str, looked_at: str) -> Finding:
     return Finding(name=name, looked_at=looked_at, found="not measured with --quick", verdict="skipped")
 
 
-def gib(count: float) -> str:
-    """Return a number of bytes in GiB, to show."""
-    return f"{count / GIB:.1f} GiB"
+def size(nbytes: float) -> str:
+    """Return a number of bytes in GiB, or in MiB below a tenth of one, to show."""
+    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB / 10 or not nbytes else f"{nbytes / 2**20:.1f} MiB"
 
 
 def gb_per_s(rate: float) -> str:

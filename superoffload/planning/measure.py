@@ -5,9 +5,7 @@ Results are lines of JSON on standard output, with a prefix, because libraries w
 
 import importlib
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +24,7 @@ ADAM_NUMEL = 1 << 26
 """Parameters; 1 GiB of state, more than the caches of any processor."""
 LINK_NUMEL = 1 << 27
 MATRIX = 8192
-ROUNDS = 5
+ROUNDS = 7
 
 
 def report(**values: Any) -> None:
@@ -51,6 +49,7 @@ def _attempt(name: str, load: Callable[..., Any]) -> None:
         with operators.compiled(name):
             load(verbose=False)
     except Exception as error:  # noqa: BLE001  a compiler, a linker or a loader may fail in any way
+        sys.stderr.write(f"{error}\n")  # for a person who runs this by hand
         report(operator=name, error=str(error) or type(error).__name__)
     else:
         report(operator=name, error=None)
@@ -73,20 +72,14 @@ def adam() -> None:
             0, next(steps), 1e-3, 0.9, 0.999, 1e-8, 0.0, True, parameters, gradients, exp_avg, exp_avg_sq
         )  # fmt: skip
 
-    step_s = _median_s(step)
-    copy_s = _median_s(lambda: gradients.copy_(parameters))
+    step_s, copy_s = _shortest_s(step, lambda: gradients.copy_(parameters))
     report(adam_parameters_per_s=numel / step_s, host_copy_bytes_per_s=parameters.nbytes / copy_s)
 
 
-def _median_s(work: Callable[[], Any]) -> float:
-    """Return the median time of some work on the host, in seconds."""
-    times = []
-    for number in range(ROUNDS + 1):  # the first touches the pages
-        started = time.perf_counter()
-        work()
-        if number:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def _shortest_s(*works: Callable[[], Any], device: str = "cpu") -> list[float]:
+    """Return the shortest time of each work in seconds; they take turns, and other processes only lengthen times."""
+    rounds = [[device_link.time_s(work, device) for work in works] for _ in range(ROUNDS)]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 def link() -> None:
@@ -97,12 +90,8 @@ def link() -> None:
     rates, locked = device_link.measure(numel, ROUNDS, "cuda")
     report(rates=rates, locked=locked)
     left = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16)
-    times = []
-    for number in range(ROUNDS + 1):
-        elapsed = device_link.time_s(lambda: left @ left, "cuda")
-        if number:
-            times.append(elapsed)
-    report(device_bf16_flops_per_s=2 * MATRIX**3 / statistics.median(times))
+    (elapsed_s,) = _shortest_s(lambda: left @ left, device="cuda")
+    report(device_bf16_flops_per_s=2 * MATRIX**3 / elapsed_s)
 
 
 def attention() -> None:

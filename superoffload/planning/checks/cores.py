@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from superoffload.offload.shared.affinity import Cores, Seat, Siblings, parse_list, share_of_rank
@@ -51,7 +52,9 @@ def read_topology(root: Path) -> Topology:
 def cores(around: Surroundings) -> Iterator[Finding]:
     """Check cores, hyperthreads, NUMA nodes and the place of each device against the ranks that are planned."""
     topology = read_topology(around.root)
-    yield cores_finding(topology, around.ranks, os.cpu_count() or 1)
+    online = os.cpu_count() or 1
+    yield cores_finding(topology, around.ranks, online)
+    yield load_finding(float((around.root / "proc/loadavg").read_text(encoding="utf-8").split()[0]), online)
     yield hyperthreads_finding(topology, around.ranks)
     yield numa_finding(topology, around.ranks, shutil.which("numactl") is not None, around.environment)
     yield threads_finding(topology, around.ranks, around.environment.get("OMP_NUM_THREADS"))
@@ -65,33 +68,41 @@ def cores_finding(topology: Topology, ranks: int, online: int) -> Finding:
     found = f"{count} of {online}" if count < online else str(count)
     each = count / ranks
     found += f" for {ranks} rank{'s' * (ranks > 1)}"
-    looked_at = "affinity, cgroup quota"
+    line = partial(Finding, name="cores", looked_at="affinity, cgroup quota")
     if quota is not None and quota < count:
-        return Finding(
-            name="cores",
-            looked_at=looked_at,
+        return line(
             found=f"{found}, but a quota of {quota:g} cores' time: programs start {count} threads and are halted",
             verdict="slow",
             fix="Give a container cores instead of time: --cpuset-cpus 0-15 instead of --cpus 16. Otherwise:\n"
             f"$ export OMP_NUM_THREADS={max(1, int(quota / ranks))}",
         )
     if count < ranks:
-        return Finding(
-            name="cores",
-            looked_at=looked_at,
+        return line(
             found=f"{found}: several ranks share a core",
             verdict="broken",
             fix="Start fewer ranks, or allow more cores (taskset, --cpuset-cpus, --cpus-per-task of Slurm).",
         )
     if len(topology.physical) / ranks < 2:
-        return Finding(
-            name="cores",
-            looked_at=looked_at,
+        return line(
             found=f"{found}: training and optimizer share a core",
             verdict="slow",
             fix="Allow more cores (taskset, --cpuset-cpus, --cpus-per-task of Slurm).",
         )
-    return Finding(name="cores", looked_at=looked_at, found=f"{found}, {each:g} each", verdict="good")
+    return line(found=f"{found}, {each:g} each", verdict="good")
+
+
+def load_finding(load: float, online: int) -> Finding:
+    """Judge what other processes do: slow if they keep more than a quarter of the machine's cores busy."""
+    busy = load > online / 4
+    return Finding(
+        name="load",
+        looked_at="/proc/loadavg",
+        found=f"{load:.1f} processes on {online} cores in the last minute",
+        verdict="slow" if busy else "good",
+        fix="See which processes use the cores; measurements below suffer from them, too:\n$ ps aux --sort=-%cpu | head"
+        if busy
+        else "",
+    )
 
 
 def hyperthreads_finding(topology: Topology, ranks: int) -> Finding:
@@ -100,85 +111,71 @@ def hyperthreads_finding(topology: Topology, ranks: int) -> Finding:
     That leaves physical cores idle where the hyperthreads of a core have neighbouring numbers
     (deepspeed/utils/numa.py, get_numactl_cmd).
     """
-    looked_at = "/sys/devices/system/cpu/*/topology"
+    line = partial(Finding, name="hyperthreads", looked_at="/sys/devices/system/cpu/*/topology")
     physical, logical = len(topology.physical), len(topology.cores)
     if physical == logical:
-        return Finding(name="hyperthreads", looked_at=looked_at, found="none in use", verdict="good")
+        return line(found="none in use", verdict="good")
     found = f"{logical} logical cores on {physical} physical ones"
     lowest = set(topology.cores[:physical])
     covered = sum(bool(lowest & set(unit)) for unit in topology.physical)
     if ranks > 1 and covered < physical:
-        return Finding(
-            name="hyperthreads",
-            looked_at=looked_at,
+        return line(
             found=f"{found}; --bind_cores_to_rank would leave {physical - covered} physical cores idle",
             verdict="slow",
             fix="SuperOffload divides cores itself, hyperthreads together: set BIND_CORES=false in the recipe.",
         )
-    return Finding(
-        name="hyperthreads", looked_at=looked_at, found=f"{found}; those of one core stay together", verdict="good"
-    )
+    return line(found=f"{found}; those of one core stay together", verdict="good")
 
 
 def numa_finding(topology: Topology, ranks: int, has_numactl: bool, environment: Mapping[str, str]) -> Finding:
     """Judge the NUMA nodes: each of several ranks should stay on one; binding by the launcher needs numactl."""
     nodes = [node for node in topology.nodes if node.cores]
     count = max(1, len(nodes))
-    name, looked_at = "NUMA nodes", "/sys/devices/system/node, numactl"
+    line = partial(Finding, name="NUMA nodes", looked_at="/sys/devices/system/node, numactl")
     found = f"{count} with cores, {ranks} rank{'s' * (ranks > 1)}"
     if ranks == 1:
-        return Finding(name=name, looked_at=looked_at, found=found, verdict="good")
+        return line(found=found, verdict="good")
     if not has_numactl:
-        return Finding(
-            name=name,
-            looked_at=looked_at,
+        return line(
             found=f"{found}; numactl is missing, without which recipes with BIND_CORES=true do not start",
             verdict="broken",
             fix="$ sudo apt-get install numactl",
         )
     if "KMP_AFFINITY" in environment:
-        return Finding(
-            name=name,
-            looked_at=looked_at,
+        return line(
             found=f"{found}; KMP_AFFINITY is set, with which DeepSpeed's launcher refuses to bind ranks",
             verdict="broken",
             fix="$ unset KMP_AFFINITY",
         )
     spread = [rank for rank, own in enumerate(topology.cores_of_ranks(ranks)) if len(topology.nodes_of(own)) > 1]
     if spread:
-        return Finding(
-            name=name,
-            looked_at=looked_at,
+        return line(
             found=f"{found}; the cores of rank {', '.join(map(str, spread))} are on several nodes",
             verdict="slow",
             fix=f"Use a number of ranks that is a multiple of {count}, or give each rank cores of one node: "
             "--bind_core_list of the deepspeed launcher.",
         )
-    return Finding(name=name, looked_at=looked_at, found=f"{found}, each on one node", verdict="good")
+    return line(found=f"{found}, each on one node", verdict="good")
 
 
 def threads_finding(topology: Topology, ranks: int, variable: str | None) -> Finding:
     """Judge OMP_NUM_THREADS, which ZeRO-Offload's Adam uses; SuperOffload's optimizer process sets its own."""
-    name, looked_at = "threads", "OMP_NUM_THREADS"
+    line = partial(Finding, name="threads", looked_at="OMP_NUM_THREADS")
     share = max(1, len(topology.cores) // ranks)
     physical = max(1, len(topology.physical) // ranks)
     if not variable:
-        return Finding(name=name, looked_at=looked_at, found="not set, so one per core", verdict="good")
+        return line(found="not set, so one per core", verdict="good")
     first = variable.split(",")[0].strip()
     if not first.isdecimal() or int(first) == 0:
-        return Finding(
-            name=name,
-            looked_at=looked_at,
+        return line(
             found=f"{variable!r} is no number",
             verdict="slow",
-            fix=f"$ unset {looked_at}",
+            fix="$ unset OMP_NUM_THREADS",
         )
     if physical <= int(first) <= share:
-        return Finding(name=name, looked_at=looked_at, found=f"{first} for each rank", verdict="good")
+        return line(found=f"{first} for each rank", verdict="good")
     few = int(first) < physical
-    return Finding(
-        name=name,
-        looked_at=looked_at,
+    return line(
         found=f"{first} for each rank, which has {share} cores: "
         + ("the others do not compute Adam in the mode zerooffload" if few else "threads wait for each other"),
         verdict="slow",
@@ -199,15 +196,15 @@ def device_nodes(bus_ids: Sequence[str], root: Path = Path("/")) -> list[int | N
 
 def locality_finding(topology: Topology, ranks: int, nodes: Sequence[int | None]) -> Finding:
     """Judge the place of each rank's device: it should be attached to the node of the rank's cores."""
-    name, looked_at = "device locality", "/sys/bus/pci/devices/*/numa_node"
+    line = partial(Finding, name="device locality", looked_at="/sys/bus/pci/devices/*/numa_node")
     if len([node for node in topology.nodes if node.cores]) < 2:
-        return Finding(name=name, looked_at=looked_at, found="one NUMA node", verdict="good")
+        return line(found="one NUMA node", verdict="good")
     if None in nodes or not nodes:
-        return Finding(name=name, looked_at=looked_at, found="the kernel does not name the nodes", verdict="unknown")
+        return line(found="the kernel does not name the nodes", verdict="unknown")
     places = [topology.nodes_of(own) for own in topology.cores_of_ranks(ranks)]
     remote = [rank for rank, node in enumerate(nodes[:ranks]) if node not in places[rank]]
     if not remote:
-        return Finding(name=name, looked_at=looked_at, found="each device is on a node of its rank", verdict="good")
+        return line(found="each device is on a node of its rank", verdict="good")
     order = sorted(range(len(nodes)), key=lambda index: (nodes[index] or 0, index))
     fix = "Give each rank cores of its device's node: --bind_core_list of the deepspeed launcher."
     if len(nodes) == ranks and order != list(range(len(nodes))):
@@ -215,9 +212,7 @@ def locality_finding(topology: Topology, ranks: int, nodes: Sequence[int | None]
     elif ranks == 1:
         device_node = next(node for node in topology.nodes if node.number == nodes[0])
         fix = "Use the cores of the device's node:\n" + f"$ taskset -c {_ranges(device_node.cores)} COMMAND"
-    return Finding(
-        name=name,
-        looked_at=looked_at,
+    return line(
         found=f"the device of rank {', '.join(map(str, remote))} is attached to another node than the rank's cores",
         verdict="slow",
         fix=fix,

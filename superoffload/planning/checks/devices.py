@@ -2,10 +2,11 @@
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from superoffload.planning import child, nvidia
-from superoffload.planning.finding import Finding, Surroundings, gb_per_s, gib, skipped
+from superoffload.planning.finding import Finding, Surroundings, gb_per_s, size, skipped
 from superoffload.planning.machine import Machine, Node, numa_nodes
 
 SUPERCHIPS = ("GH200", "GB200", "GB300", "GB10")
@@ -37,34 +38,30 @@ def devices(around: Surroundings) -> Iterator[Finding]:
 
 def devices_finding(machine: Machine, ranks: int, visible: str | None, driver: str) -> Finding:
     """Judge the devices: broken with fewer than ranks, slow if other processes occupy more than a tenth."""
-    name, looked_at = "devices", "nvidia-smi, CUDA_VISIBLE_DEVICES"
+    line = partial(Finding, name="devices", looked_at="nvidia-smi, CUDA_VISIBLE_DEVICES")
     hidden = f"; CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else ""
     if not machine.devices:
-        return Finding(name=name, looked_at=looked_at, found=f"none: runs use the CPU{hidden}", verdict="good")
-    kinds = [f"{machine.devices[0].name}, {gib(machine.devices[0].total_bytes)}"]
+        return line(found=f"none: runs use the CPU{hidden}", verdict="good")
+    kinds = [f"{machine.devices[0].name}, {size(machine.devices[0].total_bytes)}"]
     if len({device.name for device in machine.devices}) > 1:
-        kinds = [f"{device.name}, {gib(device.total_bytes)}" for device in machine.devices]
+        kinds = [f"{device.name}, {size(device.total_bytes)}" for device in machine.devices]
     found = f"{len(machine.devices)} x {' + '.join(kinds)}, driver {driver}{hidden}"
     if len(machine.devices) < ranks:
-        return Finding(
-            name=name,
-            looked_at=looked_at,
+        return line(
             found=f"{found}; {ranks} ranks need one each",
             verdict="broken",
             fix="Start fewer ranks, or let CUDA_VISIBLE_DEVICES name more devices.",
         )
     busy = [i for i, device in enumerate(machine.devices) if device.free_bytes < BUSY_SHARE * device.total_bytes]
     if busy:
-        free = ", ".join(f"{gib(machine.devices[i].free_bytes)} free on {i}" for i in busy)
-        return Finding(
-            name=name,
-            looked_at=looked_at,
+        free = ", ".join(f"{size(machine.devices[i].free_bytes)} free on {i}" for i in busy)
+        return line(
             found=f"{found}; other processes use some memory: {free}",
             verdict="slow",
             fix="See which, and end those that are not needed:\n"
             "$ nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",
         )
-    return Finding(name=name, looked_at=looked_at, found=found, verdict="good")
+    return line(found=found, verdict="good")
 
 
 def link(around: Surroundings) -> Iterator[Finding]:
@@ -128,9 +125,9 @@ def link_finding(result: Mapping[str, Any], pcie: nvidia.Pcie | None, coherent: 
 
 def modes_finding(measured: Mapping[str, float]) -> Finding:
     """Say what a step of each mode pays per billion parameters on the host, from the measured rates."""
-    name, looked_at = "modes", "the measured rates"
+    line = partial(Finding, name="modes", looked_at="the measured rates")
     if "adam_parameters_per_s" not in measured:
-        return Finding(name=name, looked_at=looked_at, found="Adam was not measured", verdict="skipped")
+        return line(found="Adam was not measured", verdict="skipped")
     adam_s = 1e9 / measured["adam_parameters_per_s"]
     text = f"per billion parameters on the host, Adam takes {adam_s:.2f} s"
     if "to_device_bytes_per_s" in measured:
@@ -138,7 +135,7 @@ def modes_finding(measured: Mapping[str, float]) -> Finding:
         copies_s = 4e9 / measured["from_device_bytes_per_s"] + 2e9 / measured["to_device_bytes_per_s"]
         text += f" and copies {copies_s:.2f} s"
     text += ": added to each step by zerooffload; superoffload overlaps Adam with backward and the next forward"
-    return Finding(name=name, looked_at=looked_at, found=text, verdict="good")
+    return line(found=text, verdict="good")
 
 
 def is_superchip(machine: Machine, architecture: str | None = None) -> bool:

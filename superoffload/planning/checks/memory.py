@@ -5,11 +5,13 @@ import re
 import resource
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from superoffload.planning import cgroup
-from superoffload.planning.finding import Finding, Surroundings, gib
+from superoffload.planning.finding import Finding, Surroundings, size
 from superoffload.planning.machine import Machine, meminfo
 
 # DeepSpeed's ranks on CPUs share a buffer of 69 MB each (see superoffload/distributed.py); NCCL's segments are smaller.
@@ -27,18 +29,16 @@ def host_memory(around: Surroundings) -> Iterator[Finding]:
 
 def host_memory_finding(machine: Machine, total_bytes: int, has_cgroup: bool) -> Finding:
     """Judge host memory: slow if other processes use more than half of it."""
-    found = f"{gib(machine.host_bytes)}, {gib(machine.host_available_bytes)} of it available"
+    found = f"{size(machine.host_bytes)}, {size(machine.host_available_bytes)} of it available"
     if machine.host_bytes < total_bytes:
-        found += f"; a cgroup's limit, the machine has {gib(total_bytes)}"
-    busy = machine.host_available_bytes < machine.host_bytes / 2
-    return Finding(
-        name="host memory",
-        looked_at="/proc/meminfo" + (" and the cgroup's limit" if has_cgroup else ""),
-        found=found,
-        verdict="slow" if busy else "good",
-        fix="See which processes use the memory, and end those that are not needed:\n$ ps aux --sort=-rss | head"
-        if busy
-        else "",
+        found += f"; a cgroup's limit, the machine has {size(total_bytes)}"
+    looked_at = "/proc/meminfo" + (" and the cgroup's limit" if has_cgroup else "")
+    line = partial(Finding, name="host memory", looked_at=looked_at, found=found)
+    if machine.host_available_bytes >= machine.host_bytes / 2:
+        return line(verdict="good")
+    return line(
+        verdict="slow",
+        fix="See which processes use the memory, and end those that are not needed:\n$ ps aux --sort=-rss | head",
     )
 
 
@@ -50,37 +50,34 @@ def shared_memory(around: Surroundings) -> Iterator[Finding]:
 def shared_memory_finding(machine: Machine, ranks: int) -> Finding:
     """Judge /dev/shm: ranks that communicate through it need some; the optimizer state does not pass through it."""
     needed = SHM_BYTES_PER_RANK * ranks if ranks > 1 or not machine.devices else 0
-    enough = machine.shm_free_bytes >= needed
-    if not machine.shm_bytes:
-        found = "there is none"
-    else:
-        found = f"{gib(machine.shm_bytes)}, {gib(machine.shm_free_bytes)} of it free"
-    mib = needed // 2**20
-    return Finding(
-        name="shared memory",
-        looked_at="/dev/shm",
-        found=found + ("" if enough else f"; {ranks} rank{'s' * (ranks > 1)} may need {mib} MiB (bus error, exit -7)"),
-        verdict="good" if enough else "broken",
-        fix=""
-        if enough
-        else "In a container, start it with --ipc=host or --shm-size=8g. Otherwise:\n"
+    line = partial(Finding, name="shared memory", looked_at="/dev/shm")
+    found = f"{size(machine.shm_bytes)}, {size(machine.shm_free_bytes)} of it free"
+    if machine.shm_free_bytes >= needed:
+        return line(found=found if machine.shm_bytes else "there is none", verdict="good")
+    return line(
+        found=f"{found}; ranks: {ranks}, which may need {size(needed)} (bus error, exit status -7)",
+        verdict="broken",
+        fix="In a container, start it with --ipc=host or --shm-size=8g. Otherwise:\n"
         "$ sudo mount -o remount,size=8G /dev/shm",
     )
 
 
 def locked_memory(around: Surroundings) -> Iterator[Finding]:
     """Check the limit of locked memory. Whether locking works is measured with the link."""
-    limit = around.machine.memlock_bytes
-    matters = limit is not None and around.has_devices
-    yield Finding(
-        name="locked memory",
-        looked_at="ulimit -l",
-        found="unlimited" if limit is None else f"{gib(limit)} at most" + ("" if matters else ", not used without GPU"),
-        verdict="unknown" if matters else "good",
-        fix="Matters only if `device link` says that page-locking fails. Then, in a container: --ulimit memlock=-1. "
-        "Otherwise:\n$ ulimit -l unlimited"
-        if matters
-        else "",
+    yield locked_memory_finding(around.machine.memlock_bytes, around.has_devices)
+
+
+def locked_memory_finding(limit: int | None, has_devices: bool) -> Finding:
+    """Judge the limit of locked memory: unknown with a device, whose driver may lock more than the limit says."""
+    line = partial(Finding, name="locked memory", looked_at="ulimit -l")
+    if limit is None:
+        return line(found="unlimited", verdict="good")
+    if not has_devices:
+        return line(found=f"{size(limit)} at most, not used without a GPU", verdict="good")
+    return line(
+        found=f"{size(limit)} at most; `device link` says whether page-locking works",
+        verdict="unknown",
+        fix="If it fails, allow more. In a container: --ulimit memlock=-1. Otherwise:\n$ ulimit -l unlimited",
     )
 
 
@@ -91,15 +88,12 @@ def open_files(around: Surroundings) -> Iterator[Finding]:
 
 def open_files_finding(limit: int) -> Finding:
     """Judge the limit of open files: a run opens the files of weights and data, and sockets between ranks."""
-    unlimited = limit == resource.RLIM_INFINITY
-    enough = unlimited or limit >= OPEN_FILES
-    return Finding(
-        name="open files",
-        looked_at="ulimit -n",
-        found="unlimited" if unlimited else f"{limit} at most" + ("" if enough else ", too few for large data sets"),
-        verdict="good" if enough else "broken",
-        fix="" if enough else "$ ulimit -n 65536",
-    )
+    line = partial(Finding, name="open files", looked_at="ulimit -n")
+    if limit == resource.RLIM_INFINITY:
+        return line(found="unlimited", verdict="good")
+    if limit >= OPEN_FILES:
+        return line(found=f"{limit} at most", verdict="good")
+    return line(found=f"{limit} at most, too few for large data sets", verdict="broken", fix="$ ulimit -n 65536")
 
 
 def huge_pages(around: Surroundings) -> Iterator[Finding]:
@@ -112,19 +106,15 @@ def huge_pages(around: Surroundings) -> Iterator[Finding]:
 
 def huge_pages_finding(setting: str | None) -> Finding:
     """Judge the kernel's setting; the memory of the optimizer state asks for huge pages with madvise."""
-    allowed = setting in ("advise", "within_size", "always", "force")
+    line = partial(Finding, name="huge pages", looked_at=f"/{SHMEM_ENABLED}")
     if setting is None:
-        found, verdict = "this kernel has no such setting", "unknown"
-    elif allowed:
-        found, verdict = f"{setting}: the optimizer state can use huge pages", "good"
-    else:
-        found, verdict = f"{setting}: the optimizer state uses small pages, whose translation costs time", "slow"
-    return Finding(
-        name="huge pages",
-        looked_at=f"/{SHMEM_ENABLED}",
-        found=found,
-        verdict="good" if verdict == "good" else "slow" if verdict == "slow" else "unknown",
-        fix=f"Until the next boot:\n$ echo advise | sudo tee /{SHMEM_ENABLED}" if verdict == "slow" else "",
+        return line(found="this kernel has no such setting", verdict="unknown")
+    if setting in ("advise", "within_size", "always", "force"):
+        return line(found=f"{setting}: the optimizer state can use huge pages", verdict="good")
+    return line(
+        found=f"{setting}: the optimizer state uses small pages, whose translation costs time",
+        verdict="slow",
+        fix=f"Until the next boot:\n$ echo advise | sudo tee /{SHMEM_ENABLED}",
     )
 
 
@@ -152,16 +142,14 @@ def leftovers(around: Surroundings) -> Iterator[Finding]:
 
 def leftovers_finding(found: list[Leftover]) -> Finding:
     """Judge what was left behind, and name the command that removes it."""
-    total = sum(leftover.nbytes for leftover in found)
-    return Finding(
-        name="leftovers",
-        looked_at="files of DeepSpeed, torch and NCCL in /dev/shm",
-        found=f"{len(found)} file{'s' * (len(found) != 1)} of dead runs, {gib(total)} of memory" if found else "none",
-        verdict="slow" if found else "good",
-        fix="No process that is visible from here uses them:\n$ rm "
-        + " ".join(shlex.quote(str(leftover.path)) for leftover in found)
-        if found
-        else "",
+    line = partial(Finding, name="leftovers", looked_at="files of DeepSpeed, torch and NCCL in /dev/shm")
+    if not found:
+        return line(found="none", verdict="good")
+    names = " ".join(shlex.quote(str(leftover.path)) for leftover in found)
+    return line(
+        found=f"{len(found)} of dead runs, {size(sum(leftover.nbytes for leftover in found))} of memory",
+        verdict="slow",
+        fix=f"No process that is visible from here uses them:\n$ rm {names}",
     )
 
 
@@ -183,12 +171,12 @@ def find_leftovers(root: Path = Path("/")) -> list[Leftover]:
 
 def _used_names(root: Path) -> set[str]:
     """Return the names of the files in /dev/shm that a process has mapped or open."""
-    used = set()
+    paths: set[str] = set()
     for process in (root / "proc").glob("[0-9]*"):
-        try:
-            paths = [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text(errors="replace").splitlines()]
-            paths += [os.readlink(link) for link in (process / "fd").iterdir()]
-        except OSError:  # it has ended, or belongs to another user
-            continue
-        used |= {path.removeprefix("/dev/shm/") for path in paths if path.startswith("/dev/shm/")}
-    return used
+        with suppress(OSError):  # it has ended, or belongs to another user
+            maps = (process / "maps").read_text(encoding="utf-8", errors="replace")
+            paths |= {line.split(maxsplit=5)[-1] for line in maps.splitlines()}
+            for link in list((process / "fd").iterdir()):
+                with suppress(OSError):  # closed by now
+                    paths.add(os.readlink(link))
+    return {path.removeprefix("/dev/shm/") for path in paths if path.startswith("/dev/shm/")}

@@ -18,9 +18,9 @@ are written (deepspeed/csrc/adam/cpu_adam_impl.cpp)."""
 FAIR_SHARE = 0.5
 """Of the bandwidth of a copy; Adam also computes, so it does not reach all of it."""
 NEEDED = {
-    "cpu_adam": "runs cannot start",
-    "deepspeed_shm_comm": "ranks on CPUs cannot communicate",
-    "superoffload_fused": "speculation takes a little longer",
+    "cpu_adam": "so runs cannot start",
+    "deepspeed_shm_comm": "so ranks on CPUs cannot communicate",
+    "superoffload_fused": "so speculation takes a little longer",
 }
 _ERROR = re.compile(r"error[: ]|undefined (reference|symbol)|cannot find|not found|No such file|No space left", re.I)
 
@@ -61,7 +61,7 @@ def operators(around: Surroundings) -> Iterator[Finding]:
         return
     found = list(operator_findings(child.run("operators"), looked_at))
     yield from found
-    if any(finding.verdict == "broken" and "cpu_adam" in finding.name for finding in found):
+    if any(finding.verdict == "broken" and finding.found.startswith("cpu_adam") for finding in found):
         yield Finding(
             name="Adam", looked_at="one timed step", found="cannot be measured without cpu_adam", verdict="skipped"
         )
@@ -82,12 +82,12 @@ def operator_findings(outcome: Outcome, looked_at: str) -> Iterator[Finding]:
     for name in started:
         error = ended[name] if name in ended else f"the process was {outcome.failure}"
         if error is None:
-            yield Finding(name=f"operator {name}", looked_at=looked_at, found="builds and loads", verdict="good")
+            yield Finding(name="operator", looked_at=looked_at, found=f"{name} builds and loads", verdict="good")
             continue
         yield Finding(
-            name=f"operator {name}",
+            name="operator",
             looked_at=looked_at,
-            found=f"{NEEDED.get(name, 'is needed')}: {compiler_error(error)}",
+            found=f"{name} fails, {NEEDED[name]}: {compiler_error(error)}",
             verdict="slow" if name == "superoffload_fused" else "broken",
             fix=_fix(error, name),
         )
@@ -110,7 +110,7 @@ def _fix(error: str, name: str) -> str:
         return "It was compiled for another processor; remove it, and it is compiled again:\n" + (
             f'$ rm -r "{_folder(name)}"'
         )
-    return "The compiler's whole output:\n" + f"$ {sys.executable} -m tests.helpers.operators"
+    return "The compiler's whole output:\n" + f"$ {sys.executable} -m {child.MODULE} operators"
 
 
 def _folder(name: str) -> str:

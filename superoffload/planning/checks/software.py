@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,18 +101,21 @@ def cuda(around: Surroundings) -> Iterator[Finding]:
     """Check that the driver, torch's CUDA and the toolkit that compiles operators match."""
     import torch
 
+    if torch.version.hip:
+        found = f"torch for ROCm {torch.version.hip}, which has not been tested"
+        yield Finding(name="CUDA", looked_at="torch", found=found, verdict="unknown")
+        return
     driver = toolkit = None
-    if around.has_devices:
+    if around.has_devices and nvidia.is_installed():
         driver = release(nvidia.run("nvidia-smi"), r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)")
     if shutil.which("nvcc"):
         toolkit = release(nvidia.run("nvcc", "--version"), r"release (\d+\.\d+)")
-    usable = torch.cuda.is_available() if around.has_devices else False
     versions = Cuda(
         torch=torch.version.cuda,
         driver=driver,
         toolkit=toolkit,
         devices=len(around.machine.devices),
-        usable=usable,
+        usable=around.has_devices and torch.cuda.is_available(),
     )
     yield cuda_finding(versions)
 
@@ -124,15 +128,15 @@ def release(text: str, pattern: str) -> str | None:
 
 def cuda_finding(versions: Cuda) -> Finding:
     """Judge the versions. DeepSpeed compiles with a toolkit of torch's major version only (op_builder/builder.py)."""
-    name, looked_at = "CUDA", "torch, nvidia-smi, nvcc"
+    line = partial(Finding, name="CUDA", looked_at="torch, nvidia-smi, nvcc")
     built = f"torch for CUDA {versions.torch}" if versions.torch else "torch without CUDA"
     if not versions.devices:
-        return Finding(name=name, looked_at=looked_at, found=f"{built}; no device to use it on", verdict="good")
+        return line(found=f"{built}; no device to use it on", verdict="good")
     found = f"{built}, driver up to {versions.driver or '?'}, nvcc {versions.toolkit or 'missing'}"
     verdict_and_fix = _cuda_problem(versions)
     if verdict_and_fix is None:
-        return Finding(name=name, looked_at=looked_at, found=found, verdict="good")
-    return Finding(name=name, looked_at=looked_at, found=found, verdict="broken", fix=verdict_and_fix)
+        return line(found=found, verdict="good")
+    return line(found=found, verdict="broken", fix=verdict_and_fix)
 
 
 def _cuda_problem(versions: Cuda) -> str | None:
@@ -176,23 +180,19 @@ def attention(around: Surroundings) -> Iterator[Finding]:
 
 def attention_finding(has_flash: bool, flash_problem: str | None, varlen_problem: str | None) -> Finding:
     """Judge attention kernels: broken if flash-attn is installed and fails, slow without any kernel for packs."""
-    name, looked_at = "attention", "flash_attn, torch's varlen_attn"
+    line = partial(Finding, name="attention", looked_at="flash_attn, torch's varlen_attn")
     if has_flash and flash_problem:
-        return Finding(
-            name=name,
-            looked_at=looked_at,
+        return line(
             found=f"flash-attn is installed, but cannot be loaded: {flash_problem}",
             verdict="broken",
             fix="Build it for the installed torch, or remove it; torch has a kernel of its own:\n"
             f"$ {sys.executable} -m pip uninstall flash-attn",
         )
     if has_flash:
-        return Finding(name=name, looked_at=looked_at, found="flash-attn", verdict="good")
+        return line(found="flash-attn", verdict="good")
     if varlen_problem is None:
-        return Finding(name=name, looked_at=looked_at, found="torch's varlen_attn, for bf16 packs", verdict="good")
-    return Finding(
-        name=name,
-        looked_at=looked_at,
+        return line(found="torch's varlen_attn, for bf16 packs", verdict="good")
+    return line(
         found=f"sdpa, one document at a time: {varlen_problem}",
         verdict="slow",
         fix=f"Install torch 2.10 or newer, or flash-attn:\n$ {sys.executable} -m pip install flash-attn",

@@ -4,9 +4,10 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from superoffload.planning.finding import Finding, Surroundings, gb_per_s, gib
+from superoffload.planning.finding import Finding, Surroundings, gb_per_s, size
 from superoffload.planning.machine import disk_free_bytes, existing
 
 WRITTEN_BYTES = 128 * 2**20
@@ -46,28 +47,22 @@ def write_rate(folder: Path, nbytes: int = WRITTEN_BYTES) -> float:
 
 def disk_finding(folder: Path, free_bytes: int, rate: float | None, problem: str | None) -> Finding:
     """Judge the disk: broken if it takes nothing, slow if a checkpoint takes minutes."""
-    name, looked_at = "disk", str(folder)
+    line = partial(Finding, name="disk", looked_at=str(folder))
     if problem:
-        return Finding(
-            name=name, looked_at=looked_at, found=problem, verdict="broken", fix="Choose another --output_dir."
-        )
-    found = f"{gib(free_bytes)} free, for {free_bytes / CHECKPOINT_BYTES_PER_PARAMETER / 1e9:.1f} billion parameters "
+        return line(found=problem, verdict="broken", fix="Choose another --output_dir.")
+    found = f"{size(free_bytes)} free, for {free_bytes / CHECKPOINT_BYTES_PER_PARAMETER / 1e9:.1f} billion parameters "
     found += "of one checkpoint"
     if free_bytes < LEAST_BYTES:
-        return Finding(
-            name=name,
-            looked_at=looked_at,
+        return line(
             found=found,
             verdict="broken",
             fix=f"Choose another --output_dir, or free some space:\n$ du -xh {folder} | sort -h | tail",
         )
     if rate is None:
-        return Finding(name=name, looked_at=looked_at, found=f"{found}; not timed", verdict="good")
+        return line(found=f"{found}; not timed", verdict="good")
     minutes = 8e9 * CHECKPOINT_BYTES_PER_PARAMETER / rate / 60
     slow = rate < SLOW_BYTES_PER_S
-    return Finding(
-        name=name,
-        looked_at=looked_at,
+    return line(
         found=f"{found}; written at {gb_per_s(rate)}, so 8 billion take {minutes:.0f} min",
         verdict="slow" if slow else "good",
         fix="Let --output_dir be on a local disk, or save less often (--save_minutes)." if slow else "",
