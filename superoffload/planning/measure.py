@@ -86,12 +86,16 @@ def link() -> None:
     """Measure the link between host and device, and a large bf16 matrix product."""
     free_bytes, _ = torch.cuda.mem_get_info()
     host_bytes = look(devices=()).host_available_bytes
-    numel = min(LINK_NUMEL, free_bytes // 16, host_bytes // 64)
-    rates, locked = device_link.measure(numel, ROUNDS, "cuda")
+    device_rates("cuda", numel=min(LINK_NUMEL, free_bytes // 16, host_bytes // 64), side=MATRIX)
+
+
+def device_rates(device: str, *, numel: int, side: int) -> None:
+    """Report the rates of copies of `numel` elements and of a product of square matrices; "cpu" rehearses both."""
+    rates, locked = device_link.measure(numel, ROUNDS, device)
     report(rates=rates, locked=locked)
-    left = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16)
-    (elapsed_s,) = _shortest_s(lambda: left @ left, device="cuda")
-    report(device_bf16_flops_per_s=2 * MATRIX**3 / elapsed_s)
+    left = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    (elapsed_s,) = _shortest_s(lambda: left @ left, device=device)
+    report(device_bf16_flops_per_s=2 * side**3 / elapsed_s)
 
 
 def attention() -> None:

@@ -2,7 +2,9 @@
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from superoffload.planning import child, nvidia
@@ -33,7 +35,26 @@ def devices(around: Surroundings) -> Iterator[Finding]:
             "$ sudo dmesg | grep -i -E 'nvrm|nvidia'",
         )
         return
+    if not rows and hidden is None and (present := undriven(around.root)):
+        yield Finding(
+            name="devices",
+            looked_at="/sys/bus/pci/devices, nvidia-smi",
+            found=f"{present} from NVIDIA, but no driver: runs would use the CPU",
+            verdict="broken",
+            fix="Install the driver. In a container, start it with --gpus all.",
+        )
+        return
     yield devices_finding(around.machine, around.ranks, hidden, rows[0].driver if rows else "")
+
+
+def undriven(root: Path) -> int:
+    """Return the number of NVIDIA's display and 3D controllers on the PCI bus."""
+    count = 0
+    for folder in (root / "sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):
+            vendor, kind = ((folder / name).read_text(encoding="utf-8") for name in ("vendor", "class"))
+            count += vendor.strip() == "0x10de" and kind.startswith("0x03")
+    return count
 
 
 def devices_finding(machine: Machine, ranks: int, visible: str | None, driver: str) -> Finding:

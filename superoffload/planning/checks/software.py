@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from superoffload.planning import child, nvidia
 from superoffload.planning.finding import Finding, Surroundings
 
+DRIVER, TOOLKIT = r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", r"release (\d+\.\d+)"  # nvidia-smi, nvcc
 SHOWN = ("torch", "deepspeed", "transformers")
 _PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
@@ -107,9 +108,9 @@ def cuda(around: Surroundings) -> Iterator[Finding]:
         return
     driver = toolkit = None
     if around.has_devices and nvidia.is_installed():
-        driver = release(nvidia.run("nvidia-smi"), r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)")
+        driver = release(nvidia.run("nvidia-smi"), DRIVER)
     if shutil.which("nvcc"):
-        toolkit = release(nvidia.run("nvcc", "--version"), r"release (\d+\.\d+)")
+        toolkit = release(nvidia.run("nvcc", "--version"), TOOLKIT)
     versions = Cuda(
         torch=torch.version.cuda,
         driver=driver,
