@@ -15,6 +15,7 @@ PREFIX = "RESULT "
 TIMEOUT_S = 900.0
 """Compiling all operators takes two minutes on slow cores, and waiting for the lock of a killed build three."""
 
+_COMMAND = (sys.executable, "-P", "-m", MODULE)
 _IMPORT_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -36,7 +37,7 @@ def run(part: str, environment: Mapping[str, str] | None = None, timeout_s: floa
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
     # A session of its own, so that a compiler that hangs ends with it.
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", MODULE, part],
+        [*_COMMAND, part],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=variables, start_new_session=True,
     )  # fmt: skip

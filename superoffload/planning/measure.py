@@ -13,7 +13,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from superoffload.errors import first_line
-from superoffload.model import attention as kernels
 from superoffload.offload import operators
 from superoffload.offload.worker import fused
 from superoffload.planning import link as device_link
@@ -104,6 +103,8 @@ def attention() -> None:
         importlib.import_module("flash_attn")
     except Exception as error:  # noqa: BLE001  an ImportError of its library, or whatever it raises
         report(flash=first_line(error))
+    from superoffload.model import attention as kernels  # imports transformers, which the other parts do not need
+
     report(varlen=kernels.problem_of_varlen(128, torch.bfloat16))
 
 

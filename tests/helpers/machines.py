@@ -1,5 +1,6 @@
 """Machines for tests: files of /proc and /sys that the planning code reads, and what commands print."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from superoffload.planning.finding import GIB, Surroundings
@@ -103,7 +104,9 @@ def machine(
     )
 
 
-def around(root: Path, *devices: Device, ranks: int = 1, quick: bool = False, **environment: str) -> Surroundings:
+def around(
+    root: Path, *devices: Device, ranks: int = 1, quick: bool = False, environment: Mapping[str, str] | None = None
+) -> Surroundings:
     """Return surroundings whose files are below `root`, which is the output folder too."""
     return Surroundings(
         machine=machine(devices),
@@ -111,5 +114,5 @@ def around(root: Path, *devices: Device, ranks: int = 1, quick: bool = False, **
         output_dir=root,
         quick=quick,
         root=root,
-        environment=environment,
+        environment=environment or {},
     )

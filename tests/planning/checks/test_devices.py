@@ -63,7 +63,7 @@ def test_a_device_without_a_driver_is_broken(
     machines.put(tmp_path, "sys/bus/pci/devices/0000:3b:00.0/vendor", f"{vendor}\n")
     machines.put(tmp_path, "sys/bus/pci/devices/0000:3b:00.0/class", f"{kind}\n")
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    (found,) = devices.devices(machines.around(tmp_path, **environment))  # type: ignore[arg-type]
+    (found,) = devices.devices(machines.around(tmp_path, environment=environment))
     assert found.verdict == verdict
 
 
