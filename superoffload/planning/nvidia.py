@@ -113,7 +113,7 @@ def _has_device_files() -> bool:
 
 def _by_torch() -> list[Row]:
     """Ask torch, in a process of its own, whose contexts on the devices end with it."""
-    return parse(run(sys.executable, "-c", _BY_TORCH, timeout_s=120.0))
+    return parse(run(sys.executable, "-P", "-c", _BY_TORCH, timeout_s=120.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

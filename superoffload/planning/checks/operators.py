@@ -1,7 +1,7 @@
 """Compiled operators: the compiler, whether each operator builds and loads now, and how fast Adam is."""
 
-import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -68,7 +68,14 @@ def operators(around: Surroundings) -> Iterator[Finding]:
         return
     outcome = child.run("adam", {"OMP_NUM_THREADS": str(around.machine.cores)})
     if outcome.failure:
-        raise RuntimeError(outcome.failure)
+        yield Finding(
+            name="Adam",
+            looked_at="one timed step",
+            found=f"fails: {outcome.failure}",
+            verdict="broken",
+            fix=_fix(outcome.failure, "cpu_adam"),
+        )
+        return
     around.measured.update(outcome.merged())
     yield adam_finding(around.measured, around.machine.cores)
 
@@ -80,7 +87,7 @@ def operator_findings(outcome: Outcome, looked_at: str) -> Iterator[Finding]:
     if outcome.failure and not set(started) - set(ended):
         raise RuntimeError(outcome.failure)
     for name in started:
-        error = ended[name] if name in ended else f"the process was {outcome.failure}"
+        error = ended[name] if name in ended else f"its process ended: {outcome.failure}"
         if error is None:
             yield Finding(name="operator", looked_at=looked_at, found=f"{name} builds and loads", verdict="good")
             continue
@@ -107,18 +114,11 @@ def _fix(error: str, name: str) -> str:
     if "Python.h" in error:
         return "Install the headers of Python:\n$ sudo apt-get install python3-dev"
     if "SIGILL" in error:
-        return "It was compiled for another processor; remove it, and it is compiled again:\n" + (
-            f'$ rm -r "{_folder(name)}"'
-        )
+        from superoffload.offload import operators as compiled
+
+        folder = shlex.quote(str(compiled.folder() / name))
+        return f"It was compiled for another processor; remove it, and it is compiled again:\n$ rm -r {folder}"
     return "The compiler's whole output:\n" + f"$ {sys.executable} -m {child.MODULE} operators"
-
-
-def _folder(name: str) -> str:
-    """Return the folder of an operator, as a run would choose it."""
-    from superoffload.offload import operators as compiled
-
-    compiled.prepare()
-    return str(Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name)
 
 
 def adam_finding(measured: Mapping[str, float], cores: int) -> Finding:

@@ -4,7 +4,7 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -18,12 +18,13 @@ from superoffload.planning.finding import Finding, Surroundings
 
 DRIVER, TOOLKIT = r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", r"release (\d+\.\d+)"  # nvidia-smi, nvcc
 SHOWN = ("torch", "deepspeed", "transformers")
-_PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
+_CHECKOUT = Path(__file__).resolve().parents[3]
+_PYPROJECT, _CONSTRAINTS = _CHECKOUT / "pyproject.toml", _CHECKOUT / "scripts/constraints.txt"
 
 
 def versions(_: Surroundings) -> Iterator[Finding]:
     """Check the installed packages against what this one requires, and DeepSpeed against the tested versions."""
-    yield versions_finding(requirements(), installed_version)
+    yield versions_finding(requirements(), installed_version, tested_versions())
     yield deepspeed_finding()
 
 
@@ -45,7 +46,15 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def versions_finding(needs: Sequence[Requirement], version_of: Callable[[str], str | None]) -> Finding:
+def tested_versions(constraints: Path = _CONSTRAINTS) -> dict[str, str]:
+    """Return the versions that a checkout is tested with, by package; empty outside a checkout."""
+    lines = constraints.read_text(encoding="utf-8").splitlines() if constraints.is_file() else []
+    return {name: version for name, equal, version in (line.partition("==") for line in lines) if equal}
+
+
+def versions_finding(
+    needs: Sequence[Requirement], version_of: Callable[[str], str | None], tested: Mapping[str, str]
+) -> Finding:
     """Judge installed versions: broken if a package is missing or outside its range."""
     wrong = []
     for need in needs:
@@ -55,7 +64,7 @@ def versions_finding(needs: Sequence[Requirement], version_of: Callable[[str], s
         elif not need.specifier.contains(version, prereleases=True):
             wrong.append((f"{need.name} is {version}, needs {need.specifier}", need))
     python = ".".join(map(str, sys.version_info[:3]))
-    good = ", ".join([f"Python {python}", *(f"{name} {version_of(name)}" for name in SHOWN)])
+    good = ", ".join([f"Python {python}", *(_with_tested(name, version_of(name), tested.get(name)) for name in SHOWN)])
     packages = " ".join(f"'{need.name}{need.specifier}'" for _, need in wrong)
     return Finding(
         name="versions",
@@ -64,6 +73,12 @@ def versions_finding(needs: Sequence[Requirement], version_of: Callable[[str], s
         verdict="broken" if wrong else "good",
         fix=f"$ {sys.executable} -m pip install {packages}" if wrong else "",
     )
+
+
+def _with_tested(name: str, version: str | None, tested: str | None) -> str:
+    """Return a package's version, and the tested one if it is another; builds of torch (+cpu) do not differ."""
+    same = tested is None or (version or "").partition("+")[0] == tested.partition("+")[0]
+    return f"{name} {version}" if same else f"{name} {version} (tested: {tested})"
 
 
 def deepspeed_finding() -> Finding:

@@ -87,10 +87,10 @@ def test_an_operator_that_kills_the_process_is_broken() -> None:
     (found,) = judge({"started": "cpu_adam"}, failure="killed by SIGILL")
     assert (found.verdict, found.found) == (
         "broken",
-        "cpu_adam fails, so runs cannot start: the process was killed by SIGILL",
+        "cpu_adam fails, so runs cannot start: its process ended: killed by SIGILL",
     )
     assert "another processor" in found.fix
-    assert found.fix.endswith('/cpu_adam"')
+    assert found.fix.endswith("/cpu_adam")
 
 
 @pytest.mark.unit
@@ -116,6 +116,19 @@ def test_nothing_is_measured_with_quick_or_without_adam(tmp_path: Path, monkeypa
     outcome = Outcome(results=[{"started": "cpu_adam"}, {"operator": "cpu_adam", "error": "no"}], failure=None)
     monkeypatch.setattr(child, "run", lambda part: outcome)
     assert [line.verdict for line in operators.operators(machines.around(tmp_path))] == ["broken", "skipped"]
+
+
+@pytest.mark.unit
+def test_a_step_of_adam_that_fails_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator of another processor may load, and fail at its first instruction."""
+    built = Outcome(results=[{"started": "cpu_adam"}, {"operator": "cpu_adam", "error": None}], failure=None)
+    outcomes = {"operators": built, "adam": Outcome(results=[], failure="killed by SIGILL")}
+    monkeypatch.setattr(child, "run", lambda part, environment=None: outcomes[part])
+    around = machines.around(tmp_path)
+    found = list(operators.operators(around))
+    assert [(line.name, line.verdict) for line in found] == [("operator", "good"), ("Adam", "broken")]
+    assert "$ rm -r " in found[1].fix
+    assert around.measured == {}
 
 
 def test_a_compiler_that_fails_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

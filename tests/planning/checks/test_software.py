@@ -27,7 +27,7 @@ NEEDS = [Requirement("torch>=2.8"), Requirement("deepspeed>=0.19.8,<0.20")]
 )
 def test_versions(torch: str | None, deepspeed: str | None, text: str, packages: str | None) -> None:
     versions = {"torch": torch, "deepspeed": deepspeed}
-    found = software.versions_finding(NEEDS, versions.get)
+    found = software.versions_finding(NEEDS, versions.get, {})
     assert found.verdict == ("broken" if packages else "good")
     assert text in found.found
     assert found.fix == (f"$ {sys.executable} -m pip install {packages}" if packages else "")
@@ -40,6 +40,15 @@ def test_the_requirements_are_those_of_the_project(tmp_path: Path) -> None:
     installed = {need.name for need in software.requirements(tmp_path / "pyproject.toml")}  # not a checkout
     assert {"torch", "deepspeed", "transformers"} <= installed
     assert "pytest" not in installed
+
+
+def test_the_tested_versions_are_shown_beside_others() -> None:
+    tested = software.tested_versions()
+    assert set(software.SHOWN) <= set(tested)
+    installed = {"torch": f"{tested['torch']}+cu130", "deepspeed": "0.19.9", "transformers": tested["transformers"]}
+    found = software.versions_finding(NEEDS, installed.get, tested)
+    assert f"torch {tested['torch']}+cu130, deepspeed 0.19.9 (tested: {tested['deepspeed']})," in found.found
+    assert found.found.count("tested") == 1
 
 
 def test_this_environment_is_good(tmp_path: Path) -> None:
