@@ -73,6 +73,13 @@ def test_in_a_container_the_mounted_group_is_its_own(tmp_path: Path) -> None:
     assert machine.look(root=tmp_path, devices=()).host_bytes == 16 * GIB
 
 
+def test_a_group_inside_a_container_counts_too(tmp_path: Path) -> None:
+    machines.with_cgroup_v1(tmp_path, mount_root="/docker/abc", own="/docker/abc/job")
+    machines.v1_memory(tmp_path, "job", limit=8 * GIB, usage=GIB)
+    machines.v1_memory(tmp_path, "", limit=16 * GIB, usage=GIB)
+    assert machine.look(root=tmp_path, devices=()).host_bytes == 8 * GIB
+
+
 def test_a_limit_above_physical_memory_is_none(tmp_path: Path) -> None:
     machines.with_cgroup_v1(tmp_path)
     machines.v1_memory(tmp_path, "docker/abc", limit=500 * GIB, usage=GIB)

@@ -132,6 +132,24 @@ def test_an_open_file_is_not_left_over(tmp_path: Path) -> None:
     assert memory.find_leftovers(tmp_path) == []
 
 
+def test_a_descriptor_that_closes_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shm(tmp_path, "torch_open")
+    machines.put(tmp_path, "proc/7/maps", "")
+    (tmp_path / "proc/7/fd").mkdir()
+    for number in (4, 5):
+        (tmp_path / f"proc/7/fd/{number}").symlink_to("/dev/shm/torch_open")
+    answers = iter([FileNotFoundError(), "/dev/shm/torch_open"])
+
+    def readlink(path: Path) -> str:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    assert memory.find_leftovers(tmp_path) == []
+
+
 def test_a_file_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its processes cannot be seen."""
     shm(tmp_path, "deepspeed_theirs")
