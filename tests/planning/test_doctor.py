@@ -214,3 +214,40 @@ def test_help_imports_no_large_library() -> None:
     )
     assert result.stdout.strip() == "[]"
     assert storage.WRITTEN_BYTES >= 64 * 2**20
+
+
+def test_a_machine_with_devices_is_read_by_every_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that lists two devices, and this environment's torch, which is built for the CPU."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f"""#!/bin/sh
+case "$*" in
+    *memory.total*) cat <<'END'
+{machines.SMI}END
+    ;;
+    *pci.bus_id*) printf 'GPU-aaaa1111-0000, 00000000:3B:00.0\\nGPU-bbbb2222-0000, 00000000:5E:00.0\\n' ;;
+    "") echo '| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4 |' ;;
+    *) exit 6 ;;
+esac
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.version.cuda", None)  # whatever torch is installed
+    checks = {name: doctor.CHECKS[name] for name in ("devices", "CUDA", "cores", "device link", "locked memory")}
+    around = doctor.surroundings(None, tmp_path, quick=True)
+    found = {line.name: line for line in doctor.examine(around, checks)}
+    assert around.ranks == 2
+    assert (
+        found["devices"].verdict,
+        "other processes use some memory: 19.5 GiB free on 1" in found["devices"].found,
+    ) == (
+        "slow",
+        True,
+    )
+    assert found["CUDA"].found.startswith("torch without CUDA, driver up to 12.4, nvcc ")
+    assert found["CUDA"].verdict == "broken"
+    assert found["device locality"].verdict in ("good", "unknown", "slow")
+    assert found["device link"].verdict == "skipped"
+    assert all(line.looked_at for line in found.values()), "a check has failed"
