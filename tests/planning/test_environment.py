@@ -20,6 +20,7 @@ def test_secrets_are_named_and_not_shown() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": "0,1",
         "HOME": "/home/ada",
+        "WANDB_HTTP_HEADERS": "secret6",
         "AWS_SECRET_ACCESS_KEY": "secret5",
     }
     shown = environment.variables(given)
@@ -30,6 +31,7 @@ def test_secrets_are_named_and_not_shown() -> None:
         "NCCL_DEBUG": "INFO",
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_API_KEY": "set, not shown",
+        "WANDB_HTTP_HEADERS": "set, not shown",
     }
     assert "secret" not in str(shown)
 
