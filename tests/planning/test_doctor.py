@@ -97,6 +97,18 @@ def test_only_what_is_broken_gives_status_1(
 
 
 @pytest.mark.unit
+def test_ctrl_c_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "surroundings", interrupted)
+    monkeypatch.setattr(sys, "argv", ["superoffload", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert ended.value.code == 130
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize("missing", [None, *FULL])
 def test_rates_are_saved_if_all_of_the_hosts_were_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str | None
