@@ -1,11 +1,12 @@
-"""Check a name on the Hugging Face hub with one request, before a library retries for half a minute."""
+"""Check a name, or the hub itself, with one request, before a library retries for half a minute."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
 from superoffload.errors import UserError, first_line
 
@@ -46,3 +47,35 @@ def explain(error: BaseException, kind: str) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "neither a local path nor cached, and HF_HUB_OFFLINE disables access to the hub; unset it"
     return "not a local path, and the hub cannot be reached; check the network, or use a local path"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the hub said: its address, whether a token is stored, the account it belongs to, and what went wrong."""
+
+    endpoint: str
+    has_token: bool
+    account: str | None
+    problem: str | None
+
+
+def is_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE disables access to the hub."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def who_am_i(timeout_s: float) -> Answer:
+    """Ask the hub once who is logged in. Never raises for what the network or the hub does."""
+    has_token = huggingface_hub.get_token() is not None
+    account = problem = None
+    try:
+        response = get_session().get(
+            f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(), timeout=timeout_s
+        )
+        if response.status_code == 200:
+            account = str(response.json().get("name"))
+        elif response.status_code != 401:  # without a valid token
+            problem = f"it answered with status {response.status_code}"
+    except (errors.HTTPError, OSError, ValueError) as error:
+        problem = first_line(error)
+    return Answer(endpoint=constants.ENDPOINT, has_token=has_token, account=account, problem=problem)

@@ -41,6 +41,7 @@ ROWS: list[Row] = [
     [{"model"}, {"checkpoint"}],
     [{"export"}],
     [{"training"}, {"tiny"}],
+    [{"planning"}],
     [{"commands"}, {"finetune_zero3"}],
 ]
 # SuperOffload is a package of its own: it imports nothing from its parent, and has an order of its own.
@@ -58,6 +59,7 @@ LIBRARIES: dict[str, set[str]] = {
         "model.attention", "model.load", "model.vocabulary",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save", "checkpoint.trust",
         "training.engine",
+        "planning.measure",
         "offload.install", "offload.zero3",
     },
     "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.weights"},
@@ -73,6 +75,7 @@ LIBRARIES: dict[str, set[str]] = {
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
         "tiny",
+        "planning.checks.software", "planning.environment", "planning.link", "planning.machine", "planning.measure",
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.binding",
         "offload.trainer.first_touch", "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },

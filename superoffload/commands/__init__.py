@@ -5,13 +5,13 @@ import sys
 import click
 
 from superoffload import cli
-from superoffload.commands import convert, export, preview, tiny
+from superoffload.commands import convert, doctor, env, export, preview, tiny
 from superoffload.errors import UserError
 
 
 @click.group(
     context_settings={"max_content_width": 110},
-    commands=[preview.command, convert.command, export.command, tiny.command],
+    commands=[preview.command, convert.command, export.command, doctor.command, env.command, tiny.command],
     help="Tools used before and after a run of finetune_zero3.py.",
 )
 def group() -> None:
@@ -26,4 +26,6 @@ def main() -> None:
         status = cli.report(UserError(" ".join(error.format_message().split())))
     except UserError as error:
         status = cli.report(error)
+    except click.Abort:  # Ctrl-C
+        status = 130
     sys.exit(status if isinstance(status, int) else 0)

@@ -69,14 +69,21 @@ def choose(settings: ModelSettings, config: Any, ds_config: DsConfig, packs: boo
 
 
 def _problem_of_varlen(config: Any, ds_config: DsConfig) -> str | None:
-    """Try torch's kernel on two small packs, forward and backward; return why it cannot be used, None if it can."""
-    if varlen_attn is None or not PARAMETERS <= _parameters(varlen_attn):
-        return f"torch {torch.__version__} has no varlen_attn with {', '.join(sorted(PARAMETERS))}"
+    """Return why torch's kernel cannot be used for a model, None if it can."""
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return problem_of_varlen(size, getattr(torch, dtype_name(ds_config)))
+
+
+def problem_of_varlen(size: int, dtype: torch.dtype) -> str | None:
+    """Try torch's kernel on two small packs, forward and backward; return why it cannot be used, None if it can.
+
+    `size` is that of a head.
+    """
+    if varlen_attn is None or not PARAMETERS <= _parameters(varlen_attn):
+        return f"torch {torch.__version__} has no varlen_attn with {', '.join(sorted(PARAMETERS))}"
     if _refuses_heads(size):
         return f"torch's varlen_attn does not take heads of {size}"
-    dtype = getattr(torch, dtype_name(ds_config))
     try:
         distance = max(distance_from_sdpa(size, dtype, window) for window in (None, TRIAL_WINDOW))
     except (RuntimeError, ValueError, TypeError) as error:

@@ -54,7 +54,7 @@ def installed(settings: OffloadSettings | None = None) -> Iterator[None]:
 
 def _builder(stock: Callable[..., Any], settings: OffloadSettings | None) -> Callable[..., Any]:
     def build(module: torch.nn.Module, init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        problem = _problem_of_arguments(init_optimizer, kwargs) or _environment_problem()
+        problem = _problem_of_arguments(init_optimizer, kwargs) or environment_problem()
         if problem is None:
             from .zero3.optimizer import SharedMemorySuperOffload  # only in a supported environment
 
@@ -112,8 +112,8 @@ def _autocasts_to_fp16(ds_config: Mapping[str, Any]) -> bool:
     return bool(autocast.get("enabled")) and dtype in ("float16", "half", "fp16")
 
 
-def _environment_problem() -> str | None:
-    """Check the operating system and the installed DeepSpeed."""
+def environment_problem() -> str | None:
+    """Check the operating system and the installed DeepSpeed; return what is wrong with it, None if nothing is."""
     if not hasattr(os, "memfd_create") or not hasattr(os, "sched_setaffinity"):
         return "an operating system without memfd_create (Linux is needed)"
     if _version(deepspeed.__version__) < contract.FIRST_SUPPORTED:

@@ -40,8 +40,13 @@ def prepare() -> None:
     programs = str(Path(sys.executable).parent)
     if programs not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = programs + os.pathsep + os.environ["PATH"]
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / environment_key()))
-    clear_abandoned_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder()))
+    clear_abandoned_locks(folder())
+
+
+def folder() -> Path:
+    """Return the folder of this environment's operators."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(get_default_build_root()) / environment_key()))
 
 
 def environment_key() -> str:

@@ -45,18 +45,31 @@ class _Update(ctypes.Structure):
     )
 
 
+def load(verbose: bool = False) -> str:
+    """Compile the kernel unless it is already compiled, and return its path. Raises what the compiler's failure is."""
+    from torch.utils.cpp_extension import load as compile_and_load
+
+    return str(
+        compile_and_load(
+            FUSED,
+            [str(_SOURCE)],
+            extra_cflags=_FLAGS,
+            extra_ldflags=["-fopenmp"],
+            is_python_module=False,
+            verbose=verbose,
+        )
+    )
+
+
 def build() -> str | None:
     """Compile the kernel unless it is already compiled, and return its path; if it fails, warn and return None."""
-    from torch.utils.cpp_extension import load
-
     try:
         with compiled(FUSED):
-            path = load(FUSED, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False)
+            return load()
     except (RuntimeError, OSError, ImportError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         _log.warning("The fused kernel cannot be compiled (%s); speculation takes a little longer", why)
         return None
-    return str(path)
 
 
 class FusedSpeculation:
