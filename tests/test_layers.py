@@ -41,6 +41,7 @@ ROWS: list[Row] = [
     [{"model"}, {"checkpoint"}],
     [{"export"}],
     [{"training"}, {"tiny"}],
+    [{"planning"}],
     [{"commands"}, {"finetune_zero3"}],
 ]
 # SuperOffload is a package of its own: it imports nothing from its parent, and has an order of its own.

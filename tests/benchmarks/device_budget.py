@@ -93,7 +93,7 @@ def make_model(name: str) -> Model:
     import torch
     import transformers
 
-    from superoffload.training.engine import parameter_groups
+    from superoffload.model.parameter_groups import parameter_groups
 
     kind, shape = SHAPES[name]
     config = transformers.AutoConfig.for_model(kind, **shape)

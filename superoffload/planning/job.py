@@ -1,0 +1,68 @@
+"""What the settings of a run say about its memory and its time."""
+
+from dataclasses import dataclass
+
+from superoffload.config import Config
+from superoffload.ds_config import DsConfig, has_bf16_state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The settings that memory and time depend on.
+
+    mode: `superoffload` or `zerooffload`. ranks: of the whole job; ranks_per_node: of one machine.
+    batch: rows or packs per rank and micro-batch; length: tokens per row or pack, at most.
+    ratio: share of the optimizer's sub-groups on the host. sub_group, bucket: in elements.
+    saves: a checkpoint is written; kept: how many complete ones are kept.
+    """
+
+    mode: str
+    ranks: int
+    ranks_per_node: int
+    batch: int
+    length: int
+    accumulation: int
+    ratio: float
+    sub_group: int
+    bucket: int
+    recompute: bool
+    chunked_loss: bool
+    eager: bool
+    bf16_state: bool
+    offload_params: bool
+    pin_memory: bool
+    saves: bool
+    kept: int
+    exports: bool
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of one micro-batch on one rank."""
+        return self.batch * self.length
+
+
+def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> Job:
+    """Read a job from the merged settings (`ds_config.merge_flags`)."""
+    zero = ds_config["zero_optimization"]
+    offload = zero["offload_optimizer"]
+    checkpoint = config.checkpoint
+    return Job(
+        mode="superoffload" if offload.get("super_offload") else "zerooffload",
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        batch=config.training.batch_size,
+        length=config.data.max_length,
+        accumulation=config.training.gradient_accumulation_steps,
+        ratio=offload["ratio"],
+        sub_group=zero["sub_group_size"],
+        bucket=zero["reduce_bucket_size"],
+        recompute=config.model.activation_checkpointing,
+        chunked_loss=config.model.loss_kernel != "plain",
+        eager=config.model.attn_implementation == "eager",
+        bf16_state=has_bf16_state(ds_config),
+        offload_params=config.offload.offload_params,
+        pin_memory=offload.get("pin_memory", False),
+        saves=bool(checkpoint.save_checkpoint or checkpoint.save_steps or checkpoint.save_minutes),
+        kept=checkpoint.keep_checkpoints,
+        exports=checkpoint.export,
+    )
