@@ -37,6 +37,19 @@ class WholeNumber(click.ParamType[int]):
         return int(number) if "e" in str(value).lower() or "." in str(value) else int(value)
 
 
+class NumberOrAuto(click.ParamType[float | str]):
+    """A number, or `auto`."""
+
+    name = "float|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Return the value as a float unless it is `auto`; fail if it is neither."""
+        try:
+            return config.AUTO if value == config.AUTO else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
+
+
 class Command(click.Command):
     """A command of which some flags take several values: `--wandb_tags a b`."""
 
@@ -61,7 +74,9 @@ class GroupedCommand(Command):
 
 def option(spec: Field[Any]) -> click.Option:
     """Build the click option of a setting."""
-    kinds: dict[Any, Any] = {int: WholeNumber(), float: float, bool: bool, tuple[float, ...]: float}
+    kinds: dict[Any, Any] = {
+        int: WholeNumber(), float: float, config.NumberOrAuto: NumberOrAuto(), bool: bool, tuple[float, ...]: float
+    }  # fmt: skip
     kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
     required = spec.default is MISSING
@@ -150,7 +165,7 @@ def parse(argv: Sequence[str]) -> config.Config:
 def run(main: Callable[[config.Config], int]) -> NoReturn:
     """Call `main` with the settings on the command line, and end the process with the status that it returns.
 
-    A `UserError` is one line and status 2, any other error a traceback and status 1.
+    A `UserError` is one line and its own status, usually 2, any other error a traceback and status 1.
     """
     try:
         launcher.adopt_scheduler()
@@ -164,7 +179,7 @@ def run(main: Callable[[config.Config], int]) -> NoReturn:
 
 
 def report(error: UserError) -> int:
-    """Print `Error: ...` on stderr; return the exit status, 2.
+    """Print `Error: ...` on stderr; return the exit status, that of the error.
 
     Usually every rank raises the same error, and rank 0 reports it for all. The other ranks wait for the launcher to
     terminate them; they report the error themselves only if that does not happen, that is, if rank 0 had no error.
@@ -174,7 +189,7 @@ def report(error: UserError) -> int:
     if rank:
         time.sleep(SILENT_RANK_PATIENCE_S)
     sys.stderr.write(f"{prefix}Error: {error}\n")
-    return 2
+    return error.status
 
 
 def leave(status: int) -> NoReturn:

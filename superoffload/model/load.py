@@ -1,6 +1,7 @@
 """Load the model: check its configuration, shard its weights as they load, set leaf modules."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,27 @@ def load_whole(folder: Path) -> tuple[Model, Tokenizer]:
     return model.eval(), load_tokenizer(str(folder))
 
 
-def check_fit(settings: ModelSettings, config: Any, max_length: int) -> None:
-    """Raise `UserError` if `--leaf_module` or `--max_length` does not fit the model; reads no weights."""
-    skeleton = architecture.empty_model(config, settings.trust_remote_code)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What is known of a model before its weights are read.
+
+    config: its configuration. skeleton: the model on the meta device; parameters that are not trained are frozen.
+    """
+
+    config: Any
+    skeleton: Model
+
+
+def load_architecture(settings: ModelSettings, max_length: int = 0) -> Architecture:
+    """Read the configuration of the model and build it without weights, which takes seconds.
+
+    Raises `UserError`, also if `--leaf_module` or `--max_length` does not fit the model.
+    """
+    config = load_config(*settings.origin)
+    skeleton = architecture.trained_model(config, settings.trust_remote_code)
     check_leaf_module(settings.leaf_module, skeleton)
     architecture.check_positions(skeleton, max_length)
+    return Architecture(config=config, skeleton=skeleton)
 
 
 def check_leaf_module(requested: str | None, skeleton: Model) -> None:
@@ -67,7 +84,11 @@ def check_leaf_module(requested: str | None, skeleton: Model) -> None:
 
 
 def load_model(
-    settings: ModelSettings, config: Any, ds_config: DsConfig, attention: str | None, embedding_rows: int = 0
+    settings: ModelSettings,
+    described: Architecture,
+    ds_config: DsConfig,
+    attention: str | None,
+    embedding_rows: int = 0,
 ) -> Model:
     """Load the model with each rank holding only its partition (collective), ready for ZeRO-3.
 
@@ -75,16 +96,15 @@ def load_model(
     of `attention.choose`. The embedding and the output layer get `embedding_rows` rows, if they have fewer. Raises
     `UserError` if weights are missing, damaged or not finite, or the architecture is unknown.
     """
-    skeleton = architecture.empty_model(config, settings.trust_remote_code)
-    unused = architecture.unused_parameters(skeleton)
+    skeleton = described.skeleton
     files = weights.find(settings.model_name, settings.revision)
-    described = weights.describe(settings.model_name, files)
+    tensors = weights.describe(settings.model_name, files)
     options = _options(settings, ds_config, attention)
-    if quantized := quantization.dequantizing(config):
+    if quantized := quantization.dequantizing(described.config):
         options["quantization_config"] = quantized
         logger.info("%s weights are dequantized to %s", quantized.quant_method.upper(), dtype_name(ds_config))
     else:
-        weights.check(settings.model_name, skeleton, described, settings.init_missing)
+        weights.check(settings.model_name, skeleton, tensors, settings.init_missing)
     hide_bars_of_transformers()
     # transformers keeps only a weak reference, so the model holds it for as long as it lives.
     keep_alive = HfDeepSpeedConfig(ds_config)
@@ -100,7 +120,7 @@ def load_model(
     weights.check_finite(settings.model_name, model)
     if embedding_rows:
         vocabulary.grow(model, embedding_rows, ds_config)
-    _freeze(model, unused)
+    _freeze(model, {name for name, parameter in skeleton.named_parameters() if not parameter.requires_grad})
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)

@@ -50,7 +50,7 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
     layout = collate.choose_layout(chosen.data, tokenizer.pad_token_id, False)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(rows, layout, chosen.training, **ranks)
-    model = load.load_model(chosen.model, load.load_config(chosen.model.model_name), merged.ds_config, None)
+    model = load.load_model(chosen.model, load.load_architecture(chosen.model), merged.ds_config, None)
     shape = shape_of(model)
     model_engine = engine.create(model, merged.ds_config, chosen, batches.total_steps)
     isolation.check(model_engine, layout)

@@ -1,0 +1,117 @@
+"""Preflight: compare what a run needs with what there is, before its weights are read; choose the ratio of `auto`."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from superoffload import distributed
+from superoffload.checkpoint.resume import Source
+from superoffload.config import AUTO
+from superoffload.ds_config import Merged, with_offload_ratio
+from superoffload.errors import UserError, first_line
+from superoffload.log import logger
+from superoffload.planning import capacity, job, memory, report, shape
+from superoffload.planning.device import on_device, sub_groups
+from superoffload.planning.forecast import MARGIN, Forecast
+from superoffload.protocols import Model
+
+Found = TypeVar("Found")
+
+RATIO_STEPS = 100
+# What unusual models, files and drivers make the arithmetic raise; not a reason to refuse a run.
+UNKNOWN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def check(merged: Merged, skeleton: Model, checkpoints: Sequence[Source]) -> tuple[Merged, Forecast | None]:
+    """Choose the ratio if it is `auto`, and stop a run that needs clearly more than there is (collective).
+
+    `skeleton` is the model without weights, `checkpoints` those that the run may resume from. Returns the settings and
+    the forecast, None if memory is not known beforehand. Raises `UserError`, on every rank or on none.
+    """
+    name, folder = merged.config.model.model_name, merged.config.output.output_dir
+    own = _attempt(lambda: (capacity.see(folder), shape.of_model(name, skeleton)))
+    found = distributed.all_gather_objects(own)
+    forecast = _attempt(lambda: _forecast(merged, found, checkpoints))
+    if isinstance(forecast, str):
+        logger.warning("Memory is not known beforehand: %s", forecast)
+        return _with_ratio(merged, 1.0, "is not known to fit"), None
+    if merged.config.offload.offload_ratio == AUTO:
+        ratio, why = auto_ratio(forecast, checkpoints[0].manifest["config"] if checkpoints else {})
+        merged = _with_ratio(merged, ratio, why)
+        forecast = _forecast(merged, found, checkpoints)
+    _judge(forecast, stops=merged.config.offload.preflight)
+    return merged, forecast
+
+
+def _attempt(look: Callable[[], Found]) -> Found | str:
+    """Return what `look` returns, or what went wrong: the preflight must not stop a run because of its own error."""
+    try:
+        return look()
+    except UNKNOWN as error:
+        logger.debug("The preflight failed", exc_info=True)
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _forecast(merged: Merged, found: Sequence[Any], checkpoints: Sequence[Source]) -> Forecast:
+    """Compute the forecast from what every rank found; pure, so that all ranks come to the same result."""
+    for problem in found:
+        if isinstance(problem, str):
+            raise LookupError(problem)
+    sights, shapes = zip(*found, strict=True)
+    asked = job.of(merged.config, merged.ds_config, len(sights), capacity.ranks_per_node(sights))
+    return Forecast(
+        shape=shapes[0],
+        job=asked,
+        budget=memory.budget(shapes[0], asked),
+        capacity=capacity.of(sights),
+        resumes=bool(checkpoints),
+    )
+
+
+def auto_ratio(forecast: Forecast, saved: dict[str, Any]) -> tuple[float, str]:
+    """Return the ratio of `--offload_ratio auto`, and why; `saved` holds the settings of the checkpoint, if any.
+
+    It is the smallest whose budget leaves the margin of the device free, in steps that DeepSpeed's count of sub-groups
+    follows exactly. A run keeps the ratio of its checkpoint if that fits, because host and device round differently.
+    """
+    there = forecast.capacity.device
+    if there is None:
+        return 1.0, "there is no GPU"
+    asked = replace(forecast.job, ratio=1.0)
+
+    def fits(ratio: float) -> bool:
+        needed = memory.budget(forecast.shape, replace(asked, ratio=ratio)).device_peak
+        return needed <= there * (1 - MARGIN)
+
+    before = saved.get("offload_ratio")
+    if isinstance(before, float) and fits(before):
+        return before, "as in the checkpoint"
+    ratio = next((step / RATIO_STEPS for step in range(RATIO_STEPS) if fits(step / RATIO_STEPS)), 1.0)
+    chosen = replace(asked, ratio=ratio)
+    count, total = len(on_device(forecast.shape, chosen)), len(sub_groups(forecast.shape, chosen))
+    why = f"{count} of {total} sub-groups on the device"
+    return ratio, f"{why}; the checkpoint was saved with {before}, and rounds differently" if before else why
+
+
+def _with_ratio(merged: Merged, ratio: float, why: str) -> Merged:
+    if merged.config.offload.offload_ratio != AUTO:
+        return merged
+    logger.info("--offload_ratio auto: %s, %s", ratio, why)
+    return with_offload_ratio(merged, ratio)
+
+
+def _judge(forecast: Forecast, *, stops: bool) -> None:
+    """Log the forecast, and raise `UserError` if it is over the capacity and `stops` is true."""
+    over = [need for need in forecast.needs if need.over]
+    line = f"Memory: {', '.join(map(str, forecast.needs))} at the most (host: {forecast.phase})"
+    if not over:
+        tight = any(need.tight for need in forecast.needs)
+        logger.log(logging.WARNING if tight else logging.INFO, "%s%s", line, ": it may not fit" if tight else "")
+        return
+    logger.log(logging.ERROR if stops else logging.WARNING, "%s", report.table(forecast))
+    if stops:
+        raise UserError(
+            f"--model_name {forecast.shape.name}: this run needs more than there is: {', '.join(map(str, over))}; "
+            f"{report.advice(forecast)}, or go on with --no_preflight"
+        )
