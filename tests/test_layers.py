@@ -74,6 +74,7 @@ LIBRARIES: dict[str, set[str]] = {
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
         "tiny",
+        "planning.machine",
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.binding",
         "offload.trainer.first_touch", "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },

@@ -30,6 +30,12 @@ class CoreSplit:
     optimizer: Cores
 
 
+def parse_list(text: str) -> Cores:
+    """Read a kernel's list of cores, such as "0-3,8"."""
+    ranges = [part.partition("-") for part in text.strip().split(",") if part]
+    return tuple(core for first, _, last in ranges for core in range(int(first), int(last or first) + 1))
+
+
 def share_of_rank(seats: Sequence[Seat], rank: int, siblings: Siblings = NO_SIBLINGS) -> Cores:
     """Return the cores that `rank` may use when the ranks of its host share them fairly.
 

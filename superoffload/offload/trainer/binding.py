@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..shared.affinity import Cores, Siblings
+from ..shared.affinity import Cores, Siblings, parse_list
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -71,16 +71,10 @@ def read_siblings(cores: Cores, topology: Path = _TOPOLOGY) -> Siblings:
     for core in cores:
         try:
             text = (topology / f"cpu{core}" / "topology" / "thread_siblings_list").read_text(encoding="utf-8")
-            siblings[core] = _parse_list(text)
+            siblings[core] = parse_list(text)
         except (OSError, ValueError):
             return {}
     return siblings
-
-
-def _parse_list(text: str) -> Cores:
-    """Read a kernel's list of cores, such as "0-3,8"."""
-    ranges = [part.partition("-") for part in text.strip().split(",")]
-    return tuple(core for first, _, last in ranges for core in range(int(first), int(last or first) + 1))
 
 
 def _thread_ids() -> list[int]:
