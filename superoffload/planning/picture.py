@@ -10,7 +10,8 @@ from superoffload.planning.words import GIB, count, gib
 
 COLORS = ("#8fb4dc", "#f5b57a", "#9fd3c7", "#d9c2e9", "#f2d98d", "#b5d99c", "#e8a9a1", "#c9ced6", "#a8d0e6", "#dcc9b6")
 TOTAL_COLOR = "#d9dee3"
-SMALL = 0.03  # of the height of the picture: a part that is too low for its label
+WIDTH = 0.76  # of a bar
+SMALL, SMALLEST = 0.03, 0.006  # of the height: a part with its label beside it, and one without a label
 
 
 def draw(plan: Plan, path: Path | str) -> None:
@@ -57,9 +58,12 @@ def _stack(axes: Any, bars: Mapping[str, Mapping[str, int]], capacity: int | Non
 def _bar(axes: Any, place: int, parts: Mapping[str, int], tallest: float) -> None:
     bottom = 0.0
     for (name, size), color in zip(((n, s / GIB) for n, s in parts.items() if s), COLORS * 2, strict=False):
-        axes.bar(place, size, 0.8, bottom=bottom, color=color if name else TOTAL_COLOR, edgecolor="white")
-        if name and size >= SMALL * tallest:
-            axes.text(place, bottom + size / 2, f"{name} {size:.1f}", ha="center", va="center", fontsize=8)
+        axes.bar(place, size, WIDTH, bottom=bottom, color=color if name else TOTAL_COLOR, edgecolor="white")
+        low = size < SMALL * tallest
+        if name and size >= SMALLEST * tallest:
+            x, side = (place + WIDTH / 2 + 0.02, "left") if low else (place, "center")
+            label = f"{name} {size:.1f}" if size < 100 else f"{name} {size:.0f}"
+            axes.text(x, bottom + size / 2, label, ha=side, va="center", fontsize=7)
         bottom += size
     axes.text(place, bottom, f"{bottom:.1f}", ha="center", va="bottom", weight="bold", fontsize=9,
               bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})  # fmt: skip

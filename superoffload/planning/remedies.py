@@ -107,15 +107,11 @@ LADDERS = (
     Ladder(steps=_more_on_host, saves=DEVICE),
     Ladder(steps=_less_on_host, saves=HOST),
     Ladder(steps=_switch("--loss_kernel chunked", lambda job: not job.chunked_loss, chunked_loss=True), saves=DEVICE),
-    Ladder(
-        steps=_switch("--activation_checkpointing", lambda job: not job.recompute, recompute=True), saves=DEVICE
-    ),
+    Ladder(steps=_switch("--activation_checkpointing", lambda job: not job.recompute, recompute=True), saves=DEVICE),
     Ladder(steps=_batch, saves=DEVICE),
     Ladder(steps=_length, saves=DEVICE),
     Ladder(steps=_switch(ZERO_OFFLOAD, lambda job: job.mode == "superoffload", mode="zerooffload"), saves=HOST),
-    Ladder(
-        steps=_switch("--offload_params", lambda job: not job.offload_params, offload_params=True), saves=DEVICE
-    ),
+    Ladder(steps=_switch("--offload_params", lambda job: not job.offload_params, offload_params=True), saves=DEVICE),
     Ladder(steps=_devices, saves=DEVICE, hardware=True),
     Ladder(steps=_nodes, saves=DEVICE | HOST, hardware=True),
     Ladder(
@@ -159,10 +155,10 @@ class Search:
         A length is a multiple of LENGTH_STEP.
         """
         unit, most = (1, MOST_BATCH) if field == "batch" else (LENGTH_STEP, MOST_LENGTH)
-        return unit * _last(most // unit, lambda n: self.fits(replace(job, **{field: n * unit}))) or None
+        return unit * _last(most // unit, lambda n: self.fits(_with(job, {field: n * unit}))) or None
 
     def _remedy(self, job: Job, *steps: Step) -> Remedy:
-        changed = replace(job, **{key: value for step in steps for key, value in step.changes.items()})
+        changed = _with(job, {key: value for step in steps for key, value in step.changes.items()})
         return Remedy(flags=tuple(step.flag for step in steps), job=changed, budget=budget(self.shape, changed))
 
     def _first(self, ladder: Ladder, job: Job, enough: Callable[[Job], bool]) -> Step | None:
@@ -176,13 +172,13 @@ class Search:
         steps = ladder.steps(job)
 
         def too_little(number: int) -> bool:
-            return bool(ladder.saves & self.missing(replace(job, **steps[number - 1].changes)).keys())
+            return bool(ladder.saves & self.missing(_with(job, steps[number - 1].changes)).keys())
 
         number = _last(len(steps), too_little)
         if number == len(steps):
             return None
         step = steps[number]
-        return step if enough(replace(job, **step.changes)) else None
+        return step if enough(_with(job, step.changes)) else None
 
     def _pairs(self, job: Job, ladders: Sequence[Ladder]) -> Iterator[Remedy]:
         """Yield the pairs of flags that are enough: the second as small as the first's end allows, then the first."""
@@ -198,10 +194,10 @@ class Search:
                     yield pair
 
     def _pair(self, job: Job, first: Ladder, end: Step, second: Ladder) -> Remedy | None:
-        other = self._first(second, replace(job, **end.changes), self.fits)
+        other = self._first(second, _with(job, end.changes), self.fits)
         if other is None:
             return None
-        step = self._first(first, replace(job, **other.changes), self.fits)
+        step = self._first(first, _with(job, other.changes), self.fits)
         return self._remedy(job, step, other) if step else None
 
     def _nearest(self, job: Job) -> Remedy:
@@ -210,6 +206,10 @@ class Search:
         tries = [self._remedy(job, *steps) for steps in [(), *((end,) for end in ends)]]
         tries += [self._remedy(job, one, two) for i, one in enumerate(ends) for two in ends[i + 1 :]]
         return min(tries, key=lambda remedy: sum(self.capacity.missing(remedy.budget).values()))
+
+
+def _with(job: Job, changes: dict[str, Any]) -> Job:
+    return replace(job, **changes)
 
 
 def _last(most: int, holds: Callable[[int], bool]) -> int:

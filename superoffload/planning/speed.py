@@ -99,9 +99,7 @@ def hardware(device: str | None, link: str | None, devices: int, rates: Rates | 
         down=down or kind.rate,
         up=up or kind.rate,
         host_memory=adam * adam_bytes(4)[0] if adam else kind.host_memory * (devices if kind.host_per_device else 1),
-        measured=tuple(
-            name for name, found in (("flops", product), ("copies", down and up), ("adam", adam)) if found
-        ),
+        measured=tuple(name for name, found in (("flops", product), ("copies", down and up), ("adam", adam)) if found),
     )
 
 

@@ -28,7 +28,7 @@ def gib(size: float) -> str:
 def duration(seconds: float) -> str:
     """Write a time with two or three digits, in the unit that suits it."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= size * 1.5 or unit == "s" and seconds >= 1:
+        if seconds >= size * 1.5 or (unit == "s" and seconds >= 1):
             return f"{seconds / size:.{0 if seconds >= 100 * size else 1}f} {unit}"
     return f"{seconds * 1000:.0f} ms"
 
@@ -55,9 +55,7 @@ def lines(plan: Plan, machine: Machine | None, packed: bool, epoch_tokens: float
 
 def _wrap(text: str, indent: int = 0) -> list[str]:
     """Break a sentence into lines; the second and later ones are indented."""
-    return textwrap.wrap(
-        text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )
+    return textwrap.wrap(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _several(number: int, noun: str) -> str:
@@ -124,8 +122,10 @@ def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
     step, job, hardware = plan.step, plan.job, plan.hardware
     tokens = epoch_tokens or 1e6
     per = f"{duration(tokens / step.tokens_per_s)} {'an epoch of' if epoch_tokens else 'per'} {count(tokens)} tokens"
-    share = f"{SHARE_OF_PRODUCT:.0%} of the measured rate" if "flops" in hardware.measured else (
-        f"{SHARE_OF_PEAK:.0%} of the peak of the {hardware.device}"
+    share = (
+        f"{SHARE_OF_PRODUCT:.0%} of the measured rate"
+        if "flops" in hardware.measured
+        else (f"{SHARE_OF_PEAK:.0%} of the peak of the {hardware.device}")
     )
     found = {"copies": f"{LINKS[hardware.link].text}, assumed", "adam": "assumed"}
     found |= dict.fromkeys(set(hardware.measured) & found.keys(), "measured by superoffload doctor")
