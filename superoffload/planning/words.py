@@ -120,23 +120,22 @@ def _deepspeed(plan: Plan) -> Iterator[str]:
 
 def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
     step, job, hardware = plan.step, plan.job, plan.hardware
-    tokens = epoch_tokens or 1e6
-    per = f"{duration(tokens / step.tokens_per_s)} {'an epoch of' if epoch_tokens else 'per'} {count(tokens)} tokens"
-    share = (
-        f"{SHARE_OF_PRODUCT:.0%} of the measured rate"
-        if "flops" in hardware.measured
-        else (f"{SHARE_OF_PEAK:.0%} of the peak of the {hardware.device}")
-    )
+    took = duration((epoch_tokens or 1e6) / step.tokens_per_s)
+    each = f"{took} for an epoch of {count(epoch_tokens)} tokens" if epoch_tokens else f"{took} per million tokens"
+    share = f"{SHARE_OF_PEAK:.0%} of the peak of the {hardware.device}"
+    if "flops" in hardware.measured:
+        share = f"{SHARE_OF_PRODUCT:.0%} of the rate measured by superoffload doctor"
     found = {"copies": f"{LINKS[hardware.link].text}, assumed", "adam": "assumed"}
     found |= dict.fromkeys(set(hardware.measured) & found.keys(), "measured by superoffload doctor")
+    rates = " and ".join(dict.fromkeys(f"{rate / 1e9:.0f}" for rate in (hardware.down, hardware.up)))
     result = [
-        f"A step, estimated, not measured: {duration(step.step_s)}, {step.tokens_per_s:,.0f} tokens/s, {per}",
+        f"Estimated time: {duration(step.step_s)} a step, {step.tokens_per_s:,.0f} tokens/s, {each}",
         f"  computing {duration(step.compute_s)}, at {hardware.flops / 1e12:,.0f} TFLOP/s ({share})",
     ]
     if step.adam_s:
         result += [
-            f"  gradients to the host {duration(step.gradients_s)}, weights back {duration(step.weights_s)}, at "
-            f"{hardware.down / 1e9:.0f} and {hardware.up / 1e9:.0f} GB/s ({found['copies']})",
+            f"  gradients down {duration(step.gradients_s)}, weights up {duration(step.weights_s)}, at {rates} GB/s "
+            f"({found['copies']})",
             f"  Adam on the host {duration(step.adam_s)}, at {hardware.host_memory / 1e9:.0f} GB/s ({found['adam']})",
         ]
     if job.ranks > 1:

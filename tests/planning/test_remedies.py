@@ -146,5 +146,3 @@ def test_an_unknown_capacity_is_not_checked() -> None:
     shape, wanted = recipe("llama-8b")
     assert Capacity(device=None, host=None).missing(budget(shape, wanted)) == {}
     assert set(Capacity(device=0, host=GIB, disk=0).missing(budget(shape, wanted))) == {"device", "host"}
-
-
