@@ -16,26 +16,32 @@ SMALL, SMALLEST = 0.03, 0.006  # of the height: a part with its label beside it,
 
 def draw(plan: Plan, path: Path | str) -> None:
     """Write a picture of a plan as PNG. Raises `UserError` without matplotlib, and if the file cannot be written."""
+    picture = figure(plan)
+    try:
+        picture.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"--plot {path}: cannot be written ({error.strerror})") from error
+
+
+def figure(plan: Plan) -> Any:
+    """Draw a plan as a matplotlib figure. Raises `UserError` without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError('--plot: needs matplotlib; install it with: pip install "superoffload[plots]"') from error
-    figure = Figure(figsize=(11, 6), dpi=120, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    result = Figure(figsize=(11, 6), dpi=120, facecolor="white", layout="constrained")
+    FigureCanvasAgg(result)
     job = plan.job
-    figure.suptitle(
+    result.suptitle(
         f"{plan.shape.name}: {count(plan.shape.parameters)} parameters, {job.mode}, "
         f"{job.ranks} rank{'s' if job.ranks > 1 else ''}, {job.batch} x {job.length} tokens, ratio {job.ratio:g}"
     )
-    left, right = figure.subplots(1, 2, width_ratios=(1, 2.6))
+    left, right = result.subplots(1, 2, width_ratios=(1, 2.6))
     _stack(left, {"peak of\na step": plan.budget.device}, plan.capacity.device, "One device")
     peaks = {phase.replace(" ", "\n"): {"": size} for phase, size in plan.budget.host_peaks.items()}
     _stack(right, {"between\nsteps": plan.budget.host, **peaks}, plan.capacity.host, "Host memory of one machine")
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"--plot {path}: cannot be written ({error.strerror})") from error
+    return result
 
 
 def _stack(axes: Any, bars: Mapping[str, Mapping[str, int]], capacity: int | None, title: str) -> None:

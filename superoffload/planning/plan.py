@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def best_mode(self) -> str:
-        """Return the mode in which a step is shorter; if both take as long, the one that needs less host memory."""
+        """Return the mode in which a step is shorter; if both take as long, DeepSpeed's own."""
         times = {mode: self.steps[mode].step_s for mode in MODES}
         return "superoffload" if times["superoffload"] < 0.97 * times["zerooffload"] else "zerooffload"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from superoffload.planning.job import Job
@@ -133,7 +134,7 @@ class Search:
 
     def missing(self, job: Job) -> dict[str, int]:
         """Return what a job lacks, by place."""
-        return self.capacity.missing(budget(self.shape, job))
+        return self.capacity.missing(_budget(self.shape, job))
 
     def remedies(self, job: Job) -> tuple[tuple[Remedy, ...], Remedy | None]:
         """Return every smallest change that makes a job fit, and the nearest miss if there is none.
@@ -159,7 +160,7 @@ class Search:
 
     def _remedy(self, job: Job, *steps: Step) -> Remedy:
         changed = _with(job, {key: value for step in steps for key, value in step.changes.items()})
-        return Remedy(flags=tuple(step.flag for step in steps), job=changed, budget=budget(self.shape, changed))
+        return Remedy(flags=tuple(step.flag for step in steps), job=changed, budget=_budget(self.shape, changed))
 
     def _first(self, ladder: Ladder, job: Job, enough: Callable[[Job], bool]) -> Step | None:
         """Return the smallest step that is enough, None if there is none.
@@ -206,6 +207,11 @@ class Search:
         tries = [self._remedy(job, *steps) for steps in [(), *((end,) for end in ends)]]
         tries += [self._remedy(job, one, two) for i, one in enumerate(ends) for two in ends[i + 1 :]]
         return min(tries, key=lambda remedy: sum(self.capacity.missing(remedy.budget).values()))
+
+
+@lru_cache(maxsize=10_000)
+def _budget(shape: Shape, job: Job) -> Budget:
+    return budget(shape, job)
 
 
 def _with(job: Job, changes: dict[str, Any]) -> Job:

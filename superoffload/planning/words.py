@@ -152,11 +152,10 @@ def _mode(plan: Plan) -> str:
         return "Mode: either one; no part of the optimizer is on the host"
     if plan.best_mode == "superoffload":
         return f"Mode: superoffload, {against}, because copies and Adam run beside backward and forward"
-    return f"Mode: zerooffload, which needs less host memory; superoffload would take {against}, because " + (
-        "the host is the slower side and superoffload gives it more to do"
-        if plan.steps["superoffload"].step_s > plan.steps["zerooffload"].step_s
-        else "there is little to overlap"
-    )
+    why = "there is little to overlap"
+    if plan.steps["superoffload"].step_s > plan.steps["zerooffload"].step_s:
+        why = "the host is the slower side, and superoffload gives it more to do"
+    return f"Mode: zerooffload is enough: superoffload would take {against}, because {why}"
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -172,7 +171,7 @@ def _verdict(plan: Plan) -> list[str]:
     result += _wrap(f"IT FITS: {text} to spare")
     if any(left < CLOSE * most for left, most in spare.values()):
         result += _wrap(f"  That is close: the arithmetic is no more exact than about {CLOSE:.0%}", 2)
-    if plan.largest_batch and plan.largest_length:
+    if capacity.device is not None and plan.largest_batch and plan.largest_length:
         result += _wrap(f"The most that fits: --batch_size {plan.largest_batch}, or --max_length {plan.largest_length}")
     return result
 

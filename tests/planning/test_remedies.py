@@ -33,6 +33,7 @@ CASES: list[tuple[str, dict[str, Any], float, float, float]] = [
     ("llama-8b", {"recompute": False, "chunked_loss": False, "batch": 16}, 0.15, 1.3, 2),
     ("llama-8b", {"saves": True, "kept": 5}, 2, 2, 0.7),
     ("llama-8b", {"mode": "zerooffload", "ratio": 1.0}, 2, 0.8, 2),
+    ("llama-8b", {"accumulation": 4}, 2, 0.97, 2),
     ("gpt-oss-20b", {}, 0.3, 2, 2),
     ("qwen3-30b-a3b", {}, 0.6, 1.2, 2),
     ("seed-oss-36b", {}, 0.8, 0.8, 2),
