@@ -20,7 +20,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(999, "999"), (5e6, "5 million"), (8_030_261_248, "8.03 billion"), (70_553_706_496, "70.6 billion")],
+    [(999, "999"), (5e6, "5 million"), (70_553_706_496, "70.6 billion")],
 )
 def test_counts(number: float, text: str) -> None:
     assert words.count(number) == text
