@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import ceil, floor
 from typing import Any
 
 from superoffload.planning.job import Job
@@ -65,11 +66,11 @@ def _switch(flag: str, possible: Callable[[Job], bool], **changes: Any) -> Calla
 
 
 def _more_on_host(job: Job) -> list[Step]:
-    return [_ratio(percent) for percent in range(int(job.ratio * 100 + 1e-6) + 1, 101)]
+    return [_ratio(percent) for percent in range(floor(job.ratio * 100 + 1e-6) + 1, 101)]
 
 
 def _less_on_host(job: Job) -> list[Step]:
-    return [_ratio(percent) for percent in range(-int(-job.ratio * 100 + 1e-6) - 1, -1, -1)]
+    return [_ratio(percent) for percent in range(ceil(job.ratio * 100 - 1e-6) - 1, -1, -1)]
 
 
 def _ratio(percent: int) -> Step:

@@ -2,20 +2,23 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from superoffload import ds_config
+from superoffload import cli, ds_config
 from superoffload.commands import group
 from superoffload.errors import UserError
-from superoffload.planning import machine, recipes, words
+from superoffload.planning import job, machine, recipes, speed, words
 from superoffload.planning.machine import Device, Machine, Rates
-from tests.helpers.planning import recipe
 from tests.helpers.ranks import REPOSITORY
+from tests.helpers.recipes import call, script_of
+from tests.helpers.recipes import stand_in as stand_in
 
 Capture = pytest.CaptureFixture[str]
 GIB = 2**30
@@ -57,7 +60,7 @@ def as_json(capsys: Capture, *arguments: str) -> dict[str, Any]:
 def test_the_page_is_calm(capsys: Capture, name: str, memory: str) -> None:
     status = plan("--recipe", name, "--gpu_memory", memory, "--host_memory", "2TiB", "--tokens", "5e6", "--nodes", "2")
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if len(line) > words.COLUMNS] == []
+    assert [line for line in out.splitlines() if len(line) > 80] == []
     assert ("IT FITS" in out) == (status == 0)
     assert ("IT DOES NOT FIT" in out) == (status == 1)
     for part in ("weights", "optimizer", "masters", "moments", "peak", "capacity", "resuming", "Disk", "tokens/s",
@@ -65,13 +68,28 @@ def test_the_page_is_calm(capsys: Capture, name: str, memory: str) -> None:
         assert part in " ".join(out.split()), part
 
 
+@pytest.mark.parametrize("mode", ["superoffload", "zerooffload"])
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_is_planned_as_its_script_runs_it(capsys: Capture, stand_in: Path, name: str, mode: str) -> None:
+    result = call(script_of(name), stand_in, mode, DRY_RUN="1")
+    settings = cli.parse(shlex.split(result.stdout.splitlines()[-1].partition("finetune_zero3.py ")[2]))
+    ranks = recipes.devices(name)
+    merged = ds_config.merge_flags(ds_config.read_ds_config(settings), settings, ranks)
+    found = as_json(capsys, "--recipe", name, "--deepspeed_config", f"configs/{mode}.json", *BIG)
+    assert found["job"] == asdict(job.of(merged.config, merged.ds_config, ranks, ranks))
+    assert found["model"]["name"] == name
+
+
 @pytest.mark.unit
-def test_a_recipe_is_that_of_the_scripts(capsys: Capture) -> None:
-    for name in recipes.names():
-        found = as_json(capsys, "--recipe", name, *BIG)
-        _, wanted = recipe(name)
-        assert found["job"] == {key: getattr(wanted, key) for key in found["job"]}
-        assert found["model"]["name"] == name
+def test_the_mode_is_chosen_by_time(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert as_json(capsys, "--recipe", "llama-8b", *BIG)["best_mode"] == "superoffload"
+    slow = replace(speed.LINKS["pcie5"], host_memory=1e9)
+    monkeypatch.setitem(speed.LINKS, "pcie5", slow)
+    found = as_json(capsys, "--recipe", "llama-8b", *BIG)
+    assert found["best_mode"] == "zerooffload"
+    assert found["time"]["superoffload"]["step_s"] > found["time"]["zerooffload"]["step_s"]
+    plan("--recipe", "llama-8b", *BIG)
+    assert "the host is the slower side" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.unit

@@ -96,6 +96,24 @@ def test_the_cases_offer_every_flag_alone_or_in_a_pair() -> None:
     assert {len(remedy.flags) for case in CASES for remedy in remedies_of(case)} == {1, 2}
 
 
+@pytest.mark.parametrize(
+    ("place", "flag", "changes"),
+    [
+        ("device", "--batch_size 3", {"batch": 3}),
+        ("device", "--max_length 3840", {"length": 3840}),
+        ("device", "--offload_ratio 0.81", {"ratio": 0.81}),
+        ("host", "--offload_ratio 0.79", {"ratio": 0.79}),
+        ("disk", "--keep_checkpoints 4", {"kept": 4}),
+    ],
+)
+def test_the_smallest_step_of_each_flag_is_tried(place: str, flag: str, changes: dict[str, Any]) -> None:
+    shape, wanted = recipe("llama-8b", sub_group=10**7, batch=4, length=4096, saves=True, kept=5)
+    need = budget(shape, replace(wanted, **changes))
+    enough = {"device": need.device_peak, "host": need.host_peak, "disk": need.disk}[place]
+    capacity = replace(Capacity(device=None, host=None), **{place: enough})
+    assert (flag,) in [remedy.flags for remedy in Search(shape=shape, capacity=capacity).remedies(wanted)[0]]
+
+
 def remedies_of(case: tuple[str, dict[str, Any], float, float, float]) -> Iterator[Remedy]:
     search, wanted = search_of(case)
     yield from search.remedies(wanted)[0]

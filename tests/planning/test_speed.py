@@ -47,7 +47,11 @@ def test_zerooffload_by_hand() -> None:
 
 
 def test_recomputation_adds_a_forward() -> None:
-    assert step_time(SHAPE, job_of(activation_checkpointing=True, **FLAGS), MACHINE).compute_s == pytest.approx(8.0)
+    wanted = job_of(activation_checkpointing=True, **FLAGS)
+    assert step_time(SHAPE, wanted, MACHINE).compute_s == pytest.approx(8.0)
+    slow = replace(MACHINE, host_memory=28e9 / 2.5)  # 2.5 s in place, beside a forward of 2 s; backward takes 6 s
+    speculation = 18 * 2.5 / 28
+    assert step_time(SHAPE, wanted, slow).step_s == pytest.approx(2.5 + 6 + (0.4 + speculation + 0.2) / 10)
 
 
 def test_a_slow_host_shows_in_the_step() -> None:
