@@ -54,7 +54,7 @@ def _show(**values: Any) -> int:
     if values["json"]:
         click.echo(json.dumps(plan.as_json(found), indent=1))
     else:
-        looked = here if values["host_memory"] is None else None
+        looked = None if values["host_memory"] or values["gpu_memory"] else here
         click.echo("\n".join(words.lines(found, looked, settings.data.packs, values["tokens"])))
     return 0 if found.fits else 1
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 
-from superoffload.planning.job import Job
 from superoffload.planning.machine import Machine
 from superoffload.planning.memory import budget
 from superoffload.planning.plan import Plan
@@ -42,13 +41,13 @@ def count(number: float) -> str:
 
 
 def lines(plan: Plan, machine: Machine | None, packed: bool, epoch_tokens: float | None) -> list[str]:
-    """Say everything about a plan. `machine` is this one, if any of its capacities count; `packed`: rows are packs."""
+    """Say everything about a plan. `machine` is this one, if its capacities count; `packed`: rows are packs."""
     paragraphs = (
         _title(plan, packed),
         _table(plan),
         [*_otherwise(plan), *_disk(plan), *_deepspeed(plan)],
         _time(plan, epoch_tokens),
-        [*_verdict(plan), *_limits(plan.job, machine)],
+        [*_verdict(plan), *_limits(plan, machine)],
     )
     return [line for paragraph in paragraphs for line in (*paragraph, "")][:-1]
 
@@ -199,15 +198,23 @@ def _change(plan: Plan, remedy: Remedy) -> list[str]:
     return [*(f"  {flag}" for flag in first), f"  {last:44}{figures}"]
 
 
-def _limits(job: Job, machine: Machine | None) -> Iterator[str]:
-    """Say where /dev/shm or the limit on locked memory is too small."""
-    if machine and job.ranks_per_node > 1 and machine.shm_bytes < ROOMY_SHM:
+def _limits(plan: Plan, machine: Machine | None) -> Iterator[str]:
+    """Say what is in use on this machine now, and where /dev/shm or the limit on locked memory is too small."""
+    if machine is None:
+        return
+    job, need = plan.job, plan.budget
+    free = min((device.free_bytes for device in machine.devices), default=None)
+    if free is not None and free < need.device_peak and "device" not in plan.missing:
+        yield from _wrap(f"But now only {gib(free)} GiB of a device are free: other processes use the rest", 2)
+    if machine.host_available_bytes < need.host_peak and "host" not in plan.missing:
+        yield from _wrap(f"But now only {gib(machine.host_available_bytes)} GiB of host memory are available", 2)
+    if job.ranks_per_node > 1 and machine.shm_bytes < ROOMY_SHM:
         yield from _wrap(
             f"/dev/shm has {machine.shm_bytes / 2**20:.0f} MiB: the ranks' communication (NCCL) may need more; in a "
             "container, start it with --shm-size 8g",
             2,
         )
-    if machine and job.ranks > job.ranks_per_node and machine.memlock_bytes is not None:
+    if job.ranks > job.ranks_per_node and machine.memlock_bytes is not None:
         yield from _wrap(
             f"ulimit -l is {machine.memlock_bytes / 2**20:.0f} MiB: InfiniBand between machines needs it unlimited", 2
         )

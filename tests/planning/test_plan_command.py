@@ -31,9 +31,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return pretend(monkeypatch, ())
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, devices: tuple[Device, ...]) -> Machine:
+def pretend(monkeypatch: pytest.MonkeyPatch, devices: tuple[Device, ...], available: int = 60 * GIB) -> Machine:
     found = Machine(
-        devices=devices, host_bytes=64 * GIB, host_available_bytes=60 * GIB, cores=2, shm_bytes=2**26,
+        devices=devices, host_bytes=64 * GIB, host_available_bytes=available, cores=2, shm_bytes=2**26,
         shm_free_bytes=2**26, memlock_bytes=2**23, numa_nodes=1,
     )  # fmt: skip
     monkeypatch.setattr(machine, "look", lambda *, devices=None: found)
@@ -176,6 +176,20 @@ def test_the_machine_at_hand_is_used(capsys: Capture, monkeypatch: pytest.Monkey
     assert (found["job"]["ranks"], found["hardware"]["device"]) == (2, "H200")
     plan("--model_name", "llama-1b")
     assert "/dev/shm has 64 MiB" in capsys.readouterr().out
+    plan("--model_name", "llama-1b", "--nodes", "2")
+    assert "ulimit -l is 8 MiB" in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_what_others_use_now_is_said(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(name="NVIDIA H200", total_bytes=140 * GIB, free_bytes=GIB)
+    pretend(monkeypatch, (device,), available=3 * GIB)
+    assert plan("--model_name", "llama-1b") == 0
+    out = capsys.readouterr().out
+    assert "But now only 1.0 GiB of a device are free" in out
+    assert "But now only 3.0 GiB of host memory are available" in out
+    plan("--model_name", "llama-1b", "--gpu_memory", "80GB")
+    assert "But now" not in capsys.readouterr().out
 
 
 @pytest.mark.unit
