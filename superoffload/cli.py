@@ -5,6 +5,7 @@ Imports neither torch nor DeepSpeed, so that `--help` and usage errors return im
 
 import atexit
 import os
+import re
 import string
 import sys
 import time
@@ -48,6 +49,22 @@ class NumberOrAuto(click.ParamType[float | str]):
             return config.AUTO if value == config.AUTO else float(value)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
+
+
+class Size(click.ParamType[int]):
+    """A size in bytes with its unit: 80GiB, 80GB, or 80g, which means GiB as in other programs."""
+
+    name = "size"
+    pattern = re.compile(r"([0-9]+\.?[0-9]*) ?([kmgt])(i?b)?", re.IGNORECASE)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes; fail without a unit."""
+        found = self.pattern.fullmatch(str(value).strip())
+        if not found or not float(found[1]):
+            self.fail(f"{value!r} is not a size; write it with its unit, e.g. 80GiB or 80GB.", param, ctx)
+        number, unit, suffix = found.groups()
+        base = 1000 if (suffix or "").lower() == "b" else 1024
+        return int(float(number) * base ** ("kmgt".index(unit.lower()) + 1))
 
 
 class Command(click.Command):

@@ -62,6 +62,7 @@ LIBRARIES: dict[str, set[str]] = {
         "offload.install", "offload.zero3",
     },
     "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.weights"},
+    "matplotlib": {"planning.picture"},
     "pyarrow": {"data.files", "data.sources"},
     "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},

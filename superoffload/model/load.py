@@ -1,6 +1,5 @@
 """Load the model: check its configuration, shard its weights as they load, set leaf modules."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,9 @@ from superoffload.errors import UserError
 from superoffload.log import hide_bars_of_transformers, logger
 from superoffload.model import architecture, quantization, vocabulary, weights
 from superoffload.model.flops import count_parameters, numel
+from superoffload.model.leaf_modules import SPARSE_BLOCK, class_names, sparse_blocks
 from superoffload.model.tokenizer import check_name, explain, load_tokenizer
 from superoffload.protocols import Model, Tokenizer
-
-# Sparse blocks as transformers names them. Ranks may route to different experts, so ZeRO-3 must fetch such a block as a
-# whole; otherwise the ranks wait for different parameters forever.
-SPARSE_BLOCK = re.compile(r"(SparseMoeBlock|MoELayer|MoE|Moe|Experts)$")
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -76,7 +72,7 @@ def load_architecture(settings: ModelSettings, max_length: int = 0) -> Architect
 
 def check_leaf_module(requested: str | None, skeleton: Model) -> None:
     """Raise `UserError` if no module of the model has the class `requested`, and suggest candidates."""
-    names = _class_names(skeleton)
+    names = class_names(skeleton)
     if requested is not None and requested not in names:
         candidates = ", ".join(name for name in names if SPARSE_BLOCK.search(name))
         hint = f"candidates: {candidates}" if candidates else "none looks like a sparse block; omit the flag"
@@ -163,27 +159,10 @@ def _log(name: str, model: Model, dtype: str) -> None:
     )
 
 
-def _class_names(model: Model) -> list[str]:
-    return sorted({type(module).__name__ for module in model.modules()})
-
-
 def _set_leaf_modules(model: Model, requested: str | None) -> None:
-    found = [name for name in _class_names(model) if SPARSE_BLOCK.search(name)]
-    leaves = [requested] if requested else _outermost(model, found)
+    leaves = [requested] if requested else sparse_blocks(model)
     if leaves:
         from deepspeed.utils import set_z3_leaf_modules  # only here: an export loads no DeepSpeed
 
         set_z3_leaf_modules(model, leaves)
         logger.info("ZeRO-3 leaf modules: %s", ", ".join(leaves))
-
-
-def _outermost(model: Model, names: list[str]) -> list[str]:
-    """Drop the classes that also occur inside another of them, such as the experts inside their block."""
-    inside = {
-        type(inner).__name__
-        for module in model.modules()
-        if type(module).__name__ in names
-        for inner in module.modules()
-        if inner is not module
-    }
-    return [name for name in names if name not in inside]
