@@ -184,6 +184,23 @@ kernel_line() {
     } 2>/dev/null | grep -i 'out of memory.*killed process' | tail -n 1 || true
 }
 
+# The flags that `superoffload plan` takes as a run does.
+planned=" --model_name --revision --trust_remote_code --attn_implementation --activation_checkpointing --loss_kernel \
+--max_length --packing --no_packing --padding --batch_size --gradient_accumulation_steps --deepspeed_config \
+--offload_ratio --optimizer_state --offload_params --sub_group_size --save_checkpoint --save_steps --save_minutes \
+--keep_checkpoints --export --output_dir "
+
+# Print those flags of this run that `superoffload plan` takes, with their values.
+plan_flags() {
+    local word keep=false
+    for word in "${arguments[@]}" "${more[@]}"; do
+        if [[ $word == --* ]]; then
+            if [[ $planned == *" ${word%%=*} "* ]]; then keep=true; else keep=false; fi
+        fi
+        if $keep; then printf ' %q' "$word"; fi
+    done
+}
+
 # explain SIGNAL KILLS: say what it usually means that signal 9 or 7 has ended a rank, after so many kills by the kernel.
 explain() {
     local line free
@@ -200,9 +217,7 @@ explain() {
         echo "A rank was killed by signal 9 (SIGKILL), but not by the kernel for lack of memory: usually by a scheduler's" \
             "limit on memory or time, or by hand." >&2
     fi
-    printf 'What the run needs: superoffload plan' >&2
-    printf ' %q' --gpus "$GPUS_PER_NODE" --nodes "$nodes" "${arguments[@]}" "${more[@]}" >&2
-    echo >&2
+    echo "What the run needs: superoffload plan --gpus $GPUS_PER_NODE --nodes $nodes$(plan_flags)" >&2
 }
 
 # DeepSpeed's launcher exits on SIGTERM without stopping its ranks, and kills them 30 seconds after Ctrl-C. So it runs in

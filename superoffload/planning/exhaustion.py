@@ -17,7 +17,7 @@ from superoffload.cli import SILENT_RANK_PATIENCE_S
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
 from superoffload.offload.trainer.process import OptimizerProcessError
-from superoffload.planning import machine, report
+from superoffload.planning import machine
 from superoffload.planning.forecast import GIB, Forecast
 
 # How torch's allocators, CUDA and the optimizer process say it where they have no type for it.
@@ -61,9 +61,9 @@ def explained(forecast: Forecast | None, output_dir: str) -> Iterator[None]:
         what = kind(error)
         if what is not None:
             logger.debug("Memory ran out here", exc_info=True)
-            logger.error(
-                "%s", "\n".join([f"{what.capitalize()} ran out: {first_line(error)}", *_plan(forecast), *measured()])
-            )
+            planned = ["The plan was:", *forecast.lines()] if forecast else ["Memory was not known beforehand."]
+            happened = f"{what.capitalize()} ran out: {first_line(error)}"
+            logger.error("%s", "\n".join([happened, *planned, "", *measured()]))
             raise MemoryRanOut(_line(what, error, forecast, output_dir)) from error
         if not distributed.lost_another_rank(error):
             raise
@@ -72,15 +72,10 @@ def explained(forecast: Forecast | None, output_dir: str) -> Iterator[None]:
         raise UserError(f"another rank has ended; see its error ({first_line(error)})") from error
 
 
-def _plan(forecast: Forecast | None) -> list[str]:
-    return (
-        ["The plan was:", report.table(forecast)] if forecast else ["It was not known beforehand what the run needs."]
-    )
-
-
 def _line(what: str, error: BaseException, forecast: Forecast | None, output_dir: str) -> str:
     cause = first_line(error).split(". ")[0].rstrip(".")
-    change = report.advice(forecast) if forecast else "see docs/memory.md for what needs less"
+    place = "host" if what == HOST else "device"
+    change = forecast.advice(place) if forecast else "see docs/memory.md for what needs less"
     return f"{what} ran out ({cause}); {change}; {last_checkpoint(output_dir)}"
 
 

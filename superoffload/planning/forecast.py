@@ -1,17 +1,19 @@
 """What a run needs beside what there is for it. Pure; imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from superoffload.planning.capacity import Capacity
-from superoffload.planning.job import Job
-from superoffload.planning.memory import Budget
-from superoffload.planning.shape import Shape
+from superoffload.planning import words
+from superoffload.planning.plan import Plan
+from superoffload.planning.remedies import Search
 
 GIB = 2**30
 MARGIN = 0.05
 """How far off the arithmetic may be, as a share of the capacity: a run that exceeds it by more is stopped."""
 HOST_SLACK_BYTES = 2 * GIB
 """What is available on the host changes while one looks, so a run must exceed it by this much more."""
+LESS = 0.1
+"""If memory ran out although it was planned to fit: the share of the plan that must be saved."""
+MOST_ADVICE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +43,42 @@ class Need:
 class Forecast:
     """What a run needs, and what there is for it; `resumes`: from a checkpoint."""
 
-    shape: Shape
-    job: Job
-    budget: Budget
-    capacity: Capacity
+    plan: Plan
+    packed: bool
     resumes: bool
 
     @property
     def phase(self) -> str:
         """Return the phase in which host memory is at its peak."""
-        peaks = self.budget.host_peaks
+        peaks = self.plan.budget.host_peaks
         return max((name for name in peaks if self.resumes or name != "resuming"), key=lambda name: peaks[name])
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """Return the needs, each beside its capacity; without a GPU, the host's memory is the device's too."""
-        there, host_bytes = self.capacity, self.budget.host_peaks[self.phase]
-        disk = Need("disk", self.budget.disk, there.disk)
-        if there.device is None:
-            return Need("host", host_bytes + self.budget.device_peak, there.host, HOST_SLACK_BYTES), disk
-        host = Need("host", host_bytes, there.host, HOST_SLACK_BYTES)
-        return Need("device", self.budget.device_peak, there.device), host, disk
+        """Return the needs whose capacity is known, each beside it."""
+        budget, there = self.plan.budget, self.plan.capacity
+        found = (
+            ("device", budget.device_peak, there.device, 0),
+            ("host", budget.host_peaks[self.phase], there.host, HOST_SLACK_BYTES),
+            ("disk", budget.disk, there.disk, 0),
+        )
+        return tuple(Need(kind, size, most, slack) for kind, size, most, slack in found if most is not None)
+
+    def lines(self) -> list[str]:
+        """Return the plan in words: its tables, and what would make it fit."""
+        return words.lines(self.plan, None, self.packed, None)
+
+    def advice(self, place: str | None = None) -> str:
+        """Return the smallest changes that make the run fit, each enough alone; at most three.
+
+        If memory ran out at a `place` (device or host), they make it need a tenth less than planned there.
+        """
+        remedies = self.plan.remedies
+        if place:
+            peak = {"device": self.plan.budget.device_peak, "host": self.plan.budget.host_peak}[place]
+            most = getattr(self.plan.capacity, place)
+            less = replace(self.plan.capacity, **{place: int((1 - LESS) * min(peak, most or peak))})
+            remedies, _ = Search(shape=self.plan.shape, capacity=less).remedies(self.plan.job)
+        flags = [" ".join(remedy.flags) for remedy in remedies[:MOST_ADVICE]]
+        none = "no two flags save a tenth of what was planned" if place else "no two flags are enough"
+        return f"use {', or '.join(flags)}" if flags else none

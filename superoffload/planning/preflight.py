@@ -11,9 +11,11 @@ from superoffload.config import AUTO
 from superoffload.ds_config import Merged, with_offload_ratio
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
-from superoffload.planning import capacity, job, memory, report, shape
+from superoffload.planning import job, plan, shape, sight, speed
 from superoffload.planning.device import on_device, sub_groups
 from superoffload.planning.forecast import MARGIN, Forecast
+from superoffload.planning.memory import budget
+from superoffload.planning.plan import Plan
 from superoffload.protocols import Model
 
 Found = TypeVar("Found")
@@ -30,16 +32,17 @@ def check(merged: Merged, skeleton: Model, checkpoints: Sequence[Source]) -> tup
     the forecast, None if memory is not known beforehand. Raises `UserError`, on every rank or on none.
     """
     name, folder = merged.config.model.model_name, merged.config.output.output_dir
-    own = _attempt(lambda: (capacity.see(folder), shape.of_model(name, skeleton)))
+    own = _attempt(lambda: (sight.see(folder), shape.of_model(name, skeleton)))
     found = distributed.all_gather_objects(own)
-    forecast = _attempt(lambda: _forecast(merged, found, checkpoints))
+    forecast = _attempt(lambda: _forecast(merged, found, resumes=bool(checkpoints)))
     if isinstance(forecast, str):
         logger.warning("Memory is not known beforehand: %s", forecast)
-        return _with_ratio(merged, 1.0, "is not known to fit"), None
+        return _with_ratio(merged, 1.0, "because memory is not known beforehand"), None
     if merged.config.offload.offload_ratio == AUTO:
-        ratio, why = auto_ratio(forecast, checkpoints[0].manifest["config"] if checkpoints else {})
-        merged = _with_ratio(merged, ratio, why)
-        forecast = _forecast(merged, found, checkpoints)
+        merged = _with_ratio(
+            merged, *auto_ratio(forecast.plan, checkpoints[0].manifest["config"] if checkpoints else {})
+        )
+        forecast = _forecast(merged, found, resumes=bool(checkpoints))
     _judge(forecast, stops=merged.config.offload.preflight)
     return merged, forecast
 
@@ -53,43 +56,40 @@ def _attempt(look: Callable[[], Found]) -> Found | str:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _forecast(merged: Merged, found: Sequence[Any], checkpoints: Sequence[Source]) -> Forecast:
-    """Compute the forecast from what every rank found; pure, so that all ranks come to the same result."""
+def _forecast(merged: Merged, found: Sequence[Any], *, resumes: bool) -> Forecast:
+    """Plan the run with what every rank found; pure, so that all ranks come to the same result."""
     for problem in found:
         if isinstance(problem, str):
             raise LookupError(problem)
     sights, shapes = zip(*found, strict=True)
-    asked = job.of(merged.config, merged.ds_config, len(sights), capacity.ranks_per_node(sights))
-    return Forecast(
-        shape=shapes[0],
-        job=asked,
-        budget=memory.budget(shapes[0], asked),
-        capacity=capacity.of(sights),
-        resumes=bool(checkpoints),
-    )
+    per_node = sight.ranks_per_node(sights)
+    devices = [device.name for seen in sights for device in seen.machine.devices]
+    asked = job.of(merged.config, merged.ds_config, len(sights), per_node)
+    hardware = speed.hardware(devices[0] if devices else None, None, per_node, None)
+    made = plan.make(shapes[0], asked, sight.capacity(sights), hardware)
+    return Forecast(plan=made, packed=merged.config.data.packs, resumes=resumes)
 
 
-def auto_ratio(forecast: Forecast, saved: dict[str, Any]) -> tuple[float, str]:
+def auto_ratio(planned: Plan, saved: dict[str, Any]) -> tuple[float, str]:
     """Return the ratio of `--offload_ratio auto`, and why; `saved` holds the settings of the checkpoint, if any.
 
     It is the smallest whose budget leaves the margin of the device free, in steps that DeepSpeed's count of sub-groups
     follows exactly. A run keeps the ratio of its checkpoint if that fits, because host and device round differently.
     """
-    there = forecast.capacity.device
+    there = planned.capacity.device
     if there is None:
-        return 1.0, "there is no GPU"
-    asked = replace(forecast.job, ratio=1.0)
+        return 1.0, "because there is no GPU"
+    asked = replace(planned.job, ratio=1.0)
 
     def fits(ratio: float) -> bool:
-        needed = memory.budget(forecast.shape, replace(asked, ratio=ratio)).device_peak
-        return needed <= there * (1 - MARGIN)
+        return budget(planned.shape, replace(asked, ratio=ratio)).device_peak <= there * (1 - MARGIN)
 
     before = saved.get("offload_ratio")
     if isinstance(before, float) and fits(before):
         return before, "as in the checkpoint"
     ratio = next((step / RATIO_STEPS for step in range(RATIO_STEPS) if fits(step / RATIO_STEPS)), 1.0)
     chosen = replace(asked, ratio=ratio)
-    count, total = len(on_device(forecast.shape, chosen)), len(sub_groups(forecast.shape, chosen))
+    count, total = len(on_device(planned.shape, chosen)), len(sub_groups(planned.shape, chosen))
     why = f"{count} of {total} sub-groups on the device"
     return ratio, f"{why}; the checkpoint was saved with {before}, and rounds differently" if before else why
 
@@ -109,9 +109,9 @@ def _judge(forecast: Forecast, *, stops: bool) -> None:
         tight = any(need.tight for need in forecast.needs)
         logger.log(logging.WARNING if tight else logging.INFO, "%s%s", line, ": it may not fit" if tight else "")
         return
-    logger.log(logging.ERROR if stops else logging.WARNING, "%s", report.table(forecast))
+    logger.log(logging.ERROR if stops else logging.WARNING, "%s", "\n".join([line, *forecast.lines()]))
     if stops:
         raise UserError(
-            f"--model_name {forecast.shape.name}: this run needs more than there is: {', '.join(map(str, over))}; "
-            f"{report.advice(forecast)}, or go on with --no_preflight"
+            f"--model_name {forecast.plan.shape.name}: this run needs more than there is: "
+            f"{', '.join(map(str, over))}; {forecast.advice()}; --no_preflight goes on all the same"
         )

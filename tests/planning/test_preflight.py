@@ -10,20 +10,18 @@ import pytest
 from superoffload import config, distributed
 from superoffload.ds_config import Merged, merge_flags, read_ds_config
 from superoffload.errors import UserError
-from superoffload.planning import capacity, job, memory, preflight
-from superoffload.planning.capacity import Capacity, Sight
+from superoffload.planning import job, plan, preflight, sight, speed
 from superoffload.planning.forecast import GIB, Forecast
 from superoffload.planning.machine import Device, Machine
-from superoffload.planning.shape import Shape
+from superoffload.planning.plan import Plan
+from superoffload.planning.remedies import Capacity, Search
+from superoffload.planning.shape import built_in
+from superoffload.planning.sight import Sight
 from tests.helpers.runs import make_checkpoint
 
 pytestmark = pytest.mark.unit
 
-SHAPE = Shape(
-    name="m", groups=((1000 * 2**20, *[200 * 2**20] * 30),), frozen=0, layers=30, layer=200 * 2**20, unit=1000 * 2**20,
-    hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocabulary=128256, head=128256 * 4096,
-    tied=False, experts_per_token=1, flops=SimpleNamespace(),  # type: ignore[arg-type]
-)  # fmt: skip
+SHAPE = built_in("llama-8b")
 EMPTY_HOST = Machine(
     devices=(), host_bytes=500 * GIB, host_available_bytes=480 * GIB, cores=8, shm_bytes=0, shm_free_bytes=0,
     memlock_bytes=None, numa_nodes=1,
@@ -35,7 +33,7 @@ def settings(**flags: Any) -> Merged:
     return merge_flags(read_ds_config(asked), asked, 1)
 
 
-def sight(
+def view(
     host_name: str = "a", free: float | None = 79, available: float = 480, disk: float = 1000, held: float = 1
 ) -> Sight:
     devices = () if free is None else (Device(name="d", total_bytes=80 * GIB, free_bytes=int(free * GIB)),)
@@ -43,10 +41,10 @@ def sight(
     return Sight(host_name=host_name, machine=machine, held_bytes=int(held * GIB), disk_bytes=int(disk * GIB))
 
 
-def forecast(there: Capacity, **flags: Any) -> Forecast:
-    merged = settings(sub_group_size=2 * 10**8, **flags)
+def planned(there: Capacity, **flags: Any) -> Plan:
+    merged = settings(**flags)
     asked = job.of(merged.config, merged.ds_config, 1, 1)
-    return Forecast(shape=SHAPE, job=asked, budget=memory.budget(SHAPE, asked), capacity=there, resumes=False)
+    return plan.make(SHAPE, asked, there, speed.hardware(None, None, 1, None))
 
 
 def device(gib: float) -> Capacity:
@@ -54,44 +52,47 @@ def device(gib: float) -> Capacity:
 
 
 def test_the_capacity_is_the_least_that_any_rank_has() -> None:
-    sights = [sight("a"), sight("a", free=60), sight("b", available=100, disk=50), sight("b", available=101, held=3)]
-    found = capacity.of(sights)
+    sights = [view("a"), view("a", free=60), view("b", available=100, disk=50), view("b", available=101, held=3)]
+    found = sight.capacity(sights)
     assert found.device == 62 * GIB  # and what the rank's own context and buffers take of it, which the budget counts
     assert found.host == 104 * GIB  # and what both ranks of b hold
     assert found.disk == 50 * GIB
-    assert capacity.ranks_per_node(sights) == 2
+    assert sight.ranks_per_node(sights) == 2
 
 
 def test_memory_that_a_rank_holds_adds_to_no_limit() -> None:
-    found = capacity.of([sight(free=80, available=499, held=9)])
+    found = sight.capacity([view(free=80, available=499, held=9)])
     assert (found.device, found.host) == (80 * GIB, 500 * GIB)
-    assert capacity.of([sight(free=None)]).device is None
+    assert sight.capacity([view(free=None)]).device is None
 
 
 @pytest.mark.parametrize("free", [30.0, 40.0, 60.0, 79.0])
 def test_auto_takes_the_largest_share_that_leaves_the_margin_free(free: float) -> None:
-    ratio, why = preflight.auto_ratio(forecast(device(free)), {})
+    ratio, why = preflight.auto_ratio(planned(device(free)), {})
 
     def peak(ratio: float) -> int:
-        return forecast(device(free), offload_ratio=ratio).budget.device_peak
+        return planned(device(free), offload_ratio=ratio).budget.device_peak
 
     assert peak(ratio) <= 0.95 * free * GIB < peak(round(ratio - 0.01, 2))
     assert ratio == round(ratio, 2)
-    assert "of 31 sub-groups on the device" in why
+    assert "of 19 sub-groups on the device" in why
 
 
 def test_auto_takes_everything_where_it_fits_and_nothing_where_nothing_fits() -> None:
-    assert preflight.auto_ratio(forecast(device(2000)), {})[0] == 0
-    assert preflight.auto_ratio(forecast(device(5)), {})[0] == 1
-    assert preflight.auto_ratio(forecast(Capacity(device=None, host=GIB, disk=GIB)), {}) == (1.0, "there is no GPU")
+    assert preflight.auto_ratio(planned(device(2000)), {})[0] == 0
+    assert preflight.auto_ratio(planned(device(5)), {})[0] == 1
+    assert preflight.auto_ratio(planned(Capacity(device=None, host=GIB, disk=GIB)), {}) == (
+        1.0,
+        "because there is no GPU",
+    )
 
 
 def test_a_resumed_run_keeps_its_ratio_if_that_fits() -> None:
     small, large = device(40), device(79)
-    before, _ = preflight.auto_ratio(forecast(small), {})
-    assert preflight.auto_ratio(forecast(large), {"offload_ratio": before}) == (before, "as in the checkpoint")
-    smallest, _ = preflight.auto_ratio(forecast(large), {})
-    now, why = preflight.auto_ratio(forecast(small), {"offload_ratio": smallest})
+    before, _ = preflight.auto_ratio(planned(small), {})
+    assert preflight.auto_ratio(planned(large), {"offload_ratio": before}) == (before, "as in the checkpoint")
+    smallest, _ = preflight.auto_ratio(planned(large), {})
+    now, why = preflight.auto_ratio(planned(small), {"offload_ratio": smallest})
     assert now == before
     assert f"the checkpoint was saved with {smallest}, and rounds differently" in why
 
@@ -105,19 +106,20 @@ def check(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     monkeypatch.setattr(logging.getLogger("superoffload"), "propagate", True)
     caplog.set_level(logging.INFO)
 
-    def run(*found: Any, checkpoints: Any = (), skeleton: Any = SHAPE, **flags: Any) -> tuple[Merged, Forecast | None]:
+    def run(*found: Any, checkpoints: Any = (), **flags: Any) -> tuple[Merged, Forecast | None]:
         caplog.clear()
-        monkeypatch.setattr(capacity, "see", lambda folder: sight())
-        monkeypatch.setattr("superoffload.planning.shape.of_model", lambda name, skeleton: skeleton)
+        nothing: Any = None
+        monkeypatch.setattr(sight, "see", lambda folder: view())
+        monkeypatch.setattr("superoffload.planning.shape.of_model", lambda name, skeleton: SHAPE)
         ranks = [(each, SHAPE) if isinstance(each, Sight) else each for each in found]
         monkeypatch.setattr(distributed, "all_gather_objects", lambda own: ranks)
-        return preflight.check(settings(**flags), skeleton, checkpoints)
+        return preflight.check(settings(**flags), nothing, checkpoints)
 
     return run
 
 
 def test_a_run_that_fits_is_one_line(check: Check, caplog: pytest.LogCaptureFixture) -> None:
-    check(sight())
+    check(view())
     (record,) = caplog.records
     assert record.levelname == "INFO"
     assert record.getMessage().startswith("Memory: device ")
@@ -125,10 +127,10 @@ def test_a_run_that_fits_is_one_line(check: Check, caplog: pytest.LogCaptureFixt
 
 
 def test_what_is_within_the_margin_is_a_warning(check: Check, caplog: pytest.LogCaptureFixture) -> None:
-    _, found = check(sight())
+    _, found = check(view())
     assert found is not None
     for share in (0.97, 1.0, 1.03):
-        check(sight(free=found.budget.device_peak / GIB * share - 1))
+        check(view(free=found.plan.budget.device_peak / GIB * share - 1))
         assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
@@ -139,26 +141,26 @@ def test_what_is_clearly_over_stops_the_run_unless_told_otherwise(
     little = {"device": {"free": 10}, "host": {"available": 50}, "disk": {"disk": 1}}[kind]
     flags: dict[str, Any] = {"save_checkpoint": True}
     with pytest.raises(
-        UserError, match=rf"^--model_name m: this run needs more than there is: {kind} .* GiB.*--no_pre"
+        UserError, match=rf"^--model_name llama-8b: this run needs more than there is: {kind} .* GiB.*--no_pre"
     ):
-        check(sight(), sight(**little), **flags)  # type: ignore[arg-type]
+        check(view(), view(**little), **flags)  # type: ignore[arg-type]
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "\n" in caplog.records[0].getMessage()
-    check(sight(), sight(**little), preflight=False, **flags)  # type: ignore[arg-type]
+    check(view(), view(**little), preflight=False, **flags)  # type: ignore[arg-type]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_a_little_too_little_of_the_host_stops_nothing(check: Check) -> None:
-    _, found = check(sight())
+    _, found = check(view())
     assert found is not None
-    check(sight(available=found.budget.host_peak / GIB * 1.05 - 2.5, held=0))
+    check(view(available=found.plan.budget.host_peak / GIB * 1.05 - 2.5, held=0))
 
 
 def test_nothing_that_the_preflight_does_not_understand_stops_a_run(
     check: Check, caplog: pytest.LogCaptureFixture
 ) -> None:
     failed = "AttributeError: no such thing"
-    for ranks in ((failed, sight()), (sight(), failed)):
+    for ranks in ((failed, view()), (view(), failed)):
         merged, found = check(*ranks, offload_ratio="auto")
         assert found is None
         assert merged.config.offload.offload_ratio == 1.0
@@ -168,33 +170,53 @@ def test_nothing_that_the_preflight_does_not_understand_stops_a_run(
 def test_the_ratio_of_auto_is_that_of_the_settings_and_of_the_ds_config(
     check: Check, caplog: pytest.LogCaptureFixture
 ) -> None:
-    merged, found = check(sight(free=40), offload_ratio="auto", sub_group_size=2 * 10**8)
+    merged, found = check(view(free=40), offload_ratio="auto")
     ratio = merged.config.offload.offload_ratio
     assert isinstance(ratio, float)
     assert 0 < ratio < 1
     assert merged.ds_config["zero_optimization"]["offload_optimizer"]["ratio"] == ratio
     assert found is not None
-    assert found.job.ratio == ratio
+    assert found.plan.job.ratio == ratio
     assert caplog.messages[0].startswith(f"--offload_ratio auto: {ratio}, ")
     saved: Any = SimpleNamespace(manifest={"config": {"offload_ratio": 0.97}})
-    kept, _ = check(sight(free=40), offload_ratio="auto", sub_group_size=2 * 10**8, checkpoints=[saved])
+    kept, _ = check(view(free=40), offload_ratio="auto", checkpoints=[saved])
     assert kept.config.offload.offload_ratio == 0.97
 
 
+def test_the_advice_is_three_flags_each_of_which_is_enough(check: Check) -> None:
+    _, found = check(view(free=40), batch_size=2, max_length=8192, preflight=False, offload_ratio=0.5)
+    assert found is not None
+    enough = [" ".join(remedy.flags) for remedy in found.plan.remedies]
+    assert len(enough) >= 3
+    assert found.advice() == f"use {', or '.join(enough[:3])}"
+
+
+def test_advice_after_memory_ran_out_saves_a_tenth_of_the_plan(check: Check) -> None:
+    _, found = check(view())
+    assert found is not None
+    assert found.plan.fits
+    for place, peak in (("device", found.plan.budget.device_peak), ("host", found.plan.budget.host_peak)):
+        flags = found.advice(place).removeprefix("use ").split(", or ")
+        less = replace(found.plan.capacity, **{place: int(peak * 0.9)})
+        remedies, _ = Search(shape=SHAPE, capacity=less).remedies(found.plan.job)
+        assert flags == [" ".join(remedy.flags) for remedy in remedies[:3]]
+        assert flags
+
+
 def test_resuming_counts_for_a_run_that_resumes(check: Check) -> None:
-    _, fresh = check(sight())
+    _, fresh = check(view())
     assert fresh is not None
     peaks = {"saving": 2 * GIB, "resuming": 9 * GIB}
-    costly = replace(fresh, budget=replace(fresh.budget, host_peaks=peaks))
+    costly = replace(fresh, plan=replace(fresh.plan, budget=replace(fresh.plan.budget, host_peaks=peaks)))
     assert costly.phase == "saving"
     assert replace(costly, resumes=True).phase == "resuming"
 
 
 def test_a_rank_sees_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "device", lambda: SimpleNamespace(type="cpu"))
-    found = capacity.see(str(tmp_path / "new"))
+    found = sight.see(str(tmp_path / "new"))
     assert 2**20 < found.held_bytes < found.machine.host_bytes
     assert found.disk_bytes > 0
     with (make_checkpoint(tmp_path, 3, 1.0) / "big").open("wb") as file:
         file.truncate(2**41)  # takes no space
-    assert capacity.see(str(tmp_path)).disk_bytes > 2**41
+    assert sight.see(str(tmp_path)).disk_bytes > 2**41

@@ -1,4 +1,4 @@
-"""What the machines of a job have for it, seen by its ranks."""
+"""What the machines of a job have for it, as its ranks see them."""
 
 import socket
 from collections import Counter
@@ -10,6 +10,7 @@ from superoffload import distributed
 from superoffload.checkpoint import manifest
 from superoffload.planning import machine
 from superoffload.planning.device import CONTEXT_BYTES, NCCL_BYTES
+from superoffload.planning.remedies import Capacity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,18 +25,6 @@ class Sight:
     machine: machine.Machine
     held_bytes: int
     disk_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """What a job may use: the least of all devices, machines and views of the output folder, in bytes.
-
-    Includes what its ranks hold already, as the budget does. device: None without a GPU.
-    """
-
-    device: int | None
-    host: int
-    disk: int
 
 
 def see(output_dir: str) -> Sight:
@@ -56,8 +45,11 @@ def see(output_dir: str) -> Sight:
     )
 
 
-def of(sights: Sequence[Sight]) -> Capacity:
-    """Combine what all ranks see; pure."""
+def capacity(sights: Sequence[Sight]) -> Capacity:
+    """Return what a job may use: the least of all devices, machines and views of the output folder; pure.
+
+    Includes what its ranks hold already, as the budget does. There is no device without a GPU.
+    """
     devices = [_usable(device, len(sights)) for sight in sights for device in sight.machine.devices]
     hosts = []
     for name in {sight.host_name for sight in sights}:
