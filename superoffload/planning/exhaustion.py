@@ -23,6 +23,7 @@ from superoffload.planning.forecast import GIB, Forecast
 # How torch's allocators, CUDA and the optimizer process say it where they have no type for it.
 ON_HOST = re.compile(r"can't allocate memory|Cannot allocate memory|unable to mmap|std::bad_alloc|\bMemoryError\b")
 ON_EITHER = re.compile(r"CUDA error: out of memory|cudaErrorMemoryAllocation|ALLOC_FAILED|Cuda failure.*out of memory")
+AMOUNT = re.compile(r"[Tt]ried to allocate [0-9.]+ \w+")
 DEVICE, HOST, EITHER = "device memory", "host memory", "device memory, or pinned host memory,"
 
 
@@ -73,7 +74,8 @@ def explained(forecast: Forecast | None, output_dir: str) -> Iterator[None]:
 
 
 def _line(what: str, error: BaseException, forecast: Forecast | None, output_dir: str) -> str:
-    cause = first_line(error).split(". ")[0].rstrip(".")
+    amount = AMOUNT.search(str(error))
+    cause = f"t{amount[0][1:]}" if amount else first_line(error).split(". ")[0].rstrip(".")
     place = "host" if what == HOST else "device"
     change = forecast.advice(place) if forecast else "see docs/memory.md for what needs less"
     return f"{what} ran out ({cause}); {change}; {last_checkpoint(output_dir)}"
