@@ -68,7 +68,7 @@ def _title(plan: Plan, packed: bool) -> list[str]:
     more = f", {job.accumulation} micro-batches per step" if job.accumulation > 1 else ""
     return [
         *_wrap(f"{plan.shape.name}: {count(plan.shape.parameters)} parameters, {job.mode}, {ranks}", 2),
-        *_wrap(f"{rows} per rank and micro-batch{more}; {job.ratio:.0%} of the optimizer on the host"),
+        *_wrap(f"{rows} per rank and micro-batch{more}; optimizer {job.ratio:.0%} on the host"),
     ]
 
 
