@@ -17,7 +17,7 @@ from superoffload.errors import UserError
 from superoffload.planning import job, machine, recipes, speed, words
 from superoffload.planning.machine import Device, Machine, Rates
 from tests.helpers.ranks import REPOSITORY
-from tests.helpers.recipes import call, script_of
+from tests.helpers.recipes import call, changed, script_of
 from tests.helpers.recipes import stand_in as stand_in
 
 Capture = pytest.CaptureFixture[str]
@@ -78,6 +78,27 @@ def test_a_recipe_is_planned_as_its_script_runs_it(capsys: Capture, stand_in: Pa
     found = as_json(capsys, "--recipe", name, "--deepspeed_config", f"configs/{mode}.json", *BIG)
     assert found["job"] == asdict(job.of(merged.config, merged.ds_config, ranks, ranks))
     assert found["model"]["name"] == name
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("line", "replacement", "flag", "value"),
+    [
+        ("SAVE_CHECKPOINT=false", "SAVE_CHECKPOINT=true", "save_checkpoint", True),
+        ("EXPORT=false", "EXPORT=true", "export", True),
+        ("SAVE_STEPS=0", "SAVE_STEPS=7", "save_steps", 7),
+        ("KEEP_CHECKPOINTS=2", "KEEP_CHECKPOINTS=3", "keep_checkpoints", 3),
+        ("PACKING=true", "PACKING=false", "packing", False),
+        ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=false", "activation_checkpointing", False),
+        ("MAX_LENGTH=4096", "MAX_LENGTH=512", "max_length", 512),
+    ],
+)
+def test_each_value_of_a_recipe_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, replacement: str, flag: str, value: object
+) -> None:
+    changed("llama-8b", tmp_path, line, replacement).rename(tmp_path / "finetune_llama-8b_1gpu.sh")
+    monkeypatch.setattr(recipes, "SCRIPTS", tmp_path)
+    assert recipes.settings("llama-8b", superoffload=True)[flag] == value
 
 
 @pytest.mark.unit
