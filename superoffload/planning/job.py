@@ -13,6 +13,8 @@ class Job:
     mode: `superoffload` or `zerooffload`. ranks: of the whole job; ranks_per_node: of one machine.
     batch: rows or packs per rank and micro-batch; length: tokens per row or pack, at most.
     ratio: share of the optimizer's sub-groups on the host. sub_group, bucket: in elements.
+    max_live, prefetch, reuse: of gathered parameters, in elements: how many there may be before no more are fetched
+        ahead, how many are fetched ahead, and how soon one must be needed again to be kept.
     saves: a checkpoint is written; kept: how many complete ones are kept.
     """
 
@@ -34,6 +36,9 @@ class Job:
     saves: bool
     kept: int
     exports: bool
+    max_live: int = 10**9
+    prefetch: int = 5 * 10**7
+    reuse: int = 10**9
 
     @property
     def tokens(self) -> int:
@@ -65,4 +70,7 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         saves=bool(checkpoint.save_checkpoint or checkpoint.save_steps or checkpoint.save_minutes),
         kept=checkpoint.keep_checkpoints,
         exports=checkpoint.export,
+        max_live=zero.get("stage3_max_live_parameters", Job.max_live),
+        prefetch=zero.get("stage3_prefetch_bucket_size", Job.prefetch),
+        reuse=zero.get("stage3_max_reuse_distance", Job.reuse),
     )
