@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from superoffload.planning.job import Job
-from superoffload.planning.memory import Budget, budget
+from superoffload.planning.memory import Budget, budget, deepspeed_estimate
 from superoffload.planning.remedies import Capacity, Remedy, Search
 from superoffload.planning.shape import Shape
 from superoffload.planning.speed import Hardware, StepTime, in_mode
@@ -81,6 +81,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "capacity": asdict(plan.capacity),
         "missing": plan.missing,
         **_memory(plan.budget),
+        "deepspeed_estimate": deepspeed_estimate(plan.shape, plan.job),
         "remedies": [_remedy(plan, remedy) for remedy in plan.remedies],
         "nearest": _remedy(plan, plan.nearest) if plan.nearest else None,
         "largest_batch": plan.largest_batch,

@@ -102,7 +102,6 @@ def _kept(job: Job) -> list[Step]:
 
 
 DEVICE, HOST, DISK = frozenset({"device"}), frozenset({"host"}), frozenset({"disk"})
-ZERO_OFFLOAD = "--deepspeed_config configs/zerooffload.json"
 # What costs least comes first.
 LADDERS = (
     Ladder(steps=_kept, saves=DISK),
@@ -112,7 +111,6 @@ LADDERS = (
     Ladder(steps=_switch("--activation_checkpointing", lambda job: not job.recompute, recompute=True), saves=DEVICE),
     Ladder(steps=_batch, saves=DEVICE),
     Ladder(steps=_length, saves=DEVICE),
-    Ladder(steps=_switch(ZERO_OFFLOAD, lambda job: job.mode == "superoffload", mode="zerooffload"), saves=HOST),
     Ladder(steps=_switch("--offload_params", lambda job: not job.offload_params, offload_params=True), saves=DEVICE),
     Ladder(steps=_devices, saves=DEVICE, hardware=True),
     Ladder(steps=_nodes, saves=DEVICE | HOST, hardware=True),

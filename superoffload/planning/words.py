@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import zip_longest
 
 from superoffload.planning.machine import Machine
-from superoffload.planning.memory import budget
+from superoffload.planning.memory import budget, deepspeed_estimate
 from superoffload.planning.plan import Plan
 from superoffload.planning.remedies import Remedy
 from superoffload.planning.speed import LINKS, SHARE_OF_PEAK, SHARE_OF_PRODUCT, in_mode
@@ -114,7 +114,13 @@ def _disk(plan: Plan) -> Iterator[str]:
 
 
 def _deepspeed(plan: Plan) -> Iterator[str]:
-    yield from ()
+    """Show DeepSpeed's estimator, and why it says something else."""
+    theirs = deepspeed_estimate(plan.shape, plan.job)
+    yield from _wrap(
+        f"DeepSpeed's own estimator says {gib(theirs['device'])} GiB and {gib(theirs['host'])} GiB: on the device it "
+        "knows no activations, loss, buckets or optimizer, and on the host it adds half as much again for buffers",
+        2,
+    )
 
 
 def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:

@@ -19,7 +19,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "--activation_checkpointing": {"recompute": False},
     "--offload_params": {"offload_params": False},
     "--optimizer_state bf16": {"bf16_state": False},
-    "--deepspeed_config configs/zerooffload.json": {"mode": "superoffload"},
 }
 # A recipe, changes of its job, and how much of what it needs there is on the device, in host memory and on disk.
 CASES: list[tuple[str, dict[str, Any], float, float, float]] = [
