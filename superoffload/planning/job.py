@@ -14,6 +14,8 @@ class Job:
     batch: rows or packs per rank and micro-batch; length: tokens per row or pack, at most.
     ratio: share of the optimizer's sub-groups on the host. sub_group, bucket: in elements.
     saves: a checkpoint is written; kept: how many complete ones are kept.
+    sum_bytes: of an element of DeepSpeed's sums of gradients. on_cpu: there is no device, so the host holds its part.
+    pinned_rounding: torch rounds pinned memory of any size up to a power of two, as without the recipes' options.
     """
 
     mode: str
@@ -34,6 +36,9 @@ class Job:
     saves: bool
     kept: int
     exports: bool
+    sum_bytes: int = 2
+    on_cpu: bool = False
+    pinned_rounding: bool = False
 
     @property
     def tokens(self) -> int:
@@ -42,7 +47,7 @@ class Job:
 
 
 def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> Job:
-    """Read a job from the merged settings (`ds_config.merge_flags`)."""
+    """Read a job from the merged settings (`ds_config.merge_flags`), for devices and with the recipes' options."""
     zero = ds_config["zero_optimization"]
     offload = zero["offload_optimizer"]
     checkpoint = config.checkpoint
@@ -65,4 +70,5 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         saves=bool(checkpoint.save_checkpoint or checkpoint.save_steps or checkpoint.save_minutes),
         kept=checkpoint.keep_checkpoints,
         exports=checkpoint.export,
+        sum_bytes=4 if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32" else 2,
     )
