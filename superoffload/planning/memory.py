@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from superoffload.planning.device import device_bytes
-from superoffload.planning.host import checkpoint_bytes, disk_bytes, host_bytes, host_peaks
+from superoffload.planning.disk import checkpoint_bytes, disk_bytes
+from superoffload.planning.host import host_bytes, host_peaks
 from superoffload.planning.job import Job
 from superoffload.planning.shape import Shape
 
