@@ -7,7 +7,7 @@ loaded, checkpoints and tokenised rows are mapped or streamed, and the system dr
 from collections import Counter
 from dataclasses import replace
 
-from superoffload.planning.device import MAX_LIVE, device_bytes, on_device, sub_groups
+from superoffload.planning.device import device_bytes, on_device, sub_groups
 from superoffload.planning.disk import checkpoint_bytes, disk_bytes
 from superoffload.planning.job import Job
 from superoffload.planning.shape import Shape
@@ -180,7 +180,7 @@ def _instead_of_device(shape: Shape, job: Job) -> int:
     """Return what one rank holds between steps where the CPU is the device."""
     if not job.on_cpu:
         return 0
-    gathered = 2 * min(MAX_LIVE, shape.parameters) if job.ranks > 1 else 0
+    gathered = 2 * min(job.max_live, shape.parameters) if job.ranks > 1 else 0
     stepped = (8 if job.bf16_state else 16) * sum(on_device(shape, job))
     freed = int(FREED_BYTES * _partition(shape, job))
     return 2 * _partition(shape, job) + stepped + 2 * min(job.bucket, shape.trained) + gathered + freed

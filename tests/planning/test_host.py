@@ -34,6 +34,8 @@ LLAMA_8B = Shape(
     head=HEAD,
     tied=False,
     experts_per_token=1,
+    head_norms=False,
+    sinks=False,
     flops=ModelShape(active_parameters=PARAMETERS, attention_width=4096, attention_windows=(0,) * LAYERS),
 )
 JOB = Job(
