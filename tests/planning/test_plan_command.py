@@ -204,6 +204,32 @@ def test_the_machine_at_hand_is_used(capsys: Capture, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.unit
+def test_without_a_gpu_the_host_holds_everything(capsys: Capture) -> None:
+    on_cpu, elsewhere = (as_json(capsys, "--model_name", "llama-1b", *more) for more in ((), ("--link", "pcie5")))
+    assert on_cpu["job"]["on_cpu"] and not elsewhere["job"]["on_cpu"]
+    assert on_cpu["host"]["device"] > 0 and "device" not in on_cpu["missing"]
+    assert on_cpu["host_peak"] > elsewhere["host_peak"]
+    assert on_cpu["time"] is on_cpu["best_mode"] is None and elsewhere["time"]
+    assert plan("--model_name", "llama-1b") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "There is no GPU here. This is a run on the CPU" in out and "The time of a step is not estimated" in out
+    plan("--model_name", "llama-1b", "--link", "pcie5")
+    assert "The device was not checked: give its memory" in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_rounding_of_pinned_memory_is_that_of_the_environment(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--model_name", "qwen3-4b", "--deepspeed_config", "configs/zerooffload.json", *BIG)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    plan(*arguments)
+    assert "set PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:64" in " ".join(capsys.readouterr().out.split())
+    rounded = as_json(capsys, *arguments)["host"]["pinned"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:64")
+    assert as_json(capsys, *arguments)["host"]["pinned"] < rounded / 10
+
+
+@pytest.mark.unit
 def test_what_others_use_now_is_said(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(name="NVIDIA H200", total_bytes=140 * GIB, free_bytes=GIB)
     pretend(monkeypatch, (device,), available=3 * GIB)
