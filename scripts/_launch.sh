@@ -134,14 +134,17 @@ if ! command -v deepspeed >/dev/null; then
     command -v deepspeed >/dev/null || fail "deepspeed is not installed; run: bash $repository/scripts/setup.sh"
 fi
 
-# Less fragmentation on the device, and pinned memory that is not rounded up to a power of two. CUDA does not start with
-# an option that torch does not know, so the second is passed only if torch's library contains its name. Both variables
-# are set, because torch 2.8 to 2.10 follow the second for CUDA, and some of them warn if the first is not set.
+# Less fragmentation on the device, and pinned memory that is neither rounded up to a power of two nor kept after it was
+# freed. The two options for pinned memory belong together: with the first alone, torch 2.13 may reuse a freed block for
+# a larger tensor (github.com/pytorch/pytorch/pull/192722). CUDA does not start with an option that torch does not know,
+# so they are passed only if torch's library contains both names. Both variables are set, because torch 2.8 to 2.10
+# follow the second for CUDA, and some of them warn if the first is not set.
 if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
     PYTORCH_ALLOC_CONF=expandable_segments:True
     torch=$(python3 -c 'import importlib.util as u; print(u.find_spec("torch").origin)' 2>/dev/null) || torch=""
-    if grep -qs pinned_max_round_threshold_mb "$(dirname "$torch")/lib/libc10.so"; then
-        PYTORCH_ALLOC_CONF+=,pinned_max_round_threshold_mb:64
+    library=$(dirname "$torch")/lib/libc10.so
+    if grep -qs pinned_max_round_threshold_mb "$library" && grep -qs pinned_max_cached_size_mb "$library"; then
+        PYTORCH_ALLOC_CONF+=,pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64
     fi
     export PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_ALLOC_CONF
 fi

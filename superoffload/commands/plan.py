@@ -1,6 +1,8 @@
 """`superoffload plan`: whether a run fits, what would make it fit, and about how long a step takes."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ SETTINGS = {
     config.CheckpointSettings: ("save_checkpoint", "save_steps", "save_minutes", "keep_checkpoints", "export"),
 }  # fmt: skip
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ROUNDING = "pinned_max_round_threshold_mb"  # the option that limits the rounding of pinned memory; recipes pass it
+
 
 def _show(**values: Any) -> int:
     """Say whether a run fits on a machine.
@@ -43,7 +48,11 @@ def _show(**values: Any) -> int:
     asks_devices = not values["gpu_memory"] or not (values["gpus"] or values["recipe"])
     here = machine.look(devices=None if asks_devices else ())  # does not wait for nvidia-smi in vain
     settings, merged, ranks_per_node, ranks = _settings(values, explicit, len(here.devices))
-    wanted = job.of(settings, merged, ranks, ranks_per_node)
+    wanted = replace(
+        job.of(settings, merged, ranks, ranks_per_node),
+        on_cpu=not (here.devices or values["gpu_memory"] or values["link"]),
+        pinned_rounding=not (values["recipe"] or any(ROUNDING in os.environ.get(name, "") for name in ALLOCATOR)),
+    )
     found = plan.make(
         _shape(settings.model), wanted, _capacity(values, explicit, here), _hardware(values, here, ranks_per_node)
     )

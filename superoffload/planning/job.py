@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
 
+MAX_LIVE, PREFETCH, REUSE = 10**9, 5 * 10**7, 10**9  # DeepSpeed's defaults, deepspeed/runtime/zero/config.py
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -13,7 +15,11 @@ class Job:
     mode: `superoffload` or `zerooffload`. ranks: of the whole job; ranks_per_node: of one machine.
     batch: rows or packs per rank and micro-batch; length: tokens per row or pack, at most.
     ratio: share of the optimizer's sub-groups on the host. sub_group, bucket: in elements.
+    max_live, prefetch, reuse: of gathered parameters, in elements: how many there may be before no more are fetched
+        ahead, how many are fetched ahead, and how soon one must be needed again to be kept.
     saves: a checkpoint is written; kept: how many complete ones are kept.
+    sum_bytes: of an element of DeepSpeed's sums of gradients. on_cpu: there is no device, so the host holds its part.
+    pinned_rounding: torch rounds pinned memory of any size up to a power of two, as without the recipes' options.
     """
 
     mode: str
@@ -34,6 +40,12 @@ class Job:
     saves: bool
     kept: int
     exports: bool
+    max_live: int = MAX_LIVE
+    prefetch: int = PREFETCH
+    reuse: int = REUSE
+    sum_bytes: int = 2
+    on_cpu: bool = False
+    pinned_rounding: bool = False
 
     @property
     def tokens(self) -> int:
@@ -42,7 +54,7 @@ class Job:
 
 
 def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> Job:
-    """Read a job from the merged settings (`ds_config.merge_flags`)."""
+    """Read a job from the merged settings (`ds_config.merge_flags`), for devices and with the recipes' options."""
     zero = ds_config["zero_optimization"]
     offload = zero["offload_optimizer"]
     checkpoint = config.checkpoint
@@ -65,4 +77,8 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         saves=bool(checkpoint.save_checkpoint or checkpoint.save_steps or checkpoint.save_minutes),
         kept=checkpoint.keep_checkpoints,
         exports=checkpoint.export,
+        max_live=zero.get("stage3_max_live_parameters", MAX_LIVE),
+        prefetch=zero.get("stage3_prefetch_bucket_size", PREFETCH),
+        reuse=zero.get("stage3_max_reuse_distance", REUSE),
+        sum_bytes=4 if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32" else 2,
     )

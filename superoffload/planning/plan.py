@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from superoffload.planning.job import Job
-from superoffload.planning.memory import Budget, budget
+from superoffload.planning.memory import Budget, budget, deepspeed_estimate
 from superoffload.planning.remedies import Capacity, Remedy, Search
 from superoffload.planning.shape import Shape
-from superoffload.planning.speed import Hardware, StepTime, in_mode
+from superoffload.planning.speed import Hardware, StepTime, in_mode, step_time
 
 MODES = ("superoffload", "zerooffload")
 
@@ -73,7 +73,10 @@ def make(shape: Shape, job: Job, capacity: Capacity, hardware: Hardware) -> Plan
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as JSON has it, all sizes in bytes and all times in seconds; the names do not change."""
+    """Return a plan as JSON has it, all sizes in bytes and all times in seconds; the names do not change.
+
+    Times are null on the CPU, for which there is no estimate.
+    """
     return {
         "fits": plan.fits,
         "model": {"name": plan.shape.name, "parameters": plan.shape.parameters, "trained": plan.shape.trained},
@@ -81,13 +84,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "capacity": asdict(plan.capacity),
         "missing": plan.missing,
         **_memory(plan.budget),
+        "deepspeed_estimate": deepspeed_estimate(plan.shape, plan.job),
         "remedies": [_remedy(plan, remedy) for remedy in plan.remedies],
         "nearest": _remedy(plan, plan.nearest) if plan.nearest else None,
         "largest_batch": plan.largest_batch,
         "largest_length": plan.largest_length,
         "hardware": asdict(plan.hardware),
-        "time": {mode: _time(step) for mode, step in plan.steps.items()},
-        "best_mode": plan.best_mode,
+        "time": None if plan.job.on_cpu else {mode: _time(step) for mode, step in plan.steps.items()},
+        "best_mode": None if plan.job.on_cpu else plan.best_mode,
     }
 
 
@@ -96,14 +100,14 @@ def _memory(need: Budget) -> dict[str, Any]:
 
 
 def _remedy(plan: Plan, remedy: Remedy) -> dict[str, Any]:
-    step = in_mode(plan.shape, remedy.job, plan.hardware, remedy.job.mode)
+    step = None if remedy.job.on_cpu else step_time(plan.shape, remedy.job, plan.hardware)
     return {
         "flags": list(remedy.flags),
         "missing": plan.capacity.missing(remedy.budget),
         "device_peak": remedy.budget.device_peak,
         "host_peak": remedy.budget.host_peak,
-        "step_s": step.step_s,
-        "tokens_per_s": step.tokens_per_s,
+        "step_s": step and step.step_s,
+        "tokens_per_s": step and step.tokens_per_s,
     }
 
 

@@ -102,7 +102,6 @@ def _kept(job: Job) -> list[Step]:
 
 
 DEVICE, HOST, DISK = frozenset({"device"}), frozenset({"host"}), frozenset({"disk"})
-ZERO_OFFLOAD = "--deepspeed_config configs/zerooffload.json"
 # What costs least comes first.
 LADDERS = (
     Ladder(steps=_kept, saves=DISK),
@@ -112,7 +111,6 @@ LADDERS = (
     Ladder(steps=_switch("--activation_checkpointing", lambda job: not job.recompute, recompute=True), saves=DEVICE),
     Ladder(steps=_batch, saves=DEVICE),
     Ladder(steps=_length, saves=DEVICE),
-    Ladder(steps=_switch(ZERO_OFFLOAD, lambda job: job.mode == "superoffload", mode="zerooffload"), saves=HOST),
     Ladder(steps=_switch("--offload_params", lambda job: not job.offload_params, offload_params=True), saves=DEVICE),
     Ladder(steps=_devices, saves=DEVICE, hardware=True),
     Ladder(steps=_nodes, saves=DEVICE | HOST, hardware=True),
@@ -169,12 +167,13 @@ class Search:
         Where a ladder saves memory, each step saves more; so the first step that is enough there is found by bisection,
         and is the best one elsewhere.
         """
-        if not ladder.saves & self.missing(job).keys():
+        saves = _saves(ladder, job)
+        if not saves & self.missing(job).keys():
             return None
         steps = ladder.steps(job)
 
         def too_little(number: int) -> bool:
-            return bool(ladder.saves & self.missing(_with(job, steps[number - 1].changes)).keys())
+            return bool(saves & self.missing(_with(job, steps[number - 1].changes)).keys())
 
         number = _last(len(steps), too_little)
         if number == len(steps):
@@ -186,7 +185,7 @@ class Search:
         """Yield the pairs of flags that are enough: the second as small as the first's end allows, then the first."""
         found: set[frozenset[int]] = set()
         for one, first in enumerate(ladders):
-            steps = first.steps(job) if first.saves & self.missing(job).keys() else ()
+            steps = first.steps(job) if _saves(first, job) & self.missing(job).keys() else ()
             for two, second in enumerate(ladders):
                 if not steps or one == two or frozenset({one, two}) in found:
                     continue
@@ -208,6 +207,11 @@ class Search:
         tries = [self._remedy(job, *steps) for steps in [(), *((end,) for end in ends)]]
         tries += [self._remedy(job, one, two) for i, one in enumerate(ends) for two in ends[i + 1 :]]
         return min(tries, key=lambda remedy: sum(self.capacity.missing(remedy.budget).values()))
+
+
+def _saves(ladder: Ladder, job: Job) -> frozenset[str]:
+    """Return where a ladder saves memory: on the CPU, the host holds what would be on a device."""
+    return ladder.saves | HOST if job.on_cpu and DEVICE <= ladder.saves else ladder.saves
 
 
 @lru_cache(maxsize=10_000)

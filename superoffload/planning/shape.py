@@ -12,6 +12,7 @@ from superoffload.model.parameter_groups import parameter_groups
 from superoffload.protocols import Model
 
 BUILT_IN = Path(__file__).with_name("shapes.json")
+HEAD_NORMS = ("q_norm.weight", "q_layernorm.weight")  # names of the norms of queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Shape:
     heads, kv_heads, head_dim: 0 for a model without attention.
     experts_per_token: 1 for a dense model; more means that tokens are sorted by expert.
     head_norms: queries and keys are normalised.
+    sinks: attention has a sink, as in gpt-oss; its softmax is not in float32 then, and the MLP has clamps.
     flops: what the FLOPs of a token depend on.
     """
 
@@ -48,6 +50,7 @@ class Shape:
     tied: bool
     experts_per_token: int
     head_norms: bool
+    sinks: bool
     flops: ModelShape
 
     @property
@@ -118,7 +121,7 @@ def of_model(name: str, skeleton: Model) -> Shape:
     layers = _layers(skeleton)
     embedding = skeleton.get_input_embeddings().weight
     output = getattr(skeleton.get_output_embeddings(), "weight", embedding)
-    largest = max((_trained(layer) for layer in layers), default=0)
+    paths = [path for path, _ in skeleton.named_parameters()]
     hidden = _number(config, "hidden_size") or embedding.shape[-1]
     heads = _number(config, "num_attention_heads") if _attends(skeleton) else 0
     return Shape(
@@ -126,7 +129,7 @@ def of_model(name: str, skeleton: Model) -> Shape:
         groups=sizes,
         frozen=sum(numel(p) for p in skeleton.parameters() if not p.requires_grad),
         layers=len(layers),
-        layer=largest,
+        layer=max(map(_trained, layers), default=0),
         unit=_unit(skeleton, sizes),
         hidden=hidden,
         intermediate=_intermediate(config, layers),
@@ -137,9 +140,8 @@ def of_model(name: str, skeleton: Model) -> Shape:
         head=numel(output),
         tied=output is embedding,
         experts_per_token=_experts(config),
-        head_norms=any(
-            path.endswith(("q_norm.weight", "q_layernorm.weight")) for path, _ in skeleton.named_parameters()
-        ),
+        head_norms=any(path.endswith(HEAD_NORMS) for path in paths),
+        sinks=any(path.endswith(".sinks") for path in paths),
         flops=shape_of(skeleton),
     )
 

@@ -5,18 +5,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 
+from superoffload.planning.host import memlock_bytes, shm_bytes
 from superoffload.planning.machine import Machine
-from superoffload.planning.memory import budget
+from superoffload.planning.memory import budget, deepspeed_estimate
 from superoffload.planning.plan import Plan
 from superoffload.planning.remedies import Remedy
-from superoffload.planning.speed import LINKS, SHARE_OF_PEAK, SHARE_OF_PRODUCT, in_mode
+from superoffload.planning.speed import LINKS, SHARE_OF_PEAK, SHARE_OF_PRODUCT, step_time
 
 GIB = 2**30
 COLUMNS = 80
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on the disk"}
 MOST_REMEDIES = 8
 CLOSE = 0.05  # of the capacity; the arithmetic is not more exact than that
-ROOMY_SHM = GIB
 
 
 def gib(size: float) -> str:
@@ -45,7 +45,7 @@ def lines(plan: Plan, machine: Machine | None, packed: bool, epoch_tokens: float
     paragraphs = (
         _title(plan, packed),
         _table(plan),
-        [*_otherwise(plan), *_disk(plan), *_deepspeed(plan)],
+        [*_otherwise(plan), *_disk(plan), *_pinned(plan), *_deepspeed(plan)],
         _time(plan, epoch_tokens),
         [*_verdict(plan), *_limits(plan, machine)],
     )
@@ -68,17 +68,19 @@ def _title(plan: Plan, packed: bool) -> list[str]:
     more = f", {job.accumulation} micro-batches per step" if job.accumulation > 1 else ""
     return [
         *_wrap(f"{plan.shape.name}: {count(plan.shape.parameters)} parameters, {job.mode}, {ranks}", 2),
-        *_wrap(f"{rows} per rank and micro-batch{more}; {job.ratio:.0%} of the optimizer on the host"),
+        *_wrap(f"{rows} per rank and micro-batch{more}; optimizer {job.ratio:.0%} on the host"),
     ]
 
 
 def _table(plan: Plan) -> list[str]:
     """Set the parts of the device beside those of the host."""
     need, capacity = plan.budget, plan.capacity
-    device = [*_column("One device, GiB", need.device), ("peak", gib(need.device_peak))]
+    title = "In place of a device, GiB" if plan.job.on_cpu else "One device, GiB"
+    device = [*_column(title, need.device), ("peak", gib(need.device_peak))]
     host = [*_column("One machine's host memory, GiB", need.host), ("between steps", gib(sum(need.host.values())))]
     host += [("", ""), *((f"peak, {phase}", gib(size)) for phase, size in need.host_peaks.items())]
-    device += [("capacity", "not known" if capacity.device is None else gib(capacity.device))]
+    if not plan.job.on_cpu:
+        device += [("capacity", "not known" if capacity.device is None else gib(capacity.device))]
     host += [("capacity", "not known" if capacity.host is None else gib(capacity.host))]
     rows = zip_longest(device, host, fillvalue=("", ""))
     return [f"{a:26}{b:>10}    {c:30}{d:>10}".rstrip() for (a, b), (c, d) in rows]
@@ -113,11 +115,30 @@ def _disk(plan: Plan) -> Iterator[str]:
     yield from _wrap(text, 2)
 
 
+def _pinned(plan: Plan) -> Iterator[str]:
+    """Say what the rounding of page-locked memory costs."""
+    rounding = plan.budget.host["pinned"]
+    if plan.job.pinned_rounding and rounding > CLOSE * sum(plan.budget.host.values()):
+        yield from _wrap(
+            f"Torch rounds page-locked memory up to powers of two, here by {gib(rounding)} GiB; set "
+            "PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:64, as recipes do",
+            2,
+        )
+
+
 def _deepspeed(plan: Plan) -> Iterator[str]:
-    yield from ()
+    """Show DeepSpeed's estimator, and why it says something else."""
+    theirs = deepspeed_estimate(plan.shape, plan.job)
+    yield from _wrap(
+        f"DeepSpeed's own estimator says {gib(theirs['device'])} GiB and {gib(theirs['host'])} GiB: on the device it "
+        "knows no activations, loss, buckets or optimizer, and on the host it adds half as much again for buffers",
+        2,
+    )
 
 
 def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
+    if plan.job.on_cpu:
+        return ["The time of a step is not estimated for the CPU"]
     step, job, hardware = plan.step, plan.job, plan.hardware
     took = duration((epoch_tokens or 1e6) / step.tokens_per_s)
     each = f"{took} for an epoch of {count(epoch_tokens)} tokens" if epoch_tokens else f"{took} per million tokens"
@@ -159,8 +180,14 @@ def _mode(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> list[str]:
     capacity, need = plan.capacity, plan.budget
-    unchecked = "The device was not checked: there is no GPU here; give its memory, e.g. --gpu_memory 80GiB"
-    result = _wrap(unchecked) if capacity.device is None else []
+    result: list[str] = []
+    if plan.job.on_cpu:
+        result = _wrap(
+            "There is no GPU here. This is a run on the CPU, where host memory holds a device's part too. Give "
+            "--gpu_memory 80GiB, for instance, to plan for another machine"
+        )
+    elif capacity.device is None:
+        result = _wrap("The device was not checked: give its memory, e.g. --gpu_memory 80GiB")
     if not plan.fits:
         over = " and ".join(f"{gib(size)} GiB too much {PLACES[place]}" for place, size in plan.missing.items())
         return [*result, *_wrap(f"IT DOES NOT FIT: {over}"), *_changes(plan)]
@@ -183,7 +210,10 @@ def _changes(plan: Plan) -> list[str]:
         flags = " ".join(plan.nearest.flags) or "the settings as they are"
         return _wrap(f"No two flags are enough. The nearest: {flags}; still missing: {missing}")
     number = "Each line" if len(plan.remedies[0].flags) > 1 else "Each of these"
-    result = [f"{number} is enough alone:", f"  {'':44}{'device':>8}{'host':>9}{'step':>11}"]
+    result = [
+        f"{number} is enough alone:",
+        f"  {'':44}{'device':>8}{'host':>9}{'' if plan.job.on_cpu else 'step':>11}".rstrip(),
+    ]
     for remedy in plan.remedies[:MOST_REMEDIES]:
         result += _change(plan, remedy)
     if len(plan.remedies) > MOST_REMEDIES:
@@ -192,10 +222,10 @@ def _changes(plan: Plan) -> list[str]:
 
 
 def _change(plan: Plan, remedy: Remedy) -> list[str]:
-    step = duration(in_mode(plan.shape, remedy.job, plan.hardware, remedy.job.mode).step_s)
+    step = "" if plan.job.on_cpu else duration(step_time(plan.shape, remedy.job, plan.hardware).step_s)
     figures = f"{gib(remedy.budget.device_peak):>8}{gib(remedy.budget.host_peak):>9}{step:>11}"
     *first, last = remedy.flags if len(" ".join(remedy.flags)) > 44 else [" ".join(remedy.flags)]
-    return [*(f"  {flag}" for flag in first), f"  {last:44}{figures}"]
+    return [*(f"  {flag}" for flag in first), f"  {last:44}{figures}".rstrip()]
 
 
 def _limits(plan: Plan, machine: Machine | None) -> Iterator[str]:
@@ -208,13 +238,13 @@ def _limits(plan: Plan, machine: Machine | None) -> Iterator[str]:
         yield from _wrap(f"But now only {gib(free)} GiB of a device are free: other processes use the rest", 2)
     if machine.host_available_bytes < need.host_peak and "host" not in plan.missing:
         yield from _wrap(f"But now only {gib(machine.host_available_bytes)} GiB of host memory are available", 2)
-    if job.ranks_per_node > 1 and machine.shm_bytes < ROOMY_SHM:
+    if machine.shm_bytes < shm_bytes(plan.shape, job):
         yield from _wrap(
-            f"/dev/shm has {machine.shm_bytes / 2**20:.0f} MiB: the ranks' communication (NCCL) may need more; in a "
-            "container, start it with --shm-size 8g",
+            f"/dev/shm has {machine.shm_bytes / 2**20:.0f} MiB, but the ranks' communication may need "
+            f"{shm_bytes(plan.shape, job) / 2**20:.0f}: start a container with --shm-size",
             2,
         )
-    if job.ranks > job.ranks_per_node and machine.memlock_bytes is not None:
+    if machine.memlock_bytes is not None and machine.memlock_bytes < memlock_bytes(plan.shape, job):
         yield from _wrap(
             f"ulimit -l is {machine.memlock_bytes / 2**20:.0f} MiB: InfiniBand between machines needs it unlimited", 2
         )

@@ -17,7 +17,7 @@ from superoffload.errors import UserError
 from superoffload.planning import job, machine, recipes, speed, words
 from superoffload.planning.machine import Device, Machine, Rates
 from tests.helpers.ranks import REPOSITORY
-from tests.helpers.recipes import call, script_of
+from tests.helpers.recipes import call, changed, script_of
 from tests.helpers.recipes import stand_in as stand_in
 
 Capture = pytest.CaptureFixture[str]
@@ -63,8 +63,10 @@ def test_the_page_is_calm(capsys: Capture, name: str, memory: str) -> None:
     assert [line for line in out.splitlines() if len(line) > 80] == []
     assert ("IT FITS" in out) == (status == 0)
     assert ("IT DOES NOT FIT" in out) == (status == 1)
-    for part in ("weights", "optimizer", "masters", "moments", "peak", "capacity", "resuming", "Disk", "tokens/s",
-                 "for an epoch of 5 million tokens", "Estimated time: ", "Mode: "):  # fmt: skip
+    for part in (
+        "weights", "optimizer", "masters", "moments", "peak", "capacity", "resuming", "Disk", "tokens/s", "Mode: ",
+        "DeepSpeed's own estimator says", "for an epoch of 5 million tokens", "Estimated time: ",
+    ):  # fmt: skip
         assert part in " ".join(out.split()), part
 
 
@@ -78,6 +80,27 @@ def test_a_recipe_is_planned_as_its_script_runs_it(capsys: Capture, stand_in: Pa
     found = as_json(capsys, "--recipe", name, "--deepspeed_config", f"configs/{mode}.json", *BIG)
     assert found["job"] == asdict(job.of(merged.config, merged.ds_config, ranks, ranks))
     assert found["model"]["name"] == name
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("line", "replacement", "flag", "value"),
+    [
+        ("SAVE_CHECKPOINT=false", "SAVE_CHECKPOINT=true", "save_checkpoint", True),
+        ("EXPORT=false", "EXPORT=true", "export", True),
+        ("SAVE_STEPS=0", "SAVE_STEPS=7", "save_steps", 7),
+        ("KEEP_CHECKPOINTS=2", "KEEP_CHECKPOINTS=3", "keep_checkpoints", 3),
+        ("PACKING=true", "PACKING=false", "packing", False),
+        ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=false", "activation_checkpointing", False),
+        ("MAX_LENGTH=4096", "MAX_LENGTH=512", "max_length", 512),
+    ],
+)
+def test_each_value_of_a_recipe_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, replacement: str, flag: str, value: object
+) -> None:
+    changed("llama-8b", tmp_path, line, replacement).rename(tmp_path / "finetune_llama-8b_1gpu.sh")
+    monkeypatch.setattr(recipes, "SCRIPTS", tmp_path)
+    assert recipes.settings("llama-8b", superoffload=True)[flag] == value
 
 
 @pytest.mark.unit
@@ -125,7 +148,7 @@ def test_the_json_has_these_names(capsys: Capture) -> None:
     [
         ("--recipe", "llama-8b", "--gpu_memory", "40GB", "--host_memory", "480GiB"),
         ("--recipe", "llama-8b", "--gpu_memory", "24GB", "--host_memory", "100GiB"),
-        ("--model_name", "qwen3-8b", "--gpu_memory", "48GB", "--host_memory", "480GiB", "--loss_kernel", "plain"),
+        ("--model_name", "qwen3-8b", "--gpu_memory", "24GB", "--host_memory", "480GiB", "--loss_kernel", "plain"),
         ("--recipe", "qwen3-30b-a3b", "--gpu_memory", "40GB", "--host_memory", "480GiB", "--save_checkpoint"),
         ("--recipe", "llama-70b", "--gpu_memory", "40GiB", "--host_memory", "1TiB"),
     ],
@@ -178,6 +201,32 @@ def test_the_machine_at_hand_is_used(capsys: Capture, monkeypatch: pytest.Monkey
     assert "/dev/shm has 64 MiB" in capsys.readouterr().out
     plan("--model_name", "llama-1b", "--nodes", "2")
     assert "ulimit -l is 8 MiB" in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_without_a_gpu_the_host_holds_everything(capsys: Capture) -> None:
+    on_cpu, elsewhere = (as_json(capsys, "--model_name", "llama-1b", *more) for more in ((), ("--link", "pcie5")))
+    assert on_cpu["job"]["on_cpu"] and not elsewhere["job"]["on_cpu"]
+    assert on_cpu["host"]["device"] > 0 and "device" not in on_cpu["missing"]
+    assert on_cpu["host_peak"] > elsewhere["host_peak"]
+    assert on_cpu["time"] is on_cpu["best_mode"] is None and elsewhere["time"]
+    assert plan("--model_name", "llama-1b") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "There is no GPU here. This is a run on the CPU" in out and "The time of a step is not estimated" in out
+    plan("--model_name", "llama-1b", "--link", "pcie5")
+    assert "The device was not checked: give its memory" in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_rounding_of_pinned_memory_is_that_of_the_environment(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--model_name", "qwen3-4b", "--deepspeed_config", "configs/zerooffload.json", *BIG)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    plan(*arguments)
+    assert "set PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:64" in " ".join(capsys.readouterr().out.split())
+    rounded = as_json(capsys, *arguments)["host"]["pinned"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:64")
+    assert as_json(capsys, *arguments)["host"]["pinned"] < rounded / 10
 
 
 @pytest.mark.unit

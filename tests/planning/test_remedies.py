@@ -19,9 +19,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "--activation_checkpointing": {"recompute": False},
     "--offload_params": {"offload_params": False},
     "--optimizer_state bf16": {"bf16_state": False},
-    "--deepspeed_config configs/zerooffload.json": {"mode": "superoffload"},
 }
-# A recipe, changes of its job, and how much of what it needs there is on the device, in host memory and on disk.
+# A recipe, changes of its job, and how much of what it needs there is on the device (if it is not on the CPU), in
+# host memory and on disk.
 CASES: list[tuple[str, dict[str, Any], float, float, float]] = [
     ("llama-8b", {}, 0.95, 2, 2),
     ("llama-8b", {}, 0.7, 2, 2),
@@ -34,6 +34,8 @@ CASES: list[tuple[str, dict[str, Any], float, float, float]] = [
     ("llama-8b", {"saves": True, "kept": 5}, 2, 2, 0.7),
     ("llama-8b", {"mode": "zerooffload", "ratio": 1.0}, 2, 0.8, 2),
     ("llama-8b", {"accumulation": 4}, 2, 0.97, 2),
+    ("llama-8b", {"on_cpu": True, "recompute": False}, 0, 0.9, 2),
+    ("llama-8b", {"on_cpu": True}, 0, 0.97, 2),
     ("gpt-oss-20b", {}, 0.3, 2, 2),
     ("qwen3-30b-a3b", {}, 0.6, 1.2, 2),
     ("seed-oss-36b", {}, 0.8, 0.8, 2),
@@ -50,7 +52,8 @@ def search_of(case: tuple[str, dict[str, Any], float, float, float]) -> tuple[Se
     device, host, disk = (
         int(share * size) for share, size in zip(shares, (need.device_peak, need.host_peak, need.disk), strict=True)
     )
-    return Search(shape=shape, capacity=Capacity(device=device, host=host, disk=disk)), wanted
+    capacity = Capacity(device=None if wanted.on_cpu else device, host=host, disk=disk)
+    return Search(shape=shape, capacity=capacity), wanted
 
 
 def smaller(flag: str, job: Job, original: Job) -> Job:
