@@ -1,7 +1,6 @@
 """`superoffload plan`: whether a run fits, what would make it fit, and about how long a step takes."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import click
 
 from superoffload import cli, config, ds_config
 from superoffload.errors import UserError
-from superoffload.planning import job, machine, plan, recipes, remedies, shape, speed, words
+from superoffload.planning import job, machine, plan, ratio, recipes, remedies, shape, speed, words
 
 # The flags of a run that memory or time depend on; of the other groups, all.
 MODEL = (
@@ -31,9 +30,6 @@ SETTINGS = {
     config.CheckpointSettings: ("save_checkpoint", "save_steps", "save_minutes", "keep_checkpoints", "export"),
 }  # fmt: skip
 
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-ROUNDING = "pinned_max_round_threshold_mb"  # the option that limits the rounding of pinned memory; recipes pass it
-
 
 def _show(**values: Any) -> int:
     """Say whether a run fits on a machine.
@@ -51,11 +47,12 @@ def _show(**values: Any) -> int:
     wanted = replace(
         job.of(settings, merged, ranks, ranks_per_node),
         on_cpu=not (here.devices or values["gpu_memory"] or values["link"]),
-        pinned_rounding=not (values["recipe"] or any(ROUNDING in os.environ.get(name, "") for name in ALLOCATOR)),
+        pinned_rounding=not values["recipe"] and job.rounds_pinned_memory(),
     )
-    found = plan.make(
-        _shape(settings.model), wanted, _capacity(values, explicit, here), _hardware(values, here, ranks_per_node)
-    )
+    capacity, model = _capacity(values, explicit, here), _shape(settings.model)
+    if settings.offload.offload_ratio == config.AUTO:
+        wanted = replace(wanted, ratio=ratio.auto(model, wanted, capacity.device)[0])
+    found = plan.make(model, wanted, capacity, _hardware(values, here, ranks_per_node))
     if values["plot"]:
         from superoffload.planning import picture
 

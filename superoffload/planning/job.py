@@ -1,5 +1,6 @@
 """What the settings of a run say about its memory and its time."""
 
+import os
 from dataclasses import dataclass
 
 from superoffload.config import Config
@@ -51,6 +52,15 @@ class Job:
     def tokens(self) -> int:
         """Return the tokens of one micro-batch on one rank."""
         return self.batch * self.length
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ROUNDING = "pinned_max_round_threshold_mb"  # the option that limits the rounding of pinned memory; recipes pass it
+
+
+def rounds_pinned_memory() -> bool:
+    """Return whether torch rounds large pinned tensors up in this environment."""
+    return not any(ROUNDING in os.environ.get(name, "") for name in ALLOCATOR)
 
 
 def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> Job:

@@ -1,4 +1,4 @@
-"""Preflight: compare what a run needs with what there is, before its weights are read; choose the ratio of `auto`."""
+"""Preflight: compare what a run needs with what there is, before its weights are read."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,16 +11,12 @@ from superoffload.config import AUTO
 from superoffload.ds_config import Merged, with_offload_ratio
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
-from superoffload.planning import job, plan, shape, sight, speed
-from superoffload.planning.device import on_device, sub_groups
-from superoffload.planning.forecast import MARGIN, Forecast
-from superoffload.planning.memory import budget
-from superoffload.planning.plan import Plan
+from superoffload.planning import job, plan, ratio, shape, sight, speed
+from superoffload.planning.forecast import Forecast
 from superoffload.protocols import Model
 
 Found = TypeVar("Found")
 
-RATIO_STEPS = 100
 # What unusual models, files and drivers make the arithmetic raise; not a reason to refuse a run.
 UNKNOWN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -39,9 +35,9 @@ def check(merged: Merged, skeleton: Model, checkpoints: Sequence[Source]) -> tup
         logger.warning("Memory is not known beforehand: %s", forecast)
         return _with_ratio(merged, 1.0, "because memory is not known beforehand"), None
     if merged.config.offload.offload_ratio == AUTO:
-        merged = _with_ratio(
-            merged, *auto_ratio(forecast.plan, checkpoints[0].manifest["config"] if checkpoints else {})
-        )
+        saved = checkpoints[0].manifest["config"].get("offload_ratio") if checkpoints else None
+        planned = forecast.plan
+        merged = _with_ratio(merged, *ratio.auto(planned.shape, planned.job, planned.capacity.device, saved))
         forecast = _forecast(merged, found, resumes=bool(checkpoints))
     _judge(forecast, stops=merged.config.offload.preflight)
     return merged, forecast
@@ -64,41 +60,22 @@ def _forecast(merged: Merged, found: Sequence[Any], *, resumes: bool) -> Forecas
     sights, shapes = zip(*found, strict=True)
     per_node = sight.ranks_per_node(sights)
     devices = [device.name for seen in sights for device in seen.machine.devices]
-    asked = job.of(merged.config, merged.ds_config, len(sights), per_node)
+    there = sight.capacity(sights)
+    asked = replace(
+        job.of(merged.config, merged.ds_config, len(sights), per_node),
+        on_cpu=there.device is None,
+        pinned_rounding=job.rounds_pinned_memory(),
+    )
     hardware = speed.hardware(devices[0] if devices else None, None, per_node, None)
-    made = plan.make(shapes[0], asked, sight.capacity(sights), hardware)
+    made = plan.make(shapes[0], asked, there, hardware)
     return Forecast(plan=made, packed=merged.config.data.packs, resumes=resumes)
 
 
-def auto_ratio(planned: Plan, saved: dict[str, Any]) -> tuple[float, str]:
-    """Return the ratio of `--offload_ratio auto`, and why; `saved` holds the settings of the checkpoint, if any.
-
-    It is the smallest whose budget leaves the margin of the device free, in steps that DeepSpeed's count of sub-groups
-    follows exactly. A run keeps the ratio of its checkpoint if that fits, because host and device round differently.
-    """
-    there = planned.capacity.device
-    if there is None:
-        return 1.0, "because there is no GPU"
-    asked = replace(planned.job, ratio=1.0)
-
-    def fits(ratio: float) -> bool:
-        return budget(planned.shape, replace(asked, ratio=ratio)).device_peak <= there * (1 - MARGIN)
-
-    before = saved.get("offload_ratio")
-    if isinstance(before, float) and fits(before):
-        return before, "as in the checkpoint"
-    ratio = next((step / RATIO_STEPS for step in range(RATIO_STEPS) if fits(step / RATIO_STEPS)), 1.0)
-    chosen = replace(asked, ratio=ratio)
-    count, total = len(on_device(planned.shape, chosen)), len(sub_groups(planned.shape, chosen))
-    why = f"{count} of {total} sub-groups on the device"
-    return ratio, f"{why}; the checkpoint was saved with {before}, and rounds differently" if before else why
-
-
-def _with_ratio(merged: Merged, ratio: float, why: str) -> Merged:
+def _with_ratio(merged: Merged, chosen: float, why: str) -> Merged:
     if merged.config.offload.offload_ratio != AUTO:
         return merged
-    logger.info("--offload_ratio auto: %s, %s", ratio, why)
-    return with_offload_ratio(merged, ratio)
+    logger.info("--offload_ratio auto: %s, %s", chosen, why)
+    return with_offload_ratio(merged, chosen)
 
 
 def _judge(forecast: Forecast, *, stops: bool) -> None:

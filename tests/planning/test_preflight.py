@@ -10,11 +10,13 @@ import pytest
 from superoffload import config, distributed
 from superoffload.ds_config import Merged, merge_flags, read_ds_config
 from superoffload.errors import UserError
-from superoffload.planning import job, plan, preflight, sight, speed
+from superoffload.planning import job, preflight, ratio, sight
+from superoffload.planning.device import on_device, sub_groups
 from superoffload.planning.forecast import GIB, Forecast
+from superoffload.planning.job import Job
 from superoffload.planning.machine import Device, Machine
-from superoffload.planning.plan import Plan
-from superoffload.planning.remedies import Capacity, Search
+from superoffload.planning.memory import budget
+from superoffload.planning.remedies import Search
 from superoffload.planning.shape import built_in
 from superoffload.planning.sight import Sight
 from tests.helpers.runs import make_checkpoint
@@ -29,7 +31,9 @@ EMPTY_HOST = Machine(
 
 
 def settings(**flags: Any) -> Merged:
-    asked = config.build({"model_name": "m", "output_dir": "out", "batch_size": 1, **flags})
+    asked = config.build(
+        {"model_name": "m", "output_dir": "out", "batch_size": 1, "activation_checkpointing": True, **flags}
+    )
     return merge_flags(read_ds_config(asked), asked, 1)
 
 
@@ -41,14 +45,9 @@ def view(
     return Sight(host_name=host_name, machine=machine, held_bytes=int(held * GIB), disk_bytes=int(disk * GIB))
 
 
-def planned(there: Capacity, **flags: Any) -> Plan:
+def asked(**flags: Any) -> Job:
     merged = settings(**flags)
-    asked = job.of(merged.config, merged.ds_config, 1, 1)
-    return plan.make(SHAPE, asked, there, speed.hardware(None, None, 1, None))
-
-
-def device(gib: float) -> Capacity:
-    return Capacity(device=int(gib * GIB), host=500 * GIB, disk=1000 * GIB)
+    return job.of(merged.config, merged.ds_config, 1, 1)
 
 
 def test_the_capacity_is_the_least_that_any_rank_has() -> None:
@@ -66,35 +65,39 @@ def test_memory_that_a_rank_holds_adds_to_no_limit() -> None:
     assert sight.capacity([view(free=None)]).device is None
 
 
-@pytest.mark.parametrize("free", [30.0, 40.0, 60.0, 79.0])
+@pytest.mark.parametrize("free", [35.0, 40.0, 60.0, 79.0])
 def test_auto_takes_the_largest_share_that_leaves_the_margin_free(free: float) -> None:
-    ratio, why = preflight.auto_ratio(planned(device(free)), {})
+    wanted = asked(sub_group_size=2 * 10**8)
+    found, why = ratio.auto(SHAPE, wanted, int(free * GIB))
+    total = len(sub_groups(SHAPE, wanted))
+    count = len(on_device(SHAPE, replace(wanted, ratio=found)))
+    assert found == round(found, 2)
+    assert why == f"which puts {count} of {total} sub-groups on the device"
 
-    def peak(ratio: float) -> int:
-        return planned(device(free), offload_ratio=ratio).budget.device_peak
+    def peak(number: int) -> int:
+        each = (step / 100 for step in range(100, -1, -1))
+        jobs = (replace(wanted, ratio=step) for step in each)
+        return next(budget(SHAPE, one).device_peak for one in jobs if len(on_device(SHAPE, one)) >= number)
 
-    assert peak(ratio) <= 0.95 * free * GIB < peak(round(ratio - 0.01, 2))
-    assert ratio == round(ratio, 2)
-    assert "of 19 sub-groups on the device" in why
+    assert 0 < count < total
+    assert peak(count) <= 0.95 * free * GIB < peak(count + 1)
 
 
 def test_auto_takes_everything_where_it_fits_and_nothing_where_nothing_fits() -> None:
-    assert preflight.auto_ratio(planned(device(2000)), {})[0] == 0
-    assert preflight.auto_ratio(planned(device(5)), {})[0] == 1
-    assert preflight.auto_ratio(planned(Capacity(device=None, host=GIB, disk=GIB)), {}) == (
-        1.0,
-        "because there is no GPU",
-    )
+    everything, _ = ratio.auto(SHAPE, asked(), 2000 * GIB)
+    assert on_device(SHAPE, replace(asked(), ratio=everything)) == sub_groups(SHAPE, asked())
+    assert ratio.auto(SHAPE, asked(), 5 * GIB)[0] == 1
+    assert ratio.auto(SHAPE, asked(), None) == (1.0, "because there is no GPU")
 
 
 def test_a_resumed_run_keeps_its_ratio_if_that_fits() -> None:
-    small, large = device(40), device(79)
-    before, _ = preflight.auto_ratio(planned(small), {})
-    assert preflight.auto_ratio(planned(large), {"offload_ratio": before}) == (before, "as in the checkpoint")
-    smallest, _ = preflight.auto_ratio(planned(large), {})
-    now, why = preflight.auto_ratio(planned(small), {"offload_ratio": smallest})
+    wanted = asked(sub_group_size=2 * 10**8)
+    before, _ = ratio.auto(SHAPE, wanted, 40 * GIB)
+    assert ratio.auto(SHAPE, wanted, 79 * GIB, before) == (before, "as in the checkpoint")
+    smallest, _ = ratio.auto(SHAPE, wanted, 79 * GIB)
+    now, why = ratio.auto(SHAPE, wanted, 40 * GIB, smallest)
     assert now == before
-    assert f"the checkpoint was saved with {smallest}, and rounds differently" in why
+    assert why.endswith(f"; the checkpoint was saved with {smallest}, and rounds differently")
 
 
 Check = Callable[..., tuple[Merged, Forecast | None]]
@@ -171,13 +174,13 @@ def test_the_ratio_of_auto_is_that_of_the_settings_and_of_the_ds_config(
     check: Check, caplog: pytest.LogCaptureFixture
 ) -> None:
     merged, found = check(view(free=40), offload_ratio="auto")
-    ratio = merged.config.offload.offload_ratio
-    assert isinstance(ratio, float)
-    assert 0 < ratio < 1
-    assert merged.ds_config["zero_optimization"]["offload_optimizer"]["ratio"] == ratio
+    chosen = merged.config.offload.offload_ratio
+    assert isinstance(chosen, float)
+    assert 0 < chosen < 1
+    assert merged.ds_config["zero_optimization"]["offload_optimizer"]["ratio"] == chosen
     assert found is not None
-    assert found.plan.job.ratio == ratio
-    assert caplog.messages[0].startswith(f"--offload_ratio auto: {ratio}, ")
+    assert found.plan.job.ratio == chosen
+    assert caplog.messages[0].startswith(f"--offload_ratio auto: {chosen}, ")
     saved: Any = SimpleNamespace(manifest={"config": {"offload_ratio": 0.97}})
     kept, _ = check(view(free=40), offload_ratio="auto", checkpoints=[saved])
     assert kept.config.offload.offload_ratio == 0.97
