@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
 
+MAX_LIVE, PREFETCH, REUSE = 10**9, 5 * 10**7, 10**9  # DeepSpeed's defaults, deepspeed/runtime/zero/config.py
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -36,9 +38,9 @@ class Job:
     saves: bool
     kept: int
     exports: bool
-    max_live: int = 10**9
-    prefetch: int = 5 * 10**7
-    reuse: int = 10**9
+    max_live: int = MAX_LIVE
+    prefetch: int = PREFETCH
+    reuse: int = REUSE
 
     @property
     def tokens(self) -> int:
@@ -70,7 +72,7 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         saves=bool(checkpoint.save_checkpoint or checkpoint.save_steps or checkpoint.save_minutes),
         kept=checkpoint.keep_checkpoints,
         exports=checkpoint.export,
-        max_live=zero.get("stage3_max_live_parameters", Job.max_live),
-        prefetch=zero.get("stage3_prefetch_bucket_size", Job.prefetch),
-        reuse=zero.get("stage3_max_reuse_distance", Job.reuse),
+        max_live=zero.get("stage3_max_live_parameters", MAX_LIVE),
+        prefetch=zero.get("stage3_prefetch_bucket_size", PREFETCH),
+        reuse=zero.get("stage3_max_reuse_distance", REUSE),
     )

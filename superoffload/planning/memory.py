@@ -7,6 +7,8 @@ from superoffload.planning.host import checkpoint_bytes, disk_bytes, host_bytes,
 from superoffload.planning.job import Job
 from superoffload.planning.shape import Shape
 
+BUFFER_FACTOR = 1.5  # additional_buffer_factor, DeepSpeed's default
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
@@ -42,3 +44,18 @@ def budget(shape: Shape, job: Job) -> Budget:
         checkpoint=checkpoint_bytes(shape, job),
         disk=disk_bytes(shape, job),
     )
+
+
+def deepspeed_estimate(shape: Shape, job: Job) -> dict[str, int]:
+    """Return what DeepSpeed's own estimator says for one device and for one machine, in bytes.
+
+    The formula of deepspeed/runtime/zero/stage3.py, estimate_zero3_model_states_mem_needs, with the optimizer on the
+    host. Its device holds the weights, and the largest module (`Shape.unit`) with its gradient, but no activations,
+    loss, bucket or device share of the optimizer. Its host holds 16 bytes per parameter, 18 with the weights, and half
+    as much again for buffers, whatever the mode and the precision of the state.
+    """
+    layer = 4 * shape.unit
+    nodes = job.ranks // job.ranks_per_node
+    weights = 0 if job.offload_params else int(2 * shape.parameters / job.ranks)
+    each = 18 if job.offload_params else 16
+    return {"device": int(layer + weights), "host": int(shape.parameters * each * (1 / nodes) * BUFFER_FACTOR)}
