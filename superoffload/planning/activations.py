@@ -1,8 +1,9 @@
 """Shape and job -> bytes of a forward and backward that come and go. Pure arithmetic; imports no torch.
 
-Everything is in bf16 but what transformers and torch compute in float32: norms, softmax, the loss. h is the hidden size,
-q and k the width of all queries and of all keys, I the inner width of the MLP. The counts were checked by counting the
-storages of the same steps on the meta device (tests/benchmarks/plan_device.py).
+Everything is in bf16 but what transformers and torch compute in float32: norms, softmax, the loss. h is the hidden
+size, q and k the width of all queries and of all keys, I the inner width of the MLP. The formulas were checked by
+counting the storages of such steps on the meta device (tests/benchmarks/plan_device.py). Rows are full, and all tokens
+are targets. Packs attend with a flash kernel, whose sizes do not depend on the documents.
 """
 
 from superoffload.planning.job import Job
@@ -88,7 +89,8 @@ def loss_bytes(shape: Shape, job: Job) -> int:
 
     Chunked: a tile, and in backward the gradient of the head's weight and of the states, the latter in float32
     (model/head.py, _TokenLosses). Plain: the log-softmax, its gradient and that of the logits, each float32
-    `[tokens, vocabulary]` (model/head.py, plain_loss); then the gradient of the head's weight beside that of the logits.
+    `[tokens, vocabulary]` (model/head.py, plain_loss); then the gradient of the head's weight beside that of the
+    logits.
     """
     states = states_bytes(shape, job)
     if job.chunked_loss:

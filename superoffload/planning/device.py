@@ -72,8 +72,8 @@ def moments(shape: Shape, job: Job) -> dict[str, int]:
     """Return what is needed for a moment, beside the parts that are there all the time, in the order of a step.
 
     loss: see `loss_bytes`. head: the gradient of the output layer, on its way to the host if it is larger than the
-    bucket. layer: the backward of one layer. bucket: within a layer, when the bucket is full. embedding: the gradient of
-    the input embedding, when the bucket must be emptied first, and activations are gone. With a tied output layer,
+    bucket. layer: the backward of one layer. bucket: within a layer, when the bucket is full. embedding: the gradient
+    of the input embedding, when the bucket must be emptied first, and activations are gone. With a tied output layer,
     autograd keeps its gradient until then. step: of the largest sub-group on the device, also without activations: the
     square root of the second moment (torch.optim.AdamW).
     """

@@ -1,4 +1,4 @@
-"""Compare the device memory that planning computes with what is counted on the meta device.
+"""Write the device memory of the recipes, and compare it with what is counted on the meta device.
 
     python tests/benchmarks/plan_device.py
 
@@ -17,10 +17,13 @@ sys.path.insert(0, str(ROOT))
 
 from superoffload.planning import device  # noqa: E402
 from superoffload.planning.job import Job  # noqa: E402
-from superoffload.planning.shape import of_model  # noqa: E402
+from superoffload.planning.shape import built_in, of_model  # noqa: E402
 from tests.helpers import builtin_shapes, counted_memory  # noqa: E402
+from tests.helpers.recipe_jobs import recipe_job  # noqa: E402
+from tests.helpers.recipes import RECIPES  # noqa: E402
 
 GIB = 2**30
+DEVICE_BYTES = 80e9  # what the name of an 80 GB device promises; the devices have 79 to 80 GiB
 RESULTS = Path(__file__).parent / "results"
 PLAIN = Job(
     mode="superoffload", ranks=1, ranks_per_node=1, batch=4, length=4096, accumulation=1, ratio=1.0,
@@ -135,6 +138,19 @@ def report(rows: list[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
+def recipes() -> str:
+    """Write the device memory of every recipe as a Markdown table, in GiB."""
+    lines: list[str] = []
+    for name in RECIPES:
+        job = recipe_job(name)
+        parts = device.device_bytes(built_in(name), job)
+        if not lines:
+            lines = [f"| recipe | ratio | {' | '.join(parts)} | sum |", "| --- " * (len(parts) + 3) + "|"]
+        sizes = (*parts.values(), sum(parts.values()))
+        lines.append(f"| {name} | {job.ratio:.2f} | " + " | ".join(f"{size / GIB:.1f}" for size in sizes) + " |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     """Measure all cases and write the results."""
     rows = []
@@ -143,8 +159,9 @@ def main() -> None:
         sys.stderr.write(report(rows[-1:]).splitlines()[-1] + "\n")
     worst = max(abs(row.error) for row in rows)
     text = (
-        "# Device memory of a step, predicted and counted\n\n"
-        "Bucket, activations and working memory on one rank, beside weights and optimizer, counted on the meta device.\n"
+        f"# Device memory of the recipes\n\nGiB on one device; an 80 GB device has {DEVICE_BYTES / GIB:.1f}.\n\n"
+        f"{recipes()}\n# Predicted and counted\n\n"
+        "Bucket, activations and working memory of a step on one rank, counted on the meta device. "
         f"The largest error is {worst:.1%}.\n\n{report(rows)}"
     )
     (RESULTS / "plan_device.md").write_text(text, encoding="utf-8")

@@ -25,11 +25,11 @@ def _attend(module: Any, *states: Any, scaling: float | None = None, **options: 
 transformers.AttentionInterface.register(COUNTED, _attend)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is partly untyped
     """Counts the bytes of the storages that are alive, among those created while it is active."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: dict[int, Any] = {}
 
@@ -83,15 +83,15 @@ class Bucket:
         self._gradients.append(gradient.view(-1))
 
     def empty(self) -> None:
-        """Copy the gradients together (reduce_scatter_coalesced), and compute their norms (_constant_buffered_norm2)."""
+        """Copy the gradients together (reduce_scatter_coalesced), and take their norms (_constant_buffered_norm2)."""
         if len(self._gradients) > 1:
             flat = torch.cat(self._gradients)
-            parts = list(flat.split([gradient.numel() for gradient in self._gradients]))
+            parts = list(torch.split(flat, [gradient.numel() for gradient in self._gradients]))
         else:
             parts = self._gradients[:]
         self._gradients.clear()
         for part in parts:
-            for piece in part.split(NORM_PIECE):
+            for piece in torch.split(part, NORM_PIECE):
                 piece.to(torch.float64).norm()
 
 
