@@ -8,11 +8,8 @@ from collections import Counter
 from dataclasses import replace
 
 from superoffload.planning.device import device_bytes, on_device, sub_groups
-from superoffload.planning.disk import checkpoint_bytes, disk_bytes
 from superoffload.planning.job import Job
 from superoffload.planning.shape import Shape
-
-__all__ = ["checkpoint_bytes", "disk_bytes", "host_bytes", "host_peaks", "memlock_bytes", "shm_bytes"]
 
 MIB = 2**20
 # Private memory of the processes, measured with a model of 0.1 million parameters on the CPU, with Python 3.11, torch
@@ -29,6 +26,7 @@ CPU_BUFFER_BYTES = 66 * MIB  # shared memory of each rank for DeepSpeed's collec
 # glibc keeps freed memory in pieces of up to 32 MiB. Where the CPU is the device, weights and gradients leave this much
 # for each of a rank's parameters, measured: after loading, between steps, and more at the peak of a step.
 FREED_WHILE_LOADING_BYTES, FREED_BYTES, FREED_IN_STEP_BYTES = 1.2, 4.2, 1.5
+LIVE = 10**9  # parameters that stay gathered between forward and backward, stage3_max_reuse_distance
 KEPT_ON_DEVICE = {"weights", "optimizer", "bucket", "gathered", "other"}  # parts of `device_bytes` between steps
 NCCL_SHM_BYTES = 1024 * MIB  # what NVIDIA recommends: docker run --shm-size=1g
 
@@ -180,7 +178,7 @@ def _instead_of_device(shape: Shape, job: Job) -> int:
     """Return what one rank holds between steps where the CPU is the device."""
     if not job.on_cpu:
         return 0
-    gathered = 2 * min(job.max_live, shape.parameters) if job.ranks > 1 else 0
+    gathered = 2 * min(LIVE, shape.parameters) if job.ranks > 1 else 0
     stepped = (8 if job.bf16_state else 16) * sum(on_device(shape, job))
     freed = int(FREED_BYTES * _partition(shape, job))
     return 2 * _partition(shape, job) + stepped + 2 * min(job.bucket, shape.trained) + gathered + freed
