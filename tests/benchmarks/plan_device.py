@@ -57,6 +57,7 @@ class Row:
     recompute: bool
     chunked_loss: bool
     eager: bool
+    packed: bool
     predicted: int
     counted: int
 
@@ -76,18 +77,28 @@ def _recipes() -> list[Case]:
         for changes in ({"recompute": False}, {"chunked_loss": False}, {"eager": True, "length": 1024}):
             cases.append(Case(model=model, layers=2, changes={"batch": batch, **changes}))
     for layers, changes in ((1, {}), (2, {}), (4, {}), (2, {"recompute": False}), (2, {"length": 4096, "batch": 1})):
-        oss = {"batch": 4, "length": 1024, "eager": True, "bucket": 800_000_000, "sub_group": 800_000_000, **changes}
+        oss = {
+            "batch": 4,
+            "length": 1024,
+            "eager": True,
+            "packed": False,
+            "bucket": 800_000_000,
+            "sub_group": 800_000_000,
+            **changes,
+        }
         cases.append(Case(model="gpt-oss-20b", layers=layers, changes=oss))
     return cases
 
 
 def _others() -> list[Case]:
-    """List models with a tied output layer, and long rows."""
+    """List models with a tied output layer, long rows, and rows that are not packed."""
     return [
         Case(model="llama-1b", layers=4, changes={"batch": 1, "length": 2048}),
         Case(model="qwen3-4b", layers=4, changes={"batch": 2}),
         Case(model="qwen2.5-7b", layers=4, changes={"batch": 1, "length": 32768}),
         Case(model="mixtral-8x7b", layers=1, changes={"batch": 2}),
+        Case(model="llama-8b", layers=4, changes={"packed": False}),
+        Case(model="qwen3-4b", layers=2, changes={"packed": False, "recompute": False}),
         Case(model="mistral-7b", layers=4, changes={"batch": 8, "recompute": False}),
     ]
 
@@ -117,6 +128,7 @@ def measure(case: Case) -> Row:
         recompute=job.recompute,
         chunked_loss=job.chunked_loss,
         eager=job.eager,
+        packed=job.packed,
         predicted=predict(case),
         counted=counted_memory.count(case.model, job, **_changes(case)),
     )
@@ -131,7 +143,7 @@ def report(rows: list[Row]) -> str:
     for row in rows:
         words = (
             row.model, str(row.layers), f"{row.batch} x {row.length}", "recomputed" if row.recompute else "kept",
-            "chunked" if row.chunked_loss else "plain", "eager" if row.eager else "flash",
+            "chunked" if row.chunked_loss else "plain", "eager" if row.eager else "flash" if row.packed else "masked",
             f"{row.predicted / GIB:.2f}", f"{row.counted / GIB:.2f}", f"{row.error:+.1%}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(words)} |")
