@@ -25,7 +25,7 @@ PINNED_THRESHOLD_BYTES = 64 * MIB  # what recipes pass to torch as PYTORCH_ALLOC
 CPU_BUFFER_BYTES = 66 * MIB  # shared memory of each rank for DeepSpeed's collectives on the CPU, csrc/cpu/comm/shm.cpp
 # glibc keeps freed memory in pieces of up to 32 MiB. Where the CPU is the device, weights and gradients leave this much
 # for each of a rank's parameters, measured: after loading, between steps, and more at the peak of a step.
-FREED_WHILE_LOADING_BYTES, FREED_BYTES, FREED_IN_STEP_BYTES = 1.2, 4.2, 1.5
+FREED_WHILE_LOADING_BYTES, FREED_BYTES, FREED_IN_STEP_BYTES = 0.8, 3.9, 1.0
 LIVE = 10**9  # parameters that stay gathered between forward and backward, stage3_max_reuse_distance
 KEPT_ON_DEVICE = {"weights", "optimizer", "bucket", "gathered", "other"}  # parts of `device_bytes` between steps
 NCCL_SHM_BYTES = 1024 * MIB  # what NVIDIA recommends: docker run --shm-size=1g
@@ -109,8 +109,9 @@ def shm_bytes(shape: Shape, job: Job) -> int:
 def memlock_bytes(shape: Shape, job: Job) -> int:
     """Return the memory that counts towards `ulimit -l`.
 
-    CUDA pins memory through its driver, which that limit does not hold for, so that a run on one machine needs none.
-    Between machines, InfiniBand's verbs register NCCL's buffers, about a GiB for each rank, and they do count.
+    CUDA pins memory through its driver, which does not look at that limit (os_lock_user_pages in kernel-open/nvidia/
+    os-mlock.c of NVIDIA's open-gpu-kernel-modules), so that a run on one machine needs none. Between machines,
+    InfiniBand's verbs register NCCL's buffers, which do count: about a GiB for each rank, an estimate.
     """
     return job.ranks_per_node * 1024 * MIB if job.ranks > job.ranks_per_node and not job.on_cpu else 0
 
