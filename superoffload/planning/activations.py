@@ -1,8 +1,10 @@
 """Shape and job -> bytes of a forward and backward that come and go. Pure arithmetic; imports no torch.
 
-Everything is in bf16 but what transformers and torch compute in float32: norms, softmax, the loss. h is the hidden size,
-q and k the width of all queries and of all keys, I the inner width of the MLP. The counts were checked by counting the
-storages of the same steps on the meta device (tests/benchmarks/plan_device.py).
+Everything is in bf16 but what transformers and torch compute in float32: norms, softmax, the loss. h is the hidden
+size, q and k the width of all queries and of all keys, I the inner width of the MLP. The formulas were checked by
+counting the storages of such steps on the meta device (tests/benchmarks/plan_device.py). Rows are full, and all tokens
+are targets. Packs attend with a flash kernel, whose sizes do not depend on the documents; rows that are not packed have
+a mask, with which torch takes another kernel.
 """
 
 from superoffload.planning.job import Job
@@ -35,11 +37,14 @@ def layer_bytes(shape: Shape, job: Job) -> int:
     (torch's flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded, dv_expanded). Norm: 34 h, in float32 mostly.
     """
     queries, keys = _widths(shape)
-    scores = shape.heads * job.length
     mlp = 2 * shape.hidden + max(4 * shape.intermediate, _sorted_bytes(shape, 6))
-    eager = 8 * queries + (6 if shape.sinks else 12) * scores
-    flash = 4 * (queries + keys) + 2 * (queries + 2 * keys) + 10 * queries
-    attention = 14 * shape.hidden + (eager if job.eager else flash)
+    if job.eager:
+        running = 8 * queries + (6 if shape.sinks else 12) * shape.heads * job.length
+    elif job.packed:
+        running = 4 * (queries + keys) + 2 * (queries + 2 * keys) + 10 * queries
+    else:
+        running = 8 * queries + 10 * queries
+    attention = 14 * shape.hidden + running
     return max(
         kept_bytes(shape, job) + mlp,
         attention + _head_norm_bytes(shape),
@@ -59,14 +64,20 @@ def _widths(shape: Shape) -> tuple[int, int]:
 def _attention_bytes(shape: Shape, job: Job) -> int:
     """Return what attention keeps per token.
 
-    A flash kernel keeps queries, keys, values, the result, and 4 bytes per head; attention that computes all scores
-    (`eager`) keeps keys and values for every head, and the softmax: in float32 and bf16, in gpt-oss in bf16 alone.
+    A flash kernel keeps queries, keys, values, the result, and 4 bytes per head. With a mask, there are keys and values
+    for every head (transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa). Attention that computes all scores
+    (`eager`) also keeps the softmax: in float32 and bf16, in gpt-oss in bf16 alone.
     """
     queries, keys = _widths(shape)
     norms = _head_norm_bytes(shape)
-    if not job.eager:
-        return norms + 4 * (queries + keys) + 4 * shape.heads
-    return norms + 8 * queries + (2 if shape.sinks else 6) * shape.heads * job.length
+    if job.eager:
+        return norms + 8 * queries + (2 if shape.sinks else 6) * shape.heads * job.length
+    return norms + 4 * (queries + keys if job.packed else 2 * queries) + 4 * shape.heads
+
+
+def mask_bytes(job: Job) -> int:
+    """Return the bytes per token of the mask of rows that are not packed, bool or bf16 `[rows, 1, length, length]`."""
+    return 0 if job.packed else 2 * job.length
 
 
 def _head_norm_bytes(shape: Shape) -> int:
@@ -88,7 +99,8 @@ def loss_bytes(shape: Shape, job: Job) -> int:
 
     Chunked: a tile, and in backward the gradient of the head's weight and of the states, the latter in float32
     (model/head.py, _TokenLosses). Plain: the log-softmax, its gradient and that of the logits, each float32
-    `[tokens, vocabulary]` (model/head.py, plain_loss); then the gradient of the head's weight beside that of the logits.
+    `[tokens, vocabulary]` (model/head.py, plain_loss); then the gradient of the head's weight beside that of the
+    logits.
     """
     states = states_bytes(shape, job)
     if job.chunked_loss:

@@ -6,7 +6,14 @@ DeepSpeed's own function. Not checked: CUDA's context, buffers of the communicat
 
 from dataclasses import dataclass
 
-from superoffload.planning.activations import kept_bytes, layer_bytes, layer_gradient_bytes, loss_bytes, states_bytes
+from superoffload.planning.activations import (
+    kept_bytes,
+    layer_bytes,
+    layer_gradient_bytes,
+    loss_bytes,
+    mask_bytes,
+    states_bytes,
+)
 from superoffload.planning.job import Job
 from superoffload.planning.shape import Shape
 
@@ -45,9 +52,9 @@ def device_bytes(shape: Shape, job: Job) -> dict[str, int]:
     What is there all the time: weights (2 bytes per parameter, frozen ones too, and none with `--offload_params`),
     optimizer (master weights, gradients and two moments of the device's sub-groups) and bucket (stage3's
     ipg_buckets; accumulation.set_up). `gathered`: see `gathered_elements`. `activations`: what forward keeps for
-    backward, of every layer its input alone with recomputation. `working`: the largest of `moments`. `other`: CUDA,
-    communication, fragmentation. The buffer of gradient accumulation lies on the host (offload/zero3/accumulation.py).
-    Rows are assumed to be full: `job.length` tokens each, all of them targets.
+    backward, of every layer its input alone with recomputation, and the mask of rows that are not packed. `working`:
+    the largest of `moments`. `other`: CUDA, communication, fragmentation. The buffer of gradient accumulation lies on
+    the host (offload/zero3/accumulation.py). Rows are assumed to be full: `job.length` tokens, all of them targets.
     """
     state = 8 if job.bf16_state else 16
     parts = {
@@ -63,17 +70,17 @@ def device_bytes(shape: Shape, job: Job) -> dict[str, int]:
 
 
 def activation_bytes(shape: Shape, job: Job) -> int:
-    """Return what forward keeps for backward, the loss not counted."""
+    """Return what is kept from forward to backward, the loss not counted."""
     each = 2 * shape.hidden if job.recompute else kept_bytes(shape, job)
-    return each * job.tokens * shape.layers
+    return (each * shape.layers + mask_bytes(job)) * job.tokens
 
 
 def moments(shape: Shape, job: Job) -> dict[str, int]:
     """Return what is needed for a moment, beside the parts that are there all the time, in the order of a step.
 
     loss: see `loss_bytes`. head: the gradient of the output layer, on its way to the host if it is larger than the
-    bucket. layer: the backward of one layer. bucket: within a layer, when the bucket is full. embedding: the gradient of
-    the input embedding, when the bucket must be emptied first, and activations are gone. With a tied output layer,
+    bucket. layer: the backward of one layer. bucket: within a layer, when the bucket is full. embedding: the gradient
+    of the input embedding, when the bucket must be emptied first, and activations are gone. With a tied output layer,
     autograd keeps its gradient until then. step: of the largest sub-group on the device, also without activations: the
     square root of the second moment (torch.optim.AdamW).
     """
@@ -176,9 +183,12 @@ def gathered_elements(shape: Shape, job: Job) -> int:
 def _to_host_bytes(numel: int, job: Job) -> int:
     """Return the bytes of the copies of a rank's part of a gradient on its way to the host.
 
-    A piece in float64 for the norm; a piece in float32 in the mode `superoffload`, in `zerooffload` the whole in
-    float32 (stage3._offload_grad_partition_at_boundary) beside a copy of it (stage3.partition_grads).
+    A piece in float64 for the norm; in the mode `superoffload` then a piece in float32 (offload/zero3/gradients.py,
+    _write_directly). In `zerooffload` and with gradient accumulation, the sum so far is copied to the device first
+    (stage3.partition_grads), and all of it is converted to float32 (stage3._offload_grad_partition_at_boundary).
     """
     part = -(-numel // job.ranks)
     norm = 8 * min(part, NORM_PIECE)
-    return max(norm, 4 * min(part, PIECE)) if job.mode == "superoffload" else 2 * part + max(norm, 4 * part)
+    if job.mode == "superoffload" and job.accumulation == 1:
+        return max(norm, 4 * min(part, PIECE))
+    return 2 * part + max(norm, 4 * part)

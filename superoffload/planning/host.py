@@ -8,11 +8,8 @@ from collections import Counter
 from dataclasses import replace
 
 from superoffload.planning.device import device_bytes, on_device, sub_groups
-from superoffload.planning.disk import checkpoint_bytes, disk_bytes
 from superoffload.planning.job import Job
 from superoffload.planning.shape import Shape
-
-__all__ = ["checkpoint_bytes", "disk_bytes", "host_bytes", "host_peaks", "memlock_bytes", "shm_bytes"]
 
 MIB = 2**20
 # Private memory of the processes, measured with a model of 0.1 million parameters on the CPU, with Python 3.11, torch
@@ -28,7 +25,8 @@ PINNED_THRESHOLD_BYTES = 64 * MIB  # what recipes pass to torch as PYTORCH_ALLOC
 CPU_BUFFER_BYTES = 66 * MIB  # shared memory of each rank for DeepSpeed's collectives on the CPU, csrc/cpu/comm/shm.cpp
 # glibc keeps freed memory in pieces of up to 32 MiB. Where the CPU is the device, weights and gradients leave this much
 # for each of a rank's parameters, measured: after loading, between steps, and more at the peak of a step.
-FREED_WHILE_LOADING_BYTES, FREED_BYTES, FREED_IN_STEP_BYTES = 1.2, 4.2, 1.5
+FREED_WHILE_LOADING_BYTES, FREED_BYTES, FREED_IN_STEP_BYTES = 0.8, 3.9, 1.0
+LIVE = 10**9  # parameters that stay gathered between forward and backward, stage3_max_reuse_distance
 KEPT_ON_DEVICE = {"weights", "optimizer", "bucket", "gathered", "other"}  # parts of `device_bytes` between steps
 NCCL_SHM_BYTES = 1024 * MIB  # what NVIDIA recommends: docker run --shm-size=1g
 
@@ -111,8 +109,9 @@ def shm_bytes(shape: Shape, job: Job) -> int:
 def memlock_bytes(shape: Shape, job: Job) -> int:
     """Return the memory that counts towards `ulimit -l`.
 
-    CUDA pins memory through its driver, which that limit does not hold for, so that a run on one machine needs none.
-    Between machines, InfiniBand's verbs register NCCL's buffers, about a GiB for each rank, and they do count.
+    CUDA pins memory through its driver, which does not look at that limit (os_lock_user_pages in kernel-open/nvidia/
+    os-mlock.c of NVIDIA's open-gpu-kernel-modules), so that a run on one machine needs none. Between machines,
+    InfiniBand's verbs register NCCL's buffers, which do count: about a GiB for each rank, an estimate.
     """
     return job.ranks_per_node * 1024 * MIB if job.ranks > job.ranks_per_node and not job.on_cpu else 0
 
@@ -180,7 +179,7 @@ def _instead_of_device(shape: Shape, job: Job) -> int:
     """Return what one rank holds between steps where the CPU is the device."""
     if not job.on_cpu:
         return 0
-    gathered = 2 * min(job.max_live, shape.parameters) if job.ranks > 1 else 0
+    gathered = 2 * min(LIVE, shape.parameters) if job.ranks > 1 else 0
     stepped = (8 if job.bf16_state else 16) * sum(on_device(shape, job))
     freed = int(FREED_BYTES * _partition(shape, job))
     return 2 * _partition(shape, job) + stepped + 2 * min(job.bucket, shape.trained) + gathered + freed

@@ -14,7 +14,7 @@ class Job:
     """The settings that memory and time depend on.
 
     mode: `superoffload` or `zerooffload`. ranks: of the whole job; ranks_per_node: of one machine.
-    batch: rows or packs per rank and micro-batch; length: tokens per row or pack, at most.
+    batch: rows or packs per rank and micro-batch; length: tokens per row or pack, at most. packed: they are packs.
     ratio: share of the optimizer's sub-groups on the host. sub_group, bucket: in elements.
     max_live, prefetch, reuse: of gathered parameters, in elements: how many there may be before no more are fetched
         ahead, how many are fetched ahead, and how soon one must be needed again to be kept.
@@ -41,6 +41,7 @@ class Job:
     saves: bool
     kept: int
     exports: bool
+    packed: bool = True
     max_live: int = MAX_LIVE
     prefetch: int = PREFETCH
     reuse: int = REUSE
@@ -87,6 +88,7 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         saves=bool(checkpoint.save_checkpoint or checkpoint.save_steps or checkpoint.save_minutes),
         kept=checkpoint.keep_checkpoints,
         exports=checkpoint.export,
+        packed=config.data.packs,
         max_live=zero.get("stage3_max_live_parameters", MAX_LIVE),
         prefetch=zero.get("stage3_prefetch_bucket_size", PREFETCH),
         reuse=zero.get("stage3_max_reuse_distance", REUSE),

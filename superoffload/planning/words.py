@@ -212,18 +212,20 @@ def _changes(plan: Plan) -> list[str]:
     number = "Each line" if len(plan.remedies[0].flags) > 1 else "Each of these"
     result = [
         f"{number} is enough alone:",
-        f"  {'':44}{'device':>8}{'host':>9}{'' if plan.job.on_cpu else 'step':>11}".rstrip(),
+        f"  {'':44}{'device':>8}{'host':>9}{'' if plan.job.on_cpu else 'tokens/s':>11}".rstrip(),
     ]
     for remedy in plan.remedies[:MOST_REMEDIES]:
         result += _change(plan, remedy)
     if len(plan.remedies) > MOST_REMEDIES:
         result.append(f"  and {len(plan.remedies) - MOST_REMEDIES} more; --json has all")
+    if any("--optimizer_state bf16" in remedy.flags for remedy in plan.remedies[:MOST_REMEDIES]):
+        result.append("With --optimizer_state bf16, small updates are lost: see docs/memory.md")
     return result
 
 
 def _change(plan: Plan, remedy: Remedy) -> list[str]:
-    step = "" if plan.job.on_cpu else duration(step_time(plan.shape, remedy.job, plan.hardware).step_s)
-    figures = f"{gib(remedy.budget.device_peak):>8}{gib(remedy.budget.host_peak):>9}{step:>11}"
+    speed = "" if plan.job.on_cpu else f"{step_time(plan.shape, remedy.job, plan.hardware).tokens_per_s:,.0f}"
+    figures = f"{gib(remedy.budget.device_peak):>8}{gib(remedy.budget.host_peak):>9}{speed:>11}"
     *first, last = remedy.flags if len(" ".join(remedy.flags)) > 44 else [" ".join(remedy.flags)]
     return [*(f"  {flag}" for flag in first), f"  {last:44}{figures}".rstrip()]
 

@@ -1,4 +1,4 @@
-"""Compare the device memory that planning computes with what is counted on the meta device.
+"""Write the device memory of the recipes, and compare it with what is counted on the meta device.
 
     python tests/benchmarks/plan_device.py
 
@@ -17,10 +17,13 @@ sys.path.insert(0, str(ROOT))
 
 from superoffload.planning import device  # noqa: E402
 from superoffload.planning.job import Job  # noqa: E402
-from superoffload.planning.shape import of_model  # noqa: E402
+from superoffload.planning.shape import built_in, of_model  # noqa: E402
 from tests.helpers import builtin_shapes, counted_memory  # noqa: E402
+from tests.helpers.recipe_jobs import recipe_job  # noqa: E402
+from tests.helpers.recipes import RECIPES  # noqa: E402
 
 GIB = 2**30
+DEVICE_BYTES = 80e9  # what the name of an 80 GB device promises; the devices have 79 to 80 GiB
 RESULTS = Path(__file__).parent / "results"
 PLAIN = Job(
     mode="superoffload", ranks=1, ranks_per_node=1, batch=4, length=4096, accumulation=1, ratio=1.0,
@@ -54,6 +57,7 @@ class Row:
     recompute: bool
     chunked_loss: bool
     eager: bool
+    packed: bool
     predicted: int
     counted: int
 
@@ -73,18 +77,28 @@ def _recipes() -> list[Case]:
         for changes in ({"recompute": False}, {"chunked_loss": False}, {"eager": True, "length": 1024}):
             cases.append(Case(model=model, layers=2, changes={"batch": batch, **changes}))
     for layers, changes in ((1, {}), (2, {}), (4, {}), (2, {"recompute": False}), (2, {"length": 4096, "batch": 1})):
-        oss = {"batch": 4, "length": 1024, "eager": True, "bucket": 800_000_000, "sub_group": 800_000_000, **changes}
+        oss = {
+            "batch": 4,
+            "length": 1024,
+            "eager": True,
+            "packed": False,
+            "bucket": 800_000_000,
+            "sub_group": 800_000_000,
+            **changes,
+        }
         cases.append(Case(model="gpt-oss-20b", layers=layers, changes=oss))
     return cases
 
 
 def _others() -> list[Case]:
-    """List models with a tied output layer, and long rows."""
+    """List models with a tied output layer, long rows, and rows that are not packed."""
     return [
         Case(model="llama-1b", layers=4, changes={"batch": 1, "length": 2048}),
         Case(model="qwen3-4b", layers=4, changes={"batch": 2}),
         Case(model="qwen2.5-7b", layers=4, changes={"batch": 1, "length": 32768}),
         Case(model="mixtral-8x7b", layers=1, changes={"batch": 2}),
+        Case(model="llama-8b", layers=4, changes={"packed": False}),
+        Case(model="qwen3-4b", layers=2, changes={"packed": False, "recompute": False}),
         Case(model="mistral-7b", layers=4, changes={"batch": 8, "recompute": False}),
     ]
 
@@ -114,6 +128,7 @@ def measure(case: Case) -> Row:
         recompute=job.recompute,
         chunked_loss=job.chunked_loss,
         eager=job.eager,
+        packed=job.packed,
         predicted=predict(case),
         counted=counted_memory.count(case.model, job, **_changes(case)),
     )
@@ -128,10 +143,23 @@ def report(rows: list[Row]) -> str:
     for row in rows:
         words = (
             row.model, str(row.layers), f"{row.batch} x {row.length}", "recomputed" if row.recompute else "kept",
-            "chunked" if row.chunked_loss else "plain", "eager" if row.eager else "flash",
+            "chunked" if row.chunked_loss else "plain", "eager" if row.eager else "flash" if row.packed else "masked",
             f"{row.predicted / GIB:.2f}", f"{row.counted / GIB:.2f}", f"{row.error:+.1%}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(words)} |")
+    return "\n".join([*lines, ""])
+
+
+def recipes() -> str:
+    """Write the device memory of every recipe as a Markdown table, in GiB."""
+    lines: list[str] = []
+    for name in RECIPES:
+        job = recipe_job(name)
+        parts = device.device_bytes(built_in(name), job)
+        if not lines:
+            lines = [f"| recipe | ratio | {' | '.join(parts)} | sum |", "| --- " * (len(parts) + 3) + "|"]
+        sizes = (*parts.values(), sum(parts.values()))
+        lines.append(f"| {name} | {job.ratio:.2f} | " + " | ".join(f"{size / GIB:.1f}" for size in sizes) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -143,8 +171,9 @@ def main() -> None:
         sys.stderr.write(report(rows[-1:]).splitlines()[-1] + "\n")
     worst = max(abs(row.error) for row in rows)
     text = (
-        "# Device memory of a step, predicted and counted\n\n"
-        "Bucket, activations and working memory on one rank, beside weights and optimizer, counted on the meta device.\n"
+        f"# Device memory of the recipes\n\nGiB on one device; an 80 GB device has {DEVICE_BYTES / GIB:.1f}.\n\n"
+        f"{recipes()}\n# Predicted and counted\n\n"
+        "Bucket, activations and working memory of a step on one rank, counted on the meta device. "
         f"The largest error is {worst:.1%}.\n\n{report(rows)}"
     )
     (RESULTS / "plan_device.md").write_text(text, encoding="utf-8")

@@ -7,13 +7,15 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import eager_mask
 
 from superoffload.model import head
 from superoffload.planning.device import NORM_PIECE
 from superoffload.planning.job import Job
 from tests.helpers.builtin_shapes import skeleton
 
-COUNTED = "counted"
+COUNTED, MASKED = "counted", "counted_masked"
 
 
 def _attend(module: Any, *states: Any, scaling: float | None = None, **options: Any) -> tuple[torch.Tensor, None]:
@@ -22,14 +24,26 @@ def _attend(module: Any, *states: Any, scaling: float | None = None, **options: 
     return operator(*states[:3], 0.0, True, False, scale=scaling)[0].transpose(1, 2), None
 
 
+def _attend_masked(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """Attend with the kernel that torch takes on CUDA if there is a mask."""
+    keys, values = (repeat_kv(state, module.num_key_value_groups) for state in (key, value))
+    bias = mask.expand(-1, query.shape[1], -1, -1)
+    operator = torch.ops.aten._scaled_dot_product_efficient_attention
+    return operator(query, keys, values, bias, True, 0.0, False, scale=scaling)[0].transpose(1, 2), None
+
+
 transformers.AttentionInterface.register(COUNTED, _attend)
+transformers.AttentionInterface.register(MASKED, _attend_masked)
+transformers.AttentionMaskInterface.register(MASKED, eager_mask)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is partly untyped
     """Counts the bytes of the storages that are alive, among those created while it is active."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: dict[int, Any] = {}
 
@@ -83,15 +97,15 @@ class Bucket:
         self._gradients.append(gradient.view(-1))
 
     def empty(self) -> None:
-        """Copy the gradients together (reduce_scatter_coalesced), and compute their norms (_constant_buffered_norm2)."""
+        """Copy the gradients together (reduce_scatter_coalesced), and take their norms (_constant_buffered_norm2)."""
         if len(self._gradients) > 1:
             flat = torch.cat(self._gradients)
-            parts = list(flat.split([gradient.numel() for gradient in self._gradients]))
+            parts = list(torch.split(flat, [gradient.numel() for gradient in self._gradients]))
         else:
             parts = self._gradients[:]
         self._gradients.clear()
         for part in parts:
-            for piece in part.split(NORM_PIECE):
+            for piece in torch.split(part, NORM_PIECE):
                 piece.to(torch.float64).norm()
 
 
@@ -103,7 +117,7 @@ def count(name: str, job: Job, **changes: Any) -> int:
     with torch.device("meta"):
         model = skeleton(name, **changes)
         model.config.use_cache = False
-        model.set_attn_implementation("eager" if job.eager else COUNTED)
+        model.set_attn_implementation("eager" if job.eager else COUNTED if job.packed else MASKED)
         model.train()
         if job.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -120,8 +134,9 @@ def count(name: str, job: Job, **changes: Any) -> int:
 
 def _loss(model: Any, job: Job) -> Any:
     ids = torch.zeros((job.batch, job.length), dtype=torch.int64)
-    # Unpacked rows have a mask; without one, transformers would look for packs in the positions, which have no numbers.
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if job.eager else None}
+    # Packs that all scores are computed for have a mask too, which transformers would make from their positions.
+    masked = job.eager or not job.packed
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if masked else None}
     if not job.chunked_loss:
         return head.summed_loss(model(**inputs).logits, ids)
     targets = torch.zeros(job.tokens, dtype=torch.int64)
