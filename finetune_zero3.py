@@ -12,9 +12,12 @@ from superoffload.ds_config import merge_flags, read_ds_config
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from superoffload.checkpoint.resume import Source
     from superoffload.config import Config
     from superoffload.data.collate import Batch
     from superoffload.data.loader import Batches
+    from superoffload.ds_config import DsConfig
+    from superoffload.model.load import Architecture
     from superoffload.protocols import Tokenizer
     from superoffload.training.evaluation import Evaluation
     from superoffload.training.run import Run
@@ -24,16 +27,13 @@ CHECKPOINT_ERROR = 3
 
 
 def main(config: "Config") -> int:
-    """Train with the given settings and return the exit status."""
+    """Check the settings against the machine, train with them, and return the exit status."""
     ds_config = read_ds_config(config)
     from superoffload import distributed, log
     from superoffload.checkpoint import output_folder, resume
-    from superoffload.model import attention, flops, isolation, load, loss_kernel, vocabulary
-    from superoffload.model.tokenizer import load_tokenizer
-    from superoffload.training import engine, metrics, tracking
-    from superoffload.training.progress import Progress
-    from superoffload.training.run import Run
-    from superoffload.training.run_control import RunControl
+    from superoffload.model import load
+    from superoffload.planning import exhaustion, preflight
+    from superoffload.training import engine
 
     log.setup(config.output.log_level)
     merged = merge_flags(ds_config, config, distributed.world_size())
@@ -44,21 +44,39 @@ def main(config: "Config") -> int:
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     engine.check(merged.ds_config, config.offload.deepspeed_config)
     checkpoints = resume.find(config)
+    architecture = load.load_architecture(config.model, config.data.max_length)
+    merged, forecast = preflight.check(merged, architecture.skeleton, checkpoints)
 
-    model_config = load.load_config(*config.model.origin)
-    kernel = attention.choose(config.model, model_config, merged.ds_config, config.data.packs)
-    load.check_fit(config.model, model_config, config.data.max_length)
+    with exhaustion.explained(forecast, config.output.output_dir):
+        failed = fine_tune(merged.config, merged.ds_config, architecture, checkpoints)
+    distributed.close()
+    output_folder.unlock(lock)
+    return CHECKPOINT_ERROR if failed and config.checkpoint.fail_on_checkpoint_error else 0
+
+
+def fine_tune(
+    config: "Config", ds_config: "DsConfig", architecture: "Architecture", checkpoints: "list[Source]"
+) -> bool:
+    """Load data and model, train, save and export (collective); return whether the last save or the export failed."""
+    from superoffload import distributed
+    from superoffload.checkpoint import resume
+    from superoffload.model import attention, flops, isolation, load, loss_kernel, vocabulary
+    from superoffload.model.tokenizer import load_tokenizer
+    from superoffload.training import engine, metrics, tracking
+    from superoffload.training.progress import Progress
+    from superoffload.training.run import Run
+    from superoffload.training.run_control import RunControl
+
+    kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs)
     tokenizer = load_tokenizer(*config.model.origin)
     batches, evaluation = load_data(config, tokenizer, takes_documents=attention.takes_documents(kernel))
-    rows = vocabulary.rows_needed(config.model, model_config, tokenizer, *evaluation.ids(batches))
+    rows = vocabulary.rows_needed(config.model, architecture.config, tokenizer, *evaluation.ids(batches))
 
     source = resume.first_intact(config, checkpoints)
     progress = Progress(**resume.progress_of(source))
     batches.start_at(progress.step, progress.epoch, progress.packs_in_epoch)
-    model = load.load_model(config.model, model_config, merged.ds_config, kernel, rows)
-    model_engine = engine.create(
-        model, resume.with_checkpoint_format(merged.ds_config, source), config, batches.total_steps
-    )
+    model = load.load_model(config.model, architecture, ds_config, kernel, rows)
+    model_engine = engine.create(model, resume.with_checkpoint_format(ds_config, source), config, batches.total_steps)
     isolation.check(model_engine, batches.layout)
     loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)
 
@@ -88,9 +106,7 @@ def main(config: "Config") -> int:
     metrics.report(run.meter.summary(config.measurement.warmup_steps), progress, run.saved, config.output.output_dir)
     run.check_last_loss()
     run.export()
-    distributed.close()
-    output_folder.unlock(lock)
-    return CHECKPOINT_ERROR if run.failed and config.checkpoint.fail_on_checkpoint_error else 0
+    return run.failed
 
 
 def load_data(config: "Config", tokenizer: "Tokenizer", *, takes_documents: bool) -> "tuple[Batches, Evaluation]":
@@ -115,7 +131,9 @@ def load_data(config: "Config", tokenizer: "Tokenizer", *, takes_documents: bool
 def train(run: "Run") -> None:
     """Run the remaining optimizer steps and keep `run.progress` up to date (collective)."""
     from superoffload import log
+    from superoffload.planning.host_watch import HostWatch
 
+    watch = HostWatch()
     config, progress, control, batches = run.config, run.progress, run.control, run.batches
     with log.progress_bar(run.last_step, progress.step) as bar:
         run.meter.start()
@@ -131,6 +149,7 @@ def train(run: "Run") -> None:
                     numbers = run.meter.read(progress, lr, grad_norm, batches.packs_in(progress.epoch))
                     log.logger.info("%s", numbers.line())
                     run.trackers.log(progress.step, numbers.as_dict())
+                    watch.check()
                 bar.update()
                 if votes.stop:
                     log.logger.warning("Stopped by %s: saving after step %d", control.stopped_by, progress.step)

@@ -134,14 +134,17 @@ if ! command -v deepspeed >/dev/null; then
     command -v deepspeed >/dev/null || fail "deepspeed is not installed; run: bash $repository/scripts/setup.sh"
 fi
 
-# Less fragmentation on the device, and pinned memory that is not rounded up to a power of two. CUDA does not start with
-# an option that torch does not know, so the second is passed only if torch's library contains its name. Both variables
-# are set, because torch 2.8 to 2.10 follow the second for CUDA, and some of them warn if the first is not set.
+# Less fragmentation on the device, and pinned memory that is neither rounded up to a power of two nor kept after it was
+# freed. The two options for pinned memory belong together: with the first alone, torch 2.13 may reuse a freed block for
+# a larger tensor (github.com/pytorch/pytorch/pull/192722). CUDA does not start with an option that torch does not know,
+# so they are passed only if torch's library contains both names. Both variables are set, because torch 2.8 to 2.10
+# follow the second for CUDA, and some of them warn if the first is not set.
 if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
     PYTORCH_ALLOC_CONF=expandable_segments:True
     torch=$(python3 -c 'import importlib.util as u; print(u.find_spec("torch").origin)' 2>/dev/null) || torch=""
-    if grep -qs pinned_max_round_threshold_mb "$(dirname "$torch")/lib/libc10.so"; then
-        PYTORCH_ALLOC_CONF+=,pinned_max_round_threshold_mb:64
+    library=$(dirname "$torch")/lib/libc10.so
+    if grep -qs pinned_max_round_threshold_mb "$library" && grep -qs pinned_max_cached_size_mb "$library"; then
+        PYTORCH_ALLOC_CONF+=,pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64
     fi
     export PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_ALLOC_CONF
 fi
@@ -149,7 +152,8 @@ fi
 echo "================================================"
 echo "Fine-tuning $MODEL_NAME on $devices x $DEVICE_KIND, $mode"
 echo "================================================"
-command=("${launch[@]}" "$repository/finetune_zero3.py" "${arguments[@]}" "$@")
+more=("$@")
+command=("${launch[@]}" "$repository/finetune_zero3.py" "${arguments[@]}" "${more[@]}")
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${command[@]}"
     echo
@@ -161,6 +165,63 @@ if [[ -n $labels ]]; then
         echo "node-$node slots=$GPUS_PER_NODE"
     done >"$labels"
 fi
+
+# Print how many processes the kernel has killed for lack of memory: of this cgroup, or else of the machine.
+oom_kills() {
+    local group name found
+    group=$(grep -E '^[0-9]+:([a-z,]*,)?memory(,[a-z,]*)?:|^0::' /proc/self/cgroup | head -n 1) || true
+    name=${group##*:}
+    found=$(
+        cat "/sys/fs/cgroup$name/memory.events" "/sys/fs/cgroup/memory$name/memory.oom_control" \
+            /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control /proc/vmstat 2>/dev/null |
+            grep -m 1 '^oom_kill '
+    ) || true
+    echo "${found#oom_kill }"
+}
+
+# Print the kernel's last line about a process that it has killed for lack of memory since this script started.
+kernel_line() {
+    {
+        journalctl --dmesg --quiet --no-pager --output cat --since "@$started_at_s"
+        dmesg | awk -v from="$started_at_uptime_s" -F '[][ ]+' '$2 >= from'
+    } 2>/dev/null | grep -i 'out of memory.*killed process' | tail -n 1 || true
+}
+
+# The flags that `superoffload plan` takes as a run does.
+planned=" --model_name --revision --trust_remote_code --attn_implementation --activation_checkpointing --loss_kernel \
+--max_length --packing --no_packing --padding --batch_size --gradient_accumulation_steps --deepspeed_config \
+--offload_ratio --optimizer_state --offload_params --sub_group_size --save_checkpoint --save_steps --save_minutes \
+--keep_checkpoints --export --output_dir "
+
+# Print those flags of this run that `superoffload plan` takes, with their values.
+plan_flags() {
+    local word keep=false
+    for word in "${arguments[@]}" "${more[@]}"; do
+        if [[ $word == --* ]]; then
+            if [[ $planned == *" ${word%%=*} "* ]]; then keep=true; else keep=false; fi
+        fi
+        if $keep; then printf ' %q' "$word"; fi
+    done
+}
+
+# explain SIGNAL KILLS: say what it usually means that signal 9 or 7 has ended a rank, after so many kills by the kernel.
+explain() {
+    local line free
+    echo "================================================" >&2
+    if [[ $2 != 0 ]]; then
+        echo "The kernel killed $2 process(es) for lack of host memory while this run was under way." >&2
+        line=$(kernel_line)
+        [[ -z $line ]] || echo "The kernel's line: $line" >&2
+    elif [[ $1 == 7 ]]; then
+        free=$(df -h /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 " of " $2 }') || true
+        echo "A rank was killed by signal 7 (SIGBUS): usually /dev/shm or host memory is too small." \
+            "/dev/shm has ${free:-nothing} free." >&2
+    else
+        echo "A rank was killed by signal 9 (SIGKILL), but not by the kernel for lack of memory: usually by a scheduler's" \
+            "limit on memory or time, or by hand." >&2
+    fi
+    echo "What the run needs: superoffload plan --gpus $GPUS_PER_NODE --nodes $nodes$(plan_flags)" >&2
+}
 
 # DeepSpeed's launcher exits on SIGTERM without stopping its ranks, and kills them 30 seconds after Ctrl-C. So it runs in
 # a process group of its own. This shell forwards signals to the ranks, which save and exit, and waits for them. Stdin is
@@ -199,6 +260,9 @@ forward() {
     fi
 }
 
+started_at_s=$(date +%s)
+read -r started_at_uptime_s _ </proc/uptime
+kills_before=$(oom_kills)
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM INT HUP
 set -m
@@ -212,6 +276,16 @@ wait "$launcher" || status=$?
 while [[ -n $(ranks) ]]; do sleep 0.2 || true; done # a scheduler signals the launcher too, which then exits before its ranks
 ((signals == 0)) || kill -s TERM -- "-$launcher" 2>/dev/null || true # children of the ranks, such as tokenising workers
 trap - USR1 TERM INT HUP
+# A shell reports a signal as 128 more, and DeepSpeed's launcher as 256 less. If a rank is killed, the status can also be
+# that of another rank, which has lost its connection; the kernel's count tells.
+kills=$(($(oom_kills) - kills_before))
+if ((signals == 0 && status != 0)); then
+    case "$status" in
+        137 | 247) explain 9 "$kills" ;;
+        135 | 249) explain 7 "$kills" ;;
+        *) ((kills == 0)) || explain 9 "$kills" ;;
+    esac
+fi
 # A recipe may define `afterwards`, which runs after a complete run.
 if ((status == 0 && signals == 0)) && declare -F afterwards >/dev/null; then afterwards; fi
 exit "$status"

@@ -5,6 +5,7 @@ Imports neither torch nor DeepSpeed, so that `--help` and usage errors return im
 
 import atexit
 import os
+import re
 import string
 import sys
 import time
@@ -37,6 +38,35 @@ class WholeNumber(click.ParamType[int]):
         return int(number) if "e" in str(value).lower() or "." in str(value) else int(value)
 
 
+class NumberOrAuto(click.ParamType[float | str]):
+    """A number, or `auto`."""
+
+    name = "float|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Return the value as a float unless it is `auto`; fail if it is neither."""
+        try:
+            return config.AUTO if value == config.AUTO else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
+
+
+class Size(click.ParamType[int]):
+    """A size in bytes with its unit: 80GiB, 80GB, or 80g, which means GiB as in other programs."""
+
+    name = "size"
+    pattern = re.compile(r"([0-9]+\.?[0-9]*) ?([kmgt])(i?b)?", re.IGNORECASE)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes; fail without a unit."""
+        found = self.pattern.fullmatch(str(value).strip())
+        if not found or not float(found[1]):
+            self.fail(f"{value!r} is not a size; write it with its unit, e.g. 80GiB or 80GB.", param, ctx)
+        number, unit, suffix = found.groups()
+        base = 1000 if (suffix or "").lower() == "b" else 1024
+        return int(float(number) * base ** ("kmgt".index(unit.lower()) + 1))
+
+
 class Command(click.Command):
     """A command of which some flags take several values: `--wandb_tags a b`."""
 
@@ -61,7 +91,9 @@ class GroupedCommand(Command):
 
 def option(spec: Field[Any]) -> click.Option:
     """Build the click option of a setting."""
-    kinds: dict[Any, Any] = {int: WholeNumber(), float: float, bool: bool, tuple[float, ...]: float}
+    kinds: dict[Any, Any] = {
+        int: WholeNumber(), float: float, config.NumberOrAuto: NumberOrAuto(), bool: bool, tuple[float, ...]: float
+    }  # fmt: skip
     kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
     required = spec.default is MISSING
@@ -150,7 +182,7 @@ def parse(argv: Sequence[str]) -> config.Config:
 def run(main: Callable[[config.Config], int]) -> NoReturn:
     """Call `main` with the settings on the command line, and end the process with the status that it returns.
 
-    A `UserError` is one line and status 2, any other error a traceback and status 1.
+    A `UserError` is one line and its own status, usually 2, any other error a traceback and status 1.
     """
     try:
         launcher.adopt_scheduler()
@@ -164,7 +196,7 @@ def run(main: Callable[[config.Config], int]) -> NoReturn:
 
 
 def report(error: UserError) -> int:
-    """Print `Error: ...` on stderr; return the exit status, 2.
+    """Print `Error: ...` on stderr; return the exit status, that of the error.
 
     Usually every rank raises the same error, and rank 0 reports it for all. The other ranks wait for the launcher to
     terminate them; they report the error themselves only if that does not happen, that is, if rank 0 had no error.
@@ -174,7 +206,7 @@ def report(error: UserError) -> int:
     if rank:
         time.sleep(SILENT_RANK_PATIENCE_S)
     sys.stderr.write(f"{prefix}Error: {error}\n")
-    return 2
+    return error.status
 
 
 def leave(status: int) -> NoReturn:

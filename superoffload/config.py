@@ -6,9 +6,13 @@ line from these fields. The field `max_grad_norm` is the flag `--max_grad_norm`.
 
 import math
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from superoffload.errors import UserError
+
+AUTO = "auto"
+NumberOrAuto = float | Literal["auto"]
+"""The type of a setting that the program can choose itself; until it has, the value is `AUTO`."""
 
 
 def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
@@ -27,9 +31,10 @@ def allowed(spec: Field[Any]) -> str:
     limits = spec.metadata
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
+    or_auto = f" or {AUTO}" if spec.type == NumberOrAuto else ""
     low = f"{limits['above']} < " if "above" in limits else f"{limits['minimum']} <= " if "minimum" in limits else ""
     high = f" <= {limits['maximum']}" if "maximum" in limits else f" < {limits['below']}" if "below" in limits else ""
-    return f"{low}value{high}" if low or high else ""
+    return f"{low}value{high}{or_auto}" if low or high else ""
 
 
 def settings_of(group: Any) -> tuple[Field[Any], ...]:
@@ -40,7 +45,7 @@ def settings_of(group: Any) -> tuple[Field[Any], ...]:
 def accepts(spec: Field[Any], value: Any) -> bool:
     """Return whether a value is within the limits of a setting; None always is."""
     limits = spec.metadata
-    if value is None:
+    if value is None or (value == AUTO and spec.type == NumberOrAuto):
         return True
     if isinstance(value, tuple):
         return all(accepts(spec, item) for item in value)
@@ -293,8 +298,15 @@ class OffloadSettings(Settings):
     deepspeed_config: str = setting(
         "DeepSpeed JSON: where weights and optimizer state are kept.", "configs/superoffload.json"
     )
-    offload_ratio: float = setting(
-        "Fraction of the optimizer's state and work to keep on the host.", 1.0, minimum=0, maximum=1
+    offload_ratio: float | Literal["auto"] = setting(
+        "Fraction of the optimizer's state and work to keep on the host; auto takes the smallest that fits the "
+        "device's free memory, or that of the checkpoint to resume from if that fits.",
+        1.0,
+        minimum=0,
+        maximum=1,
+    )
+    preflight: bool = setting(
+        "Stop before the weights are read if the run needs clearly more memory or disk space than there is.", True
     )
     optimizer_state: str = setting(
         "Precision of master weights, gradients and moments; bf16 needs half the memory, and loses updates that are "

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ from deepspeed.accelerator import get_accelerator
 from superoffload.errors import UserError, first_line
 from superoffload.offload import operators
 
+# How gloo and NCCL say that a rank they communicate with has ended.
+LOST_RANK = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Application timeout caused"
+)
 # Writing a rank's part of a large checkpoint can take longer than DeepSpeed's default timeout of ten minutes, while the
 # other ranks wait in a barrier. DEEPSPEED_TIMEOUT (minutes) overrides this.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -114,6 +119,11 @@ def wait_without_collective(work: str) -> Iterator[None]:
             time.sleep(POLL_S)
     except torch.distributed.DistError as error:  # the store ended with rank 0
         raise UserError(f"{work}: rank 0 has ended; see its error") from error
+
+
+def lost_another_rank(error: BaseException) -> bool:
+    """Return whether an error says that another rank, with which this one communicates, has ended."""
+    return isinstance(error, RuntimeError) and world_size() > 1 and bool(LOST_RANK.search(str(error)))
 
 
 def device() -> torch.device:

@@ -7,7 +7,7 @@ explicit and differ, that is an error that names both.
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ class _FlagResolver:
                 f"--{flag} {self.values[flag]} contradicts {key} {found} in {self.name}; "
                 f'remove one, or set it to "auto" there'
             )
-        self.values[flag] = type(self.values[flag])(found)
+        kind: Any = type(self._specs[flag].default)
+        self.values[flag] = kind(found)
         return self.values[flag]
 
     def resolve_batch(self, ds_config: DsConfig, world_size: int) -> None:
@@ -145,7 +146,8 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
     zero["sub_group_size"] = sub_group = _resolve_sub_group_size(flags, zero.get("sub_group_size"))
     if zero.get("reduce_bucket_size") in (None, "auto"):
         zero["reduce_bucket_size"] = sub_group
-    offload["ratio"] = flags.resolve("offload_ratio", "offload_optimizer.ratio", offload.get("ratio"))
+    ratio = flags.resolve("offload_ratio", "offload_optimizer.ratio", offload.get("ratio"))
+    offload["ratio"] = 1.0 if ratio == settings.AUTO else ratio  # until `with_offload_ratio` sets it
     _resolve_optimizer_state(flags, merged)
     _resolve_offload_params(flags, zero)
 
@@ -160,6 +162,16 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
         if kind in merged:
             merged[kind]["enabled"] = _enabled(merged, kind)
     return Merged(ds_config=_without_auto(merged), config=final, notes=tuple(flags.notes))
+
+
+def with_offload_ratio(merged: Merged, ratio: float) -> Merged:
+    """Return the merged settings with another `--offload_ratio`, in the ds_config too."""
+    ds_config = copy.deepcopy(merged.ds_config)
+    ds_config["zero_optimization"]["offload_optimizer"]["ratio"] = ratio
+    config = merged.config
+    return replace(
+        merged, ds_config=ds_config, config=replace(config, offload=replace(config.offload, offload_ratio=ratio))
+    )
 
 
 def _resolve_optimizer(flags: _FlagResolver, optimizer: DsConfig, schedule: DsConfig) -> None:

@@ -4,8 +4,10 @@
 class UserError(Exception):
     """One line that says what is wrong, with which value, and what to do.
 
-    `main()` prints it as `Error: ...` and exits with status 2, without a traceback.
+    `main()` prints it as `Error: ...` and exits with its status, without a traceback.
     """
+
+    status = 2
 
 
 class BadRow(Exception):

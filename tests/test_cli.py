@@ -4,6 +4,7 @@ import runpy
 import sys
 import time
 
+import click
 import pytest
 
 from superoffload import cli, config
@@ -118,7 +119,10 @@ def test_whole_numbers_may_be_written_with_an_exponent() -> None:
         (["--warmup", "1.5"], "--warmup 1.5: must be 0 <= value <= 1"),
         (["--dataset_percentage", "0"], "--dataset_percentage 0.0: must be 0 < value <= 100"),
         (["--dataset_percentage", "101"], "--dataset_percentage 101.0"),
-        (["--offload_ratio", "2"], "--offload_ratio 2.0: must be 0 <= value <= 1"),
+        (["--offload_ratio", "2"], "--offload_ratio 2.0: must be 0 <= value <= 1 or auto"),
+        (["--offload_ratio", "most"], "'most' is neither a number nor auto"),
+        (["--offload_ratio", "nan"], "--offload_ratio nan: must be"),
+        (["--lr", "auto"], "'auto' is not a valid float"),
         (["--max_grad_norm", "-1"], "--max_grad_norm -1.0"),
         (["--max_steps", "-1"], "--max_steps -1"),
         (["--log_interval", "0"], "--log_interval 0"),
@@ -175,3 +179,17 @@ def test_help_is_grouped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         assert f"\n{heading}\n" in shown
     for flag in config.flat(cli.parse(REQUIRED)):
         assert f"--{flag}" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GiB", 80 * 2**30), ("80GB", 80 * 10**9), ("80g", 80 * 2**30), ("1.5 TiB", 3 * 2**39), ("512m", 2**29)],
+)
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert cli.Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["80", "0GB", "-1GB", "80 GiBs", "many", "1e3GB"])
+def test_a_size_without_a_unit_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a size; write it with its unit, e.g. 80GiB or 80GB"):
+        cli.Size().convert(text, None, None)

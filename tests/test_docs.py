@@ -44,7 +44,7 @@ def test_every_path_exists(path: Path) -> None:
 @each_document
 def test_every_flag_exists(path: Path) -> None:
     settings = [spec.name for group in config.GROUPS.values() for spec in config.settings_of(group)]
-    known = {f"--{name}" for name in settings} | {"--no_packing", "--help"}
+    known = {f"--{name}" for name in settings} | {"--no_packing", "--no_preflight", "--help"}
     for command in commands.group.commands.values():
         known |= {flag for option in command.params if isinstance(option, click.Option) for flag in option.opts}
     for script in ("test.sh", "lock.sh"):

@@ -15,6 +15,7 @@ from superoffload.ds_config import (
     has_bf16_state,
     merge_flags,
     read_ds_config,
+    with_offload_ratio,
 )
 from superoffload.errors import UserError
 
@@ -76,6 +77,18 @@ def test_files_of_upstream_decide(ranks: int) -> None:
     assert merged.config.training.batch_size == 4 // ranks
     assert merged.config.offload.offload_ratio == 0.8
     assert (ranks > 1) == any("batch of the whole job" in note for note in merged.notes)
+
+
+def test_a_ratio_of_auto_is_open_until_it_is_known() -> None:
+    merged = merge_flags(zero3(), make_config({"offload_ratio": "auto"}), 1)
+    assert merged.config.offload.offload_ratio == "auto"
+    assert merged.ds_config["zero_optimization"]["offload_optimizer"]["ratio"] == 1.0
+    known = with_offload_ratio(merged, 0.75)
+    assert known.config.offload.offload_ratio == 0.75
+    assert known.ds_config["zero_optimization"]["offload_optimizer"]["ratio"] == 0.75
+    assert merged.ds_config["zero_optimization"]["offload_optimizer"]["ratio"] == 1.0
+    with pytest.raises(UserError, match="--offload_ratio auto contradicts offload_optimizer.ratio 0.8"):
+        merge_flags(upstream(4), make_config({"offload_ratio": "auto"}), 1)
 
 
 def test_the_file_overrides_a_default() -> None:

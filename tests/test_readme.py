@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from superoffload import cli, commands
+from superoffload.planning import fits, recipes
 from tests.helpers import documents
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.recipes import SCRIPTS, TINY, call, program, seen
@@ -109,16 +110,19 @@ def test_the_dry_run_prints_what_is_shown(stand_in: Path) -> None:
 
 
 @pytest.mark.unit
-def test_the_table_of_recipes_is_that_of_the_scripts() -> None:
-    table = next(table for table in documents.tables(README) if table[0][0] == "recipe")
-    shown = {row[0].strip("`"): (row[1], row[2], row[4], "numactl" in row[5]) for row in table[1:]}
-    values = {}
-    for script in SCRIPTS.glob("finetune_*gpu.sh"):
-        found = dict(re.findall(r'^([A-Z_]+)="?([^"\s]*)"?', script.read_text(encoding="utf-8"), re.M))
-        values[script.name] = (
-            found["MODEL_NAME"], found["GPUS_PER_NODE"], found["MAX_LENGTH"], found["BIND_CORES"] == "true"
-        )  # fmt: skip
-    assert shown == values
+def test_the_table_of_recipes_is_what_the_program_writes() -> None:
+    written = fits.table()
+    assert {row[0].strip("`") for row in documents.tables(written)[0][1:]} == {
+        path.name for path in SCRIPTS.glob("finetune_*gpu.sh")
+    }
+    assert written in README, f"the table is now:\n{written}"
+
+
+@pytest.mark.unit
+def test_several_gpus_need_numactl_as_the_readme_says() -> None:
+    assert "Recipes for several GPUs need numactl" in README
+    for name in recipes.names():
+        assert (recipes.values(name)["BIND_CORES"] == "true") == (recipes.devices(name) > 1)
 
 
 @pytest.mark.unit

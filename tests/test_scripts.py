@@ -143,9 +143,11 @@ def test_the_allocator_gets_the_options_that_torch_knows(stand_in: Path) -> None
     program(stand_in / "python3", f"echo {stand_in.parent}/__init__.py")
     library.write_bytes(b"\0expandable_segments\0")
     assert allocator(stand_in) == ["expandable_segments:True"] * 2
-    library.write_bytes(b"\0expandable_segments\0pinned_max_round_threshold_mb\0")
-    both = "expandable_segments:True,pinned_max_round_threshold_mb:64"
-    assert allocator(stand_in) == [both] * 2
+    library.write_bytes(b"\0expandable_segments\0pinned_max_round_threshold_mb\0")  # alone it is not safe
+    assert allocator(stand_in) == ["expandable_segments:True"] * 2
+    library.write_bytes(b"\0expandable_segments\0pinned_max_round_threshold_mb\0pinned_max_cached_size_mb\0")
+    all_of_them = "expandable_segments:True,pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
+    assert allocator(stand_in) == [all_of_them] * 2
     program(stand_in / "python3", "exit 1")  # no torch to be found
     assert allocator(stand_in) == ["expandable_segments:True"] * 2
 

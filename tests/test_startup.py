@@ -31,7 +31,7 @@ COMMAND = ["-m", "superoffload.commands"]
         ([SCRIPT, "--model_name", "m", "--output_dir", "o", "--deepspeed_config", "missing.json"], 2),
         ([*COMMAND, "--help"], 0),
         ([*COMMAND, "unknown"], 2),
-        *[([*COMMAND, name, "--help"], 0) for name in ("preview", "convert", "export", "tiny")],
+        *[([*COMMAND, name, "--help"], 0) for name in ("preview", "plan", "convert", "export", "tiny")],
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -46,3 +46,14 @@ def test_help_and_usage_errors_import_no_heavy_library(words: list[str], status:
         assert (len(errors), errors[0][:7], result.stdout) == (1, "Error: ", "")
     else:
         assert (errors, result.stdout[:7]) == ([], "Usage: ")
+
+
+def test_the_memory_of_a_known_model_is_computed_without_a_heavy_library() -> None:
+    program = (
+        "import sys; from superoffload.planning import job, memory, shape; shape.built_in('llama-70b'); "
+        f"print(sorted(({HEAVY} | {{'pydantic'}}) & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"

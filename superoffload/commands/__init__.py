@@ -5,13 +5,21 @@ import sys
 import click
 
 from superoffload import cli
-from superoffload.commands import convert, doctor, env, export, preview, tiny
+from superoffload.commands import convert, doctor, env, export, plan, preview, tiny
 from superoffload.errors import UserError
 
 
 @click.group(
     context_settings={"max_content_width": 110},
-    commands=[preview.command, convert.command, export.command, doctor.command, env.command, tiny.command],
+    commands=[
+        preview.command,
+        plan.command,
+        doctor.command,
+        env.command,
+        convert.command,
+        export.command,
+        tiny.command,
+    ],
     help="Tools used before and after a run of finetune_zero3.py.",
 )
 def group() -> None:

@@ -6,6 +6,7 @@
 * weights: the files of the weights, compared with the architecture
 * vocabulary: tokens against rows of the embedding; add rows
 * load: the model, sharded as it loads; leaf modules
+* leaf_modules: the modules that ZeRO-3 fetches as a whole
 * attention: the attention kernel; packs attended to document by document
 * isolation: whether a model keeps packed documents apart, tested when a run starts
 * head: the loss of the output head, summed over target tokens

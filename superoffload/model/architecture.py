@@ -34,6 +34,18 @@ def without_zero3() -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = reference
 
 
+def trained_model(config: Any, trust_remote_code: bool = False) -> Model:
+    """Build the model on the meta device as a run trains it: parameters that get no gradient are frozen.
+
+    Adam would only let them decay. Raises `UserError` if there is no such model.
+    """
+    skeleton = empty_model(config, trust_remote_code)
+    unused = unused_parameters(skeleton)
+    for name, parameter in skeleton.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in unused)
+    return skeleton
+
+
 def empty_model(config: Any, trust_remote_code: bool = False) -> Model:
     """Build the causal language model of a configuration on the meta device, where weights take no memory.
 

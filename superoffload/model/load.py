@@ -1,6 +1,6 @@
 """Load the model: check its configuration, shard its weights as they load, set leaf modules."""
 
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,9 @@ from superoffload.errors import UserError
 from superoffload.log import hide_bars_of_transformers, logger
 from superoffload.model import architecture, quantization, vocabulary, weights
 from superoffload.model.flops import count_parameters, numel
+from superoffload.model.leaf_modules import SPARSE_BLOCK, class_names, sparse_blocks
 from superoffload.model.tokenizer import check_name, explain, load_tokenizer
 from superoffload.protocols import Model, Tokenizer
-
-# Sparse blocks as transformers names them. Ranks may route to different experts, so ZeRO-3 must fetch such a block as a
-# whole; otherwise the ranks wait for different parameters forever.
-SPARSE_BLOCK = re.compile(r"(SparseMoeBlock|MoELayer|MoE|Moe|Experts)$")
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -50,16 +47,32 @@ def load_whole(folder: Path) -> tuple[Model, Tokenizer]:
     return model.eval(), load_tokenizer(str(folder))
 
 
-def check_fit(settings: ModelSettings, config: Any, max_length: int) -> None:
-    """Raise `UserError` if `--leaf_module` or `--max_length` does not fit the model; reads no weights."""
-    skeleton = architecture.empty_model(config, settings.trust_remote_code)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What is known of a model before its weights are read.
+
+    config: its configuration. skeleton: the model on the meta device; parameters that are not trained are frozen.
+    """
+
+    config: Any
+    skeleton: Model
+
+
+def load_architecture(settings: ModelSettings, max_length: int = 0) -> Architecture:
+    """Read the configuration of the model and build it without weights, which takes seconds.
+
+    Raises `UserError`, also if `--leaf_module` or `--max_length` does not fit the model.
+    """
+    config = load_config(*settings.origin)
+    skeleton = architecture.trained_model(config, settings.trust_remote_code)
     check_leaf_module(settings.leaf_module, skeleton)
     architecture.check_positions(skeleton, max_length)
+    return Architecture(config=config, skeleton=skeleton)
 
 
 def check_leaf_module(requested: str | None, skeleton: Model) -> None:
     """Raise `UserError` if no module of the model has the class `requested`, and suggest candidates."""
-    names = _class_names(skeleton)
+    names = class_names(skeleton)
     if requested is not None and requested not in names:
         candidates = ", ".join(name for name in names if SPARSE_BLOCK.search(name))
         hint = f"candidates: {candidates}" if candidates else "none looks like a sparse block; omit the flag"
@@ -67,7 +80,11 @@ def check_leaf_module(requested: str | None, skeleton: Model) -> None:
 
 
 def load_model(
-    settings: ModelSettings, config: Any, ds_config: DsConfig, attention: str | None, embedding_rows: int = 0
+    settings: ModelSettings,
+    described: Architecture,
+    ds_config: DsConfig,
+    attention: str | None,
+    embedding_rows: int = 0,
 ) -> Model:
     """Load the model with each rank holding only its partition (collective), ready for ZeRO-3.
 
@@ -75,16 +92,15 @@ def load_model(
     of `attention.choose`. The embedding and the output layer get `embedding_rows` rows, if they have fewer. Raises
     `UserError` if weights are missing, damaged or not finite, or the architecture is unknown.
     """
-    skeleton = architecture.empty_model(config, settings.trust_remote_code)
-    unused = architecture.unused_parameters(skeleton)
+    skeleton = described.skeleton
     files = weights.find(settings.model_name, settings.revision)
-    described = weights.describe(settings.model_name, files)
+    tensors = weights.describe(settings.model_name, files)
     options = _options(settings, ds_config, attention)
-    if quantized := quantization.dequantizing(config):
+    if quantized := quantization.dequantizing(described.config):
         options["quantization_config"] = quantized
         logger.info("%s weights are dequantized to %s", quantized.quant_method.upper(), dtype_name(ds_config))
     else:
-        weights.check(settings.model_name, skeleton, described, settings.init_missing)
+        weights.check(settings.model_name, skeleton, tensors, settings.init_missing)
     hide_bars_of_transformers()
     # transformers keeps only a weak reference, so the model holds it for as long as it lives.
     keep_alive = HfDeepSpeedConfig(ds_config)
@@ -100,7 +116,7 @@ def load_model(
     weights.check_finite(settings.model_name, model)
     if embedding_rows:
         vocabulary.grow(model, embedding_rows, ds_config)
-    _freeze(model, unused)
+    _freeze(model, {name for name, parameter in skeleton.named_parameters() if not parameter.requires_grad})
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)
@@ -143,27 +159,10 @@ def _log(name: str, model: Model, dtype: str) -> None:
     )
 
 
-def _class_names(model: Model) -> list[str]:
-    return sorted({type(module).__name__ for module in model.modules()})
-
-
 def _set_leaf_modules(model: Model, requested: str | None) -> None:
-    found = [name for name in _class_names(model) if SPARSE_BLOCK.search(name)]
-    leaves = [requested] if requested else _outermost(model, found)
+    leaves = [requested] if requested else sparse_blocks(model)
     if leaves:
         from deepspeed.utils import set_z3_leaf_modules  # only here: an export loads no DeepSpeed
 
         set_z3_leaf_modules(model, leaves)
         logger.info("ZeRO-3 leaf modules: %s", ", ".join(leaves))
-
-
-def _outermost(model: Model, names: list[str]) -> list[str]:
-    """Drop the classes that also occur inside another of them, such as the experts inside their block."""
-    inside = {
-        type(inner).__name__
-        for module in model.modules()
-        if type(module).__name__ in names
-        for inner in module.modules()
-        if inner is not module
-    }
-    return [name for name in names if name not in inside]

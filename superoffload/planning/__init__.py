@@ -1,1 +1,1 @@
-"""What a run needs, what the machine has, and what on the machine would break or slow a run."""
+"""Memory and time of a run, known before it starts: `superoffload plan`, `superoffload doctor`, and the preflight."""

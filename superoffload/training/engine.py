@@ -13,6 +13,7 @@ from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
+from superoffload.model.parameter_groups import parameter_groups
 from superoffload.offload.install import installed
 from superoffload.offload.operators import compiled
 from superoffload.offload.settings import OffloadSettings
@@ -83,18 +84,6 @@ def offload_settings(config: Config) -> OffloadSettings:
         report_folder=config.output.output_dir,
         verify_error=UserError,
     )
-
-
-def parameter_groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those with weight decay and those without: norms and biases."""
-    decayed: list[Any] = []
-    plain: list[Any] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            (plain if dimensions < 2 or name.endswith("bias") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _name(zero_optimizer: Any) -> str:

@@ -79,9 +79,9 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     chosen = config.build({"model_name": str(folder), "output_dir": str(folder / "out"), "lr": NO_STEP,
                            "lr_scheduler": "constant", "warmup": 0.0, "max_grad_norm": 0.0})  # fmt: skip
     merged = merge_flags(FP32, chosen, distributed.world_size())
-    model_config = load.load_config(str(folder))
-    kernel = attention.choose(merged.config.model, model_config, merged.ds_config, True)
-    model = load.load_model(merged.config.model, model_config, merged.ds_config, kernel)
+    described = load.load_architecture(merged.config.model)
+    kernel = attention.choose(merged.config.model, described.config, merged.ds_config, True)
+    model = load.load_model(merged.config.model, described, merged.ds_config, kernel)
     result: dict[str, Any] = {
         "parameters": count_parameters(model),
         "frozen": count_parameters(model) - count_parameters(model, trained_only=True),

@@ -339,6 +339,9 @@ class Accelerator(CPU_Accelerator):  # type: ignore[misc]  # DeepSpeed is untype
         self._device.memory.add(pinned, None, f"a pinned tensor of {tuple(tensor.shape)}")
         return pinned
 
+    def pin_empty(self, *size: int, dtype: torch.dtype, **_: Any) -> torch.Tensor:
+        return self.pin_memory(torch.empty(size, dtype=dtype))
+
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         return self._device.memory.is_on_host(tensor)
 

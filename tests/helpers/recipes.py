@@ -12,7 +12,7 @@ from tests.helpers.ranks import REPOSITORY
 SCRIPTS = REPOSITORY / "scripts"
 TINY = SCRIPTS / "finetune_tiny_cpu.sh"
 # model, GPUs, max_length, sub-group, ratio, leaf module, attention: the values of upstream's scripts, but for the ratio
-# of three, which is 0.9 there and does not fit (tests/test_device_budget.py)
+# of three, which is 0.9 there and does not fit (tests/planning/test_recipes.py)
 RECIPES = {
     "llama-8b": ("meta-llama/Llama-3.1-8B", 1, 4096, 4e8, 0.8, None, "auto"),
     "phi-4": ("microsoft/phi-4", 1, 4096, 4e8, 0.9, None, "auto"),

@@ -38,7 +38,7 @@ def make_engine(model: str, output_dir: str, **values: Any) -> tuple[Engine, Tok
 
     asked = config.build({"model_name": model, "output_dir": output_dir, **values})
     merged = ds_config.merge_flags(ds_config.read_ds_config(asked), asked, distributed.world_size())
-    sharded = load.load_model(merged.config.model, load.load_config(model), merged.ds_config, None)
+    sharded = load.load_model(merged.config.model, load.load_architecture(merged.config.model), merged.ds_config, None)
     wrapped = engine.create(sharded, merged.ds_config, merged.config, 10)
     return wrapped, load_tokenizer(model), merged.config
 

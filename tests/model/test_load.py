@@ -30,7 +30,7 @@ MOE: dict[str, dict[str, Any]] = {
 def load_sharded(folder: str) -> tuple[list[bool], list[str], int, bool]:
     """Load a model; return which parameters are sharded, the leaf modules, the elements held, whether it recomputes."""
     settings = ModelSettings(model_name=folder, activation_checkpointing=True)
-    model: Any = load.load_model(settings, load.load_config(folder), {**ZERO3}, None)
+    model: Any = load.load_model(settings, load.load_architecture(settings), {**ZERO3}, None)
     sharded = [hasattr(p, "ds_tensor") and p.numel() == 0 for p in model.parameters()]
     leaves = sorted({type(m).__name__ for m in model.modules() if getattr(m, "_z3_leaf", False)})
     held = sum(p.ds_tensor.numel() for p in model.parameters() if hasattr(p, "ds_tensor"))
@@ -117,7 +117,7 @@ def load_mxfp4(folder: str) -> tuple[str, float, float]:
     import deepspeed
 
     settings = ModelSettings(model_name=folder)
-    model: Any = load.load_model(settings, load.load_config(folder), {**ZERO3}, "eager")
+    model: Any = load.load_model(settings, load.load_architecture(settings), {**ZERO3}, "eager")
     experts = model.model.layers[0].mlp.experts
     with deepspeed.zero.GatheredParameters([experts.down_proj], enabled=hasattr(experts.down_proj, "ds_tensor")):
         low, high = float(experts.down_proj.min()), float(experts.down_proj.max())

@@ -52,7 +52,7 @@ def grow(folder: str, rows: int) -> tuple[dict[str, Any], float]:
     import deepspeed
 
     settings = ModelSettings(model_name=folder)
-    model: Any = load.load_model(settings, load.load_config(folder), DS_CONFIG, None, rows)
+    model: Any = load.load_model(settings, load.load_architecture(settings), DS_CONFIG, None, rows)
     tables = {"in": model.get_input_embeddings().weight, "out": model.get_output_embeddings().weight}
     bias = model.get_output_embeddings().bias
     if bias is not None:

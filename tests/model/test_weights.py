@@ -166,7 +166,7 @@ def load_on_this_rank(folder: str, init_missing: bool = False) -> tuple[str, flo
 
     settings = ModelSettings(model_name=folder, init_missing=init_missing)
     try:
-        model: Any = load.load_model(settings, load.load_config(folder), DS_CONFIG, None)
+        model: Any = load.load_model(settings, load.load_architecture(settings), DS_CONFIG, None)
     except UserError as error:
         return str(error), 0.0, False
     with deepspeed.zero.GatheredParameters([model.lm_head.weight]):
@@ -223,7 +223,7 @@ def load_fp8(folder: str) -> tuple[str, float, float, str]:
 
     settings = ModelSettings(model_name=folder)
     ds_config = {**DS_CONFIG, "bf16": {"enabled": True}}
-    model: Any = load.load_model(settings, load.load_config(folder), ds_config, None)
+    model: Any = load.load_model(settings, load.load_architecture(settings), ds_config, None)
     weight = model.model.layers[1].mlp.down_proj.weight
     with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_tensor")):
         return (

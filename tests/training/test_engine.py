@@ -14,6 +14,7 @@ from superoffload.ds_config import DsConfig, merge_flags
 from superoffload.errors import UserError
 from superoffload.model import isolation, load, loss_kernel
 from superoffload.model.flops import shape_of
+from superoffload.model.parameter_groups import parameter_groups
 from superoffload.model.tokenizer import load_tokenizer
 from superoffload.training import engine, metrics, schedule, tracking
 from superoffload.training.evaluation import Evaluation
@@ -49,7 +50,7 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
     layout = collate.choose_layout(chosen.data, tokenizer.pad_token_id, False)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(rows, layout, chosen.training, **ranks)
-    model = load.load_model(chosen.model, load.load_config(chosen.model.model_name), merged.ds_config, None)
+    model = load.load_model(chosen.model, load.load_architecture(chosen.model), merged.ds_config, None)
     shape = shape_of(model)
     model_engine = engine.create(model, merged.ds_config, chosen, batches.total_steps)
     isolation.check(model_engine, layout)
@@ -97,7 +98,7 @@ def test_what_deepspeed_does_not_accept_is_named_before_the_model_is_loaded(
 @pytest.mark.unit
 def test_norms_and_biases_take_no_decay() -> None:
     qwen = make_model("qwen2", "float32")  # has biases
-    decayed, plain = engine.parameter_groups(qwen, 0.1)
+    decayed, plain = parameter_groups(qwen, 0.1)
     names = {id(parameter): name for name, parameter in qwen.named_parameters()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"])
@@ -109,7 +110,7 @@ def test_norms_and_biases_take_no_decay() -> None:
 @pytest.mark.unit
 def test_biases_of_experts_take_no_decay() -> None:
     experts = make_model("gpt_oss", "float32", num_local_experts=4, num_experts_per_tok=2, head_dim=8)
-    _, plain = engine.parameter_groups(experts, 0.1)
+    _, plain = parameter_groups(experts, 0.1)
     names = {id(parameter): name for name, parameter in experts.named_parameters()}
     assert any(names[id(p)].endswith("gate_up_proj_bias") for p in plain["params"])
 

@@ -29,7 +29,7 @@ def evaluate(values: dict[str, Any]) -> tuple[dict[str, float], str, bool]:
     layout = collate.choose_layout(chosen.data, tokenizer.pad_token_id, False)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(held_out, layout, chosen.training, **ranks)
-    model = load.load_model(chosen.model, load.load_config(chosen.model.model_name), merged.ds_config, None)
+    model = load.load_model(chosen.model, load.load_architecture(chosen.model), merged.ds_config, None)
     model_engine = engine.create(model, merged.ds_config, chosen, 10)
     (prompt,) = loader.tokenize_prompts(["Say the thing."], tokenizer, chosen.data)
     loss = loss_kernel.choose(chosen.model.loss_kernel, model_engine, layout)

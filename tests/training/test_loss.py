@@ -32,7 +32,7 @@ def make_engine(folder: str) -> Engine:
     ds_config = {**FP32, "zero_optimization": {**FP32["zero_optimization"], "stage3_param_persistence_threshold": 0}}
     values = {"model_name": folder, "output_dir": "unused", "gradient_accumulation_steps": 3}
     merged = merge_flags(ds_config, config.build(values), distributed.world_size())
-    model = load.load_model(merged.config.model, load.load_config(folder), merged.ds_config, None)
+    model = load.load_model(merged.config.model, load.load_architecture(merged.config.model), merged.ds_config, None)
     return engine.create(model, merged.ds_config, merged.config, 10)
 
 

@@ -30,7 +30,7 @@ def page_lock(tensors: Iterable[torch.Tensor], device_type: str) -> list[int]:
             locked.append(tensor.data_ptr())
         else:
             _log.warning(
-                "page-locking %.1f MiB failed (%s): copies of this region will be slower; check `ulimit -l`",
+                "page-locking %.1f MiB failed (%s): copies of this region will be slower",
                 tensor.nbytes / 2**20,
                 _take(error, runtime),
             )

@@ -27,7 +27,12 @@ _IMPORT_ROOT = str(Path(__file__).resolve().parents[__package__.count(".") + 1])
 
 
 class OptimizerProcessError(RuntimeError):
-    """The optimizer process has died or failed. The state in memory is lost; resume from the last checkpoint."""
+    """The optimizer process has died or failed. The state in memory is lost; resume from the last checkpoint.
+
+    out_of_memory: it was killed by a signal that usually means that the host had no memory left.
+    """
+
+    out_of_memory = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,10 +186,12 @@ class OptimizerProcess:
             hint = " SIGKILL usually means that the host ran out of memory (see dmesg)."
         if status == -signal.SIGBUS:
             hint = " SIGBUS usually means that the host had no memory left for the optimizer state."
-        return OptimizerProcessError(
+        error = OptimizerProcessError(
             f"the SuperOffload optimizer process (pid {self.pid}) {how} while the trainer was {doing}.{hint} "
             "Resume from the last checkpoint."
         )
+        error.out_of_memory = status in (-signal.SIGKILL, -signal.SIGBUS)
+        return error
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -58,11 +58,11 @@ class AccumulationBuffer:
 
     def _allocate(self, zero: ZeroOptimizer) -> None:
         params = [param for group in zero.fp16_groups for param in group]
-        whole = torch.zeros(
-            sum(p.partition_numel() for p in params), dtype=zero.gradient_accumulation_dtype, device=zero.device
-        )
-        if zero.offload_optimizer_pin_memory:
-            whole = get_accelerator().pin_memory(whole)
+        numel, dtype = sum(p.partition_numel() for p in params), zero.gradient_accumulation_dtype
+        if zero.offload_optimizer_pin_memory:  # not pin_memory(), which would hold a pageable copy for a moment
+            whole = get_accelerator().pin_empty(numel, dtype=dtype).zero_()
+        else:
+            whole = torch.zeros(numel, dtype=dtype, device=zero.device)
         offset = 0
         for param in params:
             self._views[param.ds_id] = whole.narrow(0, offset, param.partition_numel())

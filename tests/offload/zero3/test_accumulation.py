@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 
+from superoffload.offload.zero3 import accumulation
+from superoffload.offload.zero3.accumulation import AccumulationBuffer
 from tests.helpers.offload_training import Case, Trainer, make_engine, snapshot
 from tests.helpers.ranks import run_ranks
 
@@ -75,3 +78,21 @@ def test_the_buffer_appears_when_needed_and_can_be_moved() -> None:
     assert failed == [False, False, False]
     assert stayed["losses"] == moved["losses"]
     assert all(torch.equal(t, moved[name]) for name, t in stayed.items() if name != "losses")
+
+
+def test_a_page_locked_buffer_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning a tensor would hold a copy of it, as large as all gradients."""
+    asked: list[int] = []
+
+    def pin_empty(numel: int, *, dtype: torch.dtype) -> torch.Tensor:
+        asked.append(numel)
+        return torch.full((numel,), 7, dtype=dtype)
+
+    params = [SimpleNamespace(ds_id=i, partition_numel=lambda: 3) for i in range(2)]
+    zero: Any = SimpleNamespace(
+        fp16_groups=[params], gradient_accumulation_dtype=torch.bfloat16, offload_optimizer_pin_memory=True
+    )
+    monkeypatch.setattr(accumulation, "get_accelerator", lambda: SimpleNamespace(pin_empty=pin_empty))
+    views = AccumulationBuffer().views(zero)
+    assert asked == [6]
+    assert [view.tolist() for view in views.values()] == [[0, 0, 0]] * 2

@@ -1,0 +1,132 @@
+"""`superoffload plan`: whether a run fits, what would make it fit, and about how long a step takes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from superoffload import cli, config, ds_config
+from superoffload.errors import UserError
+from superoffload.planning import job, machine, plan, ratio, recipes, remedies, shape, speed, words
+
+# The flags of a run that memory or time depend on; of the other groups, all.
+MODEL = (
+    "model_name",
+    "revision",
+    "trust_remote_code",
+    "attn_implementation",
+    "activation_checkpointing",
+    "loss_kernel",
+)
+SETTINGS = {
+    config.ModelSettings: MODEL,
+    config.DataSettings: ("max_length", "packing", "padding"),
+    config.TrainingSettings: ("batch_size", "gradient_accumulation_steps"),
+    config.OffloadSettings: (
+        "deepspeed_config", "offload_ratio", "optimizer_state", "offload_params", "sub_group_size"
+    ),
+    config.CheckpointSettings: ("save_checkpoint", "save_steps", "save_minutes", "keep_checkpoints", "export"),
+}  # fmt: skip
+
+
+def _show(**values: Any) -> int:
+    """Say whether a run fits on a machine.
+
+    Needs no weights, and for well-known models no network either: llama-8b, llama-70b, qwen3-14b and others. Says what
+    does not fit and which flags would make it fit, and estimates the time of a step. What is not given is that of this
+    machine. Exit status 0: it fits, 1: it does not.
+    """
+    context = click.get_current_context()
+    source = click.core.ParameterSource.COMMANDLINE
+    explicit = frozenset(name for name in values if context.get_parameter_source(name) is source)
+    asks_devices = not values["gpu_memory"] or not (values["gpus"] or values["recipe"])
+    here = machine.look(devices=None if asks_devices else ())  # does not wait for nvidia-smi in vain
+    settings, merged, ranks_per_node, ranks = _settings(values, explicit, len(here.devices))
+    wanted = replace(
+        job.of(settings, merged, ranks, ranks_per_node),
+        on_cpu=not (here.devices or values["gpu_memory"] or values["link"]),
+        pinned_rounding=not values["recipe"] and job.rounds_pinned_memory(),
+    )
+    capacity, model = _capacity(values, explicit, here), _shape(settings.model)
+    if settings.offload.offload_ratio == config.AUTO:
+        wanted = replace(wanted, ratio=ratio.auto(model, wanted, capacity.device)[0])
+    found = plan.make(model, wanted, capacity, _hardware(values, here, ranks_per_node))
+    if values["plot"]:
+        from superoffload.planning import picture
+
+        picture.draw(found, values["plot"])
+    if values["json"]:
+        click.echo(json.dumps(plan.as_json(found), indent=1))
+    else:
+        looked = None if values["host_memory"] or values["gpu_memory"] else here
+        click.echo("\n".join(words.lines(found, looked, settings.data.packs, values["tokens"])))
+    return 0 if found.fits else 1
+
+
+def _settings(
+    values: dict[str, Any], explicit: frozenset[str], devices: int
+) -> tuple[config.Config, ds_config.DsConfig, int, int]:
+    """Return the merged settings, and the ranks per machine and altogether; a recipe replaces the defaults."""
+    recipe, name = values["recipe"], values["model_name"] or values["recipe"]
+    if not name:
+        raise UserError("--model_name: no model is given; give one, or a --recipe")
+    flat = {**values, "model_name": name, "output_dir": ""}
+    found = ds_config.read_ds_config(config.build(flat, explicit))
+    per_node = values["gpus"] or (recipes.devices(recipe) if recipe else max(1, devices))
+    ranks = per_node * values["nodes"]
+    if recipe:
+        offload = found["zero_optimization"]["offload_optimizer"]
+        of_recipe = recipes.settings(recipe, bool(offload.get("super_offload")))
+        flat |= {key: value for key, value in of_recipe.items() if key not in explicit}
+    merged = ds_config.merge_flags(found, config.build(flat, explicit), ranks)
+    return merged.config, merged.ds_config, per_node, ranks
+
+
+def _shape(model: config.ModelSettings) -> shape.Shape:
+    if model.model_name in shape.built_in_names() and not Path(model.model_name).is_dir():
+        return shape.built_in(model.model_name)
+    return shape.load(*model.origin)
+
+
+def _capacity(values: dict[str, Any], explicit: frozenset[str], here: machine.Machine) -> remedies.Capacity:
+    device = values["gpu_memory"] or min((device.total_bytes for device in here.devices), default=None)
+    disk = machine.disk_free_bytes(Path(values["output_dir"])) if "output_dir" in explicit else None
+    return remedies.Capacity(device=device, host=values["host_memory"] or here.host_bytes, disk=disk)
+
+
+def _hardware(values: dict[str, Any], here: machine.Machine, devices: int) -> speed.Hardware:
+    """Take this machine's rates only if it has the device that is planned for."""
+    own = here.devices and not values["gpu_memory"]
+    rates = machine.measured_rates(here) if own else None
+    return speed.hardware(here.devices[0].name if own else None, values["link"], devices, rates)
+
+
+def _options() -> list[click.Parameter]:
+    """Derive the flags of a run from the settings, and add those of the machine."""
+    run: list[click.Parameter] = []
+    for group, names in SETTINGS.items():
+        for spec in config.settings_of(group):
+            if spec.name in names:
+                option = cli.option(spec)
+                option.required = False
+                run.append(option)
+    number = click.IntRange(min=1)
+    size = cli.Size()
+    own: list[click.Parameter] = [
+        click.Option(["--recipe"], help="Start from the values of a recipe, e.g. llama-8b."),
+        click.Option(["--gpus"], type=number, help="Devices of each machine.  [default: those of this one, or 1]"),
+        click.Option(["--nodes"], type=number, default=1, show_default=True, help="Number of machines."),
+        click.Option(["--gpu_memory"], type=size, help="Memory of a device, e.g. 80GiB.  [default: that of this one]"),
+        click.Option(["--host_memory"], type=size, help="Memory of a machine.  [default: that of this one]"),
+        click.Option(["--link"], type=click.Choice(list(speed.LINKS)), help="Link between device and host."),
+        click.Option(["--output_dir"], help="Check the free space of the disk with this folder, too."),
+        click.Option(["--tokens"], type=float, help="Tokens of an epoch, as superoffload preview counts them."),
+        click.Option(["--json"], is_flag=True, help="Write JSON: sizes in bytes, times in seconds."),
+        click.Option(["--plot"], help="Draw the memory to a PNG file; needs matplotlib."),
+    ]
+    return [*own, *run]
+
+
+command = cli.Command("plan", params=_options(), callback=_show, help=_show.__doc__)

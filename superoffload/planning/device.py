@@ -1,0 +1,194 @@
+"""Shape and job -> bytes on one device. Pure arithmetic; imports no torch.
+
+Checked without a device: activations and loss, by counting (tests/benchmarks/plan_device.py), and the sub-groups, with
+DeepSpeed's own function. Not checked: CUDA's context, buffers of the communication, and fragmentation.
+"""
+
+from dataclasses import dataclass
+
+from superoffload.planning.activations import (
+    kept_bytes,
+    layer_bytes,
+    layer_gradient_bytes,
+    loss_bytes,
+    mask_bytes,
+    states_bytes,
+)
+from superoffload.planning.job import Job
+from superoffload.planning.shape import Shape
+
+GIB = 2**30
+CONTEXT_BYTES, NCCL_BYTES = GIB, GIB  # CUDA context, kernels and workspaces; buffers of the communication
+NORM_PIECE = 250_000_000  # elements converted to float64 at a time to compute a norm: stage3._constant_buffered_norm2
+PIECE = 2**25  # elements of a gradient converted to float32 at a time: offload/zero3/transfers.py, download
+SLACK = 0.05  # fragmentation
+
+
+def sub_groups(shape: Shape, job: Job) -> tuple[int, ...]:
+    """Return the elements of every sub-group on one rank (stage3._create_fp16_sub_groups)."""
+    result: list[int] = []
+    for group in shape.groups:
+        size = 0
+        for number, numel in enumerate(group, 1):
+            size += -(-numel // job.ranks)
+            if size >= job.sub_group or number == len(group):
+                result.append(size)
+                size = 0
+    return tuple(result)
+
+
+def on_device(shape: Shape, job: Job) -> tuple[int, ...]:
+    """Return the elements of the sub-groups that the device steps; DeepSpeed rounds their number down.
+
+    Source: offload/zero3/partitions.py, create; stage3._create_fp32_partitions.
+    """
+    found = sub_groups(shape, job)
+    return found[: int((1 - job.ratio) * len(found))]
+
+
+def device_bytes(shape: Shape, job: Job) -> dict[str, int]:
+    """Return the bytes of each part on one device; their sum is the peak of a step.
+
+    What is there all the time: weights (2 bytes per parameter, frozen ones too, and none with `--offload_params`),
+    optimizer (master weights, gradients and two moments of the device's sub-groups) and bucket (stage3's
+    ipg_buckets; accumulation.set_up). `gathered`: see `gathered_elements`. `activations`: what forward keeps for
+    backward, of every layer its input alone with recomputation, and the mask of rows that are not packed. `working`:
+    the largest of `moments`. `other`: CUDA, communication, fragmentation. The buffer of gradient accumulation lies on
+    the host (offload/zero3/accumulation.py). Rows are assumed to be full: `job.length` tokens, all of them targets.
+    """
+    state = 8 if job.bf16_state else 16
+    parts = {
+        "weights": 0 if job.offload_params else 2 * -(-shape.parameters // job.ranks),
+        "optimizer": state * sum(on_device(shape, job)),
+        "bucket": 2 * job.bucket,
+        "gathered": 2 * gathered_elements(shape, job),
+        "activations": activation_bytes(shape, job),
+        "working": max(0, *moments(shape, job).values()),
+    }
+    other = int(SLACK * sum(parts.values())) + CONTEXT_BYTES + (NCCL_BYTES if job.ranks > 1 else 0)
+    return {**parts, "other": other}
+
+
+def activation_bytes(shape: Shape, job: Job) -> int:
+    """Return what is kept from forward to backward, the loss not counted."""
+    each = 2 * shape.hidden if job.recompute else kept_bytes(shape, job)
+    return (each * shape.layers + mask_bytes(job)) * job.tokens
+
+
+def moments(shape: Shape, job: Job) -> dict[str, int]:
+    """Return what is needed for a moment, beside the parts that are there all the time, in the order of a step.
+
+    loss: see `loss_bytes`. head: the gradient of the output layer, on its way to the host if it is larger than the
+    bucket. layer: the backward of one layer. bucket: within a layer, when the bucket is full. embedding: the gradient
+    of the input embedding, when the bucket must be emptied first, and activations are gone. With a tied output layer,
+    autograd keeps its gradient until then. step: of the largest sub-group on the device, also without activations: the
+    square root of the second moment (torch.optim.AdamW).
+    """
+    head = 2 * shape.head
+    tied = head if shape.tied else 0
+    alone = _to_host_bytes(shape.head, job) if shape.head > job.bucket else 0
+    kept = kept_bytes(shape, job)
+    again = kept if job.recompute else 0  # else they are among the activations
+    activations = activation_bytes(shape, job)
+    emptied = _emptied(shape, job)
+    first, later = layer_gradient_bytes(shape) + again, layer_gradient_bytes(shape) + again - 4 * shape.intermediate
+    return {
+        "loss": loss_bytes(shape, job),
+        "head": 0 if shape.tied else states_bytes(shape, job) + head + alone,
+        "layer": tied + (layer_bytes(shape, job) - kept + again) * job.tokens,
+        "bucket": tied + max(emptied.first + first * job.tokens, emptied.later + later * job.tokens),
+        "embedding": max(tied + head + max(emptied.before_last, alone), emptied.last) - activations,
+        "step": (2 if job.bf16_state else 4) * max(on_device(shape, job), default=0) - activations,
+    }
+
+
+def _largest_in_layers(shape: Shape) -> int:
+    return max((numel for group in shape.groups for numel in group if numel != shape.head), default=0)
+
+
+@dataclass(slots=True)
+class _Emptied:
+    """The most bytes for emptying the bucket, by what comes next.
+
+    first: the first gradient of a layer, that of the MLP's last weight. later: any other gradient of a layer, when the
+    MLP's activations are partly gone. before_last: that of the embedding. last: nothing.
+    """
+
+    first: int = 0
+    later: int = 0
+    before_last: int = 0
+    last: int = 0
+
+
+def _emptied(shape: Shape, job: Job) -> _Emptied:
+    """Fill the bucket in the order of backward, opposite to that of the parameters; norms and biases do not count.
+
+    A gradient that does not fit waits until the others have been copied to a tensor of the same size
+    (coalesced_collectives.reduce_scatter_coalesced), from which they go to the host one by one; one that is larger than
+    the bucket, or alone in it, is not copied. Copies to the host that are late do not add to this: torch's allocator
+    waits for them before it gives up.
+    """
+    result = _Emptied()
+    inside: list[int] = []
+
+    def cost(*waiting: int) -> int:
+        copied = sum(inside) if len(inside) > 1 else 0
+        return 2 * copied + _to_host_bytes(max(inside, default=0), job) + 2 * sum(waiting)
+
+    matrices = list(reversed(shape.groups[0][1:])) if shape.groups else []
+    in_layers = len(matrices) - (0 if shape.tied else 1)
+    each = in_layers // max(1, shape.layers)
+    for number, numel in enumerate(matrices, in_layers - len(matrices)):  # the head is number -1
+        found = 0
+        if inside and sum(inside) + numel > job.bucket:
+            found = cost(numel)
+            inside.clear()
+        if numel <= job.bucket:
+            inside.append(numel)
+        elif number >= 0:
+            found = max(found, 2 * numel + _to_host_bytes(numel, job))
+        if each and number % each == 0:
+            result.first = max(result.first, found)
+        else:
+            result.later = max(result.later, found)
+    result.before_last = cost()
+    if sum(inside) + shape.head > job.bucket:
+        inside.clear()
+    inside.append(shape.head)
+    result.last = cost() if shape.head <= job.bucket else 0
+    return result
+
+
+def gathered_elements(shape: Shape, job: Job) -> int:
+    """Return the most parameters that are gathered at a time; 0 where a rank's own weights serve.
+
+    One rank without `--offload_params` gathers nothing: its partition is the parameter (partition_parameters,
+    NoGatherHandle). Otherwise, as partitioned_param_coordinator has it: a layer stays from its recomputation to its
+    backward; parameters are fetched ahead until there are `prefetch` of them (the last may be large), unless more
+    than `max_live` would be there (_fetch_sub_module_impl). Between forward and backward, the head is there and the
+    last layers whose backward is less than `reuse` elements away (__params_to_release). Parameters fetched together
+    are there twice for a moment (AllGatherCoalescedHandle.wait).
+    """
+    if job.ranks == 1 and not job.offload_params:
+        return 0
+    largest = _largest_in_layers(shape)
+    room = min(job.prefetch, max(0, job.max_live - shape.layer))
+    ahead = room + largest if room else 0
+    leaf = shape.unit if shape.experts_per_token > 1 else 0
+    twice = max(leaf, ahead) if job.ranks > 1 else 0
+    between = -(-max(0, job.reuse - 2 * shape.head) // (3 * shape.layer)) if shape.layer else 0
+    return max(shape.layer + ahead + twice, shape.head + min(between, shape.layers) * shape.layer)
+
+
+def _to_host_bytes(numel: int, job: Job) -> int:
+    """Return the bytes of the copies of a rank's part of a gradient on its way to the host.
+
+    A piece in float64 for the norm; in the mode `superoffload` then a piece in float32 (offload/zero3/gradients.py,
+    _write_directly). In `zerooffload` and with gradient accumulation, the sum so far is copied to the device first
+    (stage3.partition_grads), and all of it is converted to float32 (stage3._offload_grad_partition_at_boundary).
+    """
+    part = -(-numel // job.ranks)
+    norm = 8 * min(part, NORM_PIECE)
+    if job.mode == "superoffload" and job.accumulation == 1:
+        return max(norm, 4 * min(part, PIECE))
+    return 2 * part + max(norm, 4 * part)

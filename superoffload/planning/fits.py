@@ -1,0 +1,71 @@
+"""The README's table: what each recipe needs, and whether it fits the usual devices. Imports no torch.
+
+python -m superoffload.planning.fits
+"""
+
+import sys
+
+from superoffload import config, ds_config
+from superoffload.planning import job, recipes, shape
+from superoffload.planning.job import Job
+from superoffload.planning.memory import budget
+from superoffload.planning.remedies import Capacity, Search
+from superoffload.planning.shape import Shape
+from superoffload.planning.words import GIB
+
+DEVICES = (80, 96, 141)  # GB, what the names of devices promise; they have a little more
+GB = 10**9
+
+
+def recipe_job(name: str, mode: str = "superoffload") -> tuple[Shape, Job]:
+    """Return the model and the job of a recipe as it is."""
+    devices = recipes.devices(name)
+    settings = config.build(
+        {**recipes.settings(name, mode == "superoffload"), "output_dir": "", "deepspeed_config": f"configs/{mode}.json"}
+    )
+    merged = ds_config.merge_flags(ds_config.read_ds_config(settings), settings, devices)
+    return shape.built_in(name), job.of(merged.config, merged.ds_config, devices, devices)
+
+
+def table() -> str:
+    """Write the table as Markdown."""
+    sizes = [f"{size} GB device" for size in DEVICES]
+    heading = ["recipe", "model", "GPUs", "`MAX_LENGTH`", "host memory, GiB", "to resume", *sizes]
+    rows = [heading, ["---"] * len(heading), *(_row(name) for name in _by_size())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _by_size() -> list[str]:
+    return sorted(recipes.names(), key=lambda name: shape.built_in(name).parameters)
+
+
+def _row(name: str) -> list[str]:
+    values, (model, wanted) = recipes.values(name), recipe_job(name)
+    need = budget(model, wanted)
+    return [
+        f"`finetune_{name}_{wanted.ranks}gpu.sh`",
+        values["MODEL_NAME"],
+        str(wanted.ranks),
+        values["MAX_LENGTH"],
+        f"{sum(need.host.values()) / GIB:.0f}",
+        f"{need.host_peaks['resuming'] / GIB:.0f}",
+        *(_cell(Search(shape=model, capacity=Capacity(device=size * GB, host=None)), wanted) for size in DEVICES),
+    ]
+
+
+def _cell(search: Search, wanted: Job) -> str:
+    """Say the largest batch of all devices together that fits, or the smallest change that makes the recipe fit."""
+    batch = search.largest(wanted, "batch") if search.fits(wanted) else None
+    if batch:
+        return f"fits, batch up to {batch * wanted.ranks}"
+    found, _ = search.remedies(wanted)
+    return f"`{' '.join(found[0].flags)}`" if found else "does not fit"
+
+
+def main() -> None:
+    """Print the table."""
+    sys.stdout.write(table())
+
+
+if __name__ == "__main__":
+    main()
