@@ -1,7 +1,9 @@
 """What a recipe says when a rank was killed: the stand-in for the launcher exits as DeepSpeed's does."""
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,67 @@ def test_no_other_end_is_explained(status: int, stand_in: Path) -> None:
     program(stand_in / "deepspeed", f"exit {status}")
     result = call(script_of("llama-8b"), stand_in, "superoffload")
     assert (result.returncode, result.stderr) == (status, "")
+
+
+def function_of(name: str, folder: Path) -> str:
+    """Return a function of _launch.sh that looks for /proc and /sys in a folder."""
+    text = (SCRIPTS / "_launch.sh").read_text()
+    (body,) = re.findall(rf"^{name}\(\) {{\n.*?^}}$", text, re.MULTILINE | re.DOTALL)
+    return f"set -euo pipefail\n{body}\n".replace("/proc/", f"{folder}/proc/").replace("/sys/", f"{folder}/sys/")
+
+
+def bash(text: str, **env: str) -> str:
+    result = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=20, env={**os.environ, **env})
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+V1, V2 = "9:name=systemd:/\n4:memory:/job\n0::/\n", "0::/job\n"
+EVENTS = "low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 0\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        (V2, {"job/memory.events": EVENTS}, "2"),
+        (V2, {"memory.events": EVENTS.replace("oom_kill 2", "oom_kill 5")}, "5"),  # in a container: its own is the root
+        (V1, {"memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"}, "3"),
+        (V1, {"memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"}, "4"),
+        (V2, {}, "11"),  # of the whole machine
+    ],
+)
+def test_the_kernels_count_is_that_of_this_cgroup(
+    group: str, files: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    for name, content in {
+        "proc/self/cgroup": group,
+        "proc/vmstat": "nr_free_pages 8\noom_kill 11\n",
+        **{f"sys/fs/cgroup/{name}": content for name, content in files.items()},
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert bash(function_of("oom_kills", tmp_path) + "oom_kills") == expected
+
+
+def test_without_a_count_nothing_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(V2)
+    assert bash(function_of("oom_kills", tmp_path) + 'echo "$(($(oom_kills) - 0))"') == "0"
+
+
+def test_the_kernels_line_is_one_since_the_start(tmp_path: Path) -> None:
+    lines = [
+        "[  100.5] Out of memory: Killed process 1 (old)",
+        "[ 4000.1] Memory cgroup out of memory: Killed process 22 (python) total-vm:9kB",
+        "[ 4000.2] oom_reaper: reaped process 22 (python)",
+    ]
+    program(tmp_path / "dmesg", "\n".join(f"echo '{line}'" for line in lines))
+    program(tmp_path / "journalctl", "exit 1")
+    call = function_of("kernel_line", Path("/")).replace("//", "/") + "kernel_line"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "started_at_s": "0"}
+    assert bash(call, started_at_uptime_s="3999.0", **env) == lines[1]
+    assert bash(call, started_at_uptime_s="4001.0", **env) == ""
+    program(tmp_path / "dmesg", "exit 1")  # not allowed
+    program(tmp_path / "journalctl", "echo 'Out of memory: Killed process 5 (python)'")
+    assert bash(call, started_at_uptime_s="0", **env) == "Out of memory: Killed process 5 (python)"

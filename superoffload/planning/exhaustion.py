@@ -24,7 +24,8 @@ from superoffload.planning.forecast import GIB, Forecast
 ON_HOST = re.compile(r"can't allocate memory|Cannot allocate memory|unable to mmap|std::bad_alloc|\bMemoryError\b")
 ON_EITHER = re.compile(r"CUDA error: out of memory|cudaErrorMemoryAllocation|ALLOC_FAILED|Cuda failure.*out of memory")
 AMOUNT = re.compile(r"[Tt]ried to allocate [0-9.]+ \w+")
-DEVICE, HOST, EITHER = "device memory", "host memory", "device memory, or pinned host memory,"
+DEVICE, HOST = "device memory", "host memory"
+EITHER, PROBABLY_HOST = "device memory, or pinned host memory,", "host memory, it seems,"
 
 
 class MemoryRanOut(UserError):
@@ -37,12 +38,10 @@ def kind(error: BaseException) -> str | None:
     """Return which memory has run out, as far as an error says it; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
         return DEVICE
-    if (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, OptimizerProcessError) and error.out_of_memory)
-    ):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return HOST
+    if isinstance(error, OptimizerProcessError) and error.out_of_memory:
+        return PROBABLY_HOST
     if isinstance(error, RuntimeError):
         text = str(error)
         return HOST if ON_HOST.search(text) else EITHER if ON_EITHER.search(text) else None
@@ -76,7 +75,7 @@ def explained(forecast: Forecast | None, output_dir: str) -> Iterator[None]:
 def _line(what: str, error: BaseException, forecast: Forecast | None, output_dir: str) -> str:
     amount = AMOUNT.search(str(error))
     cause = f"t{amount[0][1:]}" if amount else first_line(error).split(". ")[0].rstrip(".")
-    place = "host" if what == HOST else "device"
+    place = "host" if what in (HOST, PROBABLY_HOST) else "device"
     change = forecast.advice(place) if forecast else "see docs/memory.md for what needs less"
     return f"{what} ran out ({cause}); {change}; {last_checkpoint(output_dir)}"
 

@@ -13,7 +13,7 @@ from superoffload import distributed
 from superoffload.errors import UserError
 from superoffload.offload.trainer.process import OptimizerProcess, OptimizerProcessError
 from superoffload.planning import exhaustion
-from superoffload.planning.exhaustion import DEVICE, EITHER, HOST
+from superoffload.planning.exhaustion import DEVICE, EITHER, HOST, PROBABLY_HOST
 from tests.helpers.ranks import REPOSITORY, free_port, run
 from tests.helpers.runs import make_checkpoint
 
@@ -45,8 +45,8 @@ cli.run(finetune_zero3.main)
 @pytest.mark.parametrize(
     ("ranks", "where", "words"),
     [
-        (1, "0 device", "device memory ran out (tried to allocate 2.00 GiB)"),
-        (1, "0 host", "host memory ran out (tried to allocate 4294967296 bytes)"),
+        pytest.param(1, "0 device", "device memory ran out (tried to allocate 2.00 GiB)", marks=pytest.mark.slow),
+        pytest.param(1, "0 host", "host memory ran out (tried to allocate 4294967296 bytes)", marks=pytest.mark.slow),
         (2, "0 host", "host memory ran out (tried to allocate 4294967296 bytes)"),
         (2, "1 device", "device memory ran out (tried to allocate 2.00 GiB)"),
     ],
@@ -71,7 +71,12 @@ def test_a_run_out_of_memory(
     assert f"the last complete checkpoint is {out / 'global_step2'} (step 2)" in line
     assert json.loads((out / "global_step2" / "manifest.json").read_text())["progress"]["step"] == 2
     assert "Traceback" not in result.stderr
-    for text in ("The plan was:", "One device, GiB", "In use at that moment:", f"  rank {ranks - 1}, process "):
+    for text in (
+        "The plan was:",
+        "One machine's host memory, GiB",
+        "In use at that moment:",
+        f"  rank {ranks - 1}, process ",
+    ):
         assert text in result.stderr
 
 
@@ -98,7 +103,9 @@ def test_which_memory_an_error_means(error: BaseException, expected: str | None)
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize(("status", "expected"), [(-9, HOST), (-7, HOST), (-11, None), (1, None), (None, None)])
+@pytest.mark.parametrize(
+    ("status", "expected"), [(-9, PROBABLY_HOST), (-7, PROBABLY_HOST), (-11, None), (1, None), (None, None)]
+)
 def test_an_optimizer_process_that_was_killed_means_host_memory(
     status: int | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
