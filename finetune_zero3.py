@@ -4,7 +4,7 @@ Started by the launcher: `deepspeed finetune_zero3.py --model_name ... --output_
 `main`, so that `--help` and usage errors return immediately.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from superoffload import cli
 from superoffload.ds_config import merge_flags, read_ds_config
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from superoffload.config import Config
     from superoffload.data.collate import Batch
     from superoffload.data.loader import Batches
-    from superoffload.ds_config import DsConfig
+    from superoffload.ds_config import DsConfig, Merged
     from superoffload.model.load import Architecture
     from superoffload.protocols import Tokenizer
     from superoffload.training.evaluation import Evaluation
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from superoffload.training.step import StepCounts, Votes
 
 CHECKPOINT_ERROR = 3
+
+
+class Inputs(NamedTuple):
+    """What a run reads besides the model, and the attention kernel, on which the layout of batches depends."""
+
+    attention: "str | None"
+    tokenizer: "Tokenizer"
+    batches: "Batches"
+    evaluation: "Evaluation"
 
 
 def main(config: "Config") -> int:
@@ -45,31 +54,51 @@ def main(config: "Config") -> int:
     engine.check(merged.ds_config, config.offload.deepspeed_config)
     checkpoints = resume.find(config)
     architecture = load.load_architecture(config.model, config.data.max_length)
-    merged, forecast = preflight.check(merged, architecture.skeleton, checkpoints)
+    inputs = load_inputs(config, merged.ds_config, architecture)
+    merged, forecast = preflight.check(merged, architecture.skeleton, inputs.batches.longest, checkpoints)
 
     with exhaustion.explained(forecast, config.output.output_dir):
-        failed = fine_tune(merged.config, merged.ds_config, architecture, checkpoints)
+        failed = fine_tune(merged, architecture, inputs, checkpoints)
     distributed.close()
     output_folder.unlock(lock)
     return CHECKPOINT_ERROR if failed and config.checkpoint.fail_on_checkpoint_error else 0
 
 
-def fine_tune(
-    config: "Config", ds_config: "DsConfig", architecture: "Architecture", checkpoints: "list[Source]"
-) -> bool:
-    """Load data and model, train, save and export (collective); return whether the last save or the export failed."""
+def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architecture") -> Inputs:
+    """Tokenise the rows once per machine, and build this rank's batches for training and evaluation."""
+    from superoffload import distributed, log
+    from superoffload.data import collate, loader
+    from superoffload.model import attention
+    from superoffload.model.tokenizer import load_tokenizer
+    from superoffload.training.evaluation import Evaluation, read_prompts
+
+    kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs)
+    tokenizer = load_tokenizer(*config.model.origin)
+    with distributed.wait_without_collective("tokenising"):
+        rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
+        prompts = read_prompts(config.evaluation.sample_prompts)
+        prompt_ids = loader.tokenize_prompts(prompts, tokenizer, config.data)
+    layout = collate.choose_layout(config.data, tokenizer.pad_token_id, attention.takes_documents(kernel))
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    batches = loader.Batches(rows, layout, config.training, **ranks)
+    held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
+    for line in batches.statistics().short_lines():
+        log.logger.info("%s", line)
+    return Inputs(kernel, tokenizer, batches, Evaluation(held_out, prompt_ids, config.evaluation.eval_steps))
+
+
+def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, checkpoints: "list[Source]") -> bool:
+    """Load the model, train, save and export (collective); return whether the last save or the export failed."""
     from superoffload import distributed
     from superoffload.checkpoint import resume
-    from superoffload.model import attention, flops, isolation, load, loss_kernel, vocabulary
-    from superoffload.model.tokenizer import load_tokenizer
+    from superoffload.model import flops, isolation, load, loss_kernel, vocabulary
     from superoffload.training import engine, metrics, tracking
     from superoffload.training.progress import Progress
     from superoffload.training.run import Run
     from superoffload.training.run_control import RunControl
 
-    kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs)
-    tokenizer = load_tokenizer(*config.model.origin)
-    batches, evaluation = load_data(config, tokenizer, takes_documents=attention.takes_documents(kernel))
+    config, ds_config = merged.config, merged.ds_config
+    kernel, tokenizer, batches, evaluation = inputs
     rows = vocabulary.rows_needed(config.model, architecture.config, tokenizer, *evaluation.ids(batches))
 
     source = resume.first_intact(config, checkpoints)
@@ -107,25 +136,6 @@ def fine_tune(
     run.check_last_loss()
     run.export()
     return run.failed
-
-
-def load_data(config: "Config", tokenizer: "Tokenizer", *, takes_documents: bool) -> "tuple[Batches, Evaluation]":
-    """Tokenise the rows once per machine, and build this rank's batches for training and evaluation."""
-    from superoffload import distributed, log
-    from superoffload.data import collate, loader
-    from superoffload.training.evaluation import Evaluation, read_prompts
-
-    with distributed.wait_without_collective("tokenising"):
-        rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
-        prompts = read_prompts(config.evaluation.sample_prompts)
-        prompt_ids = loader.tokenize_prompts(prompts, tokenizer, config.data)
-    layout = collate.choose_layout(config.data, tokenizer.pad_token_id, takes_documents)
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    batches = loader.Batches(rows, layout, config.training, **ranks)
-    held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
-    for line in batches.statistics().short_lines():
-        log.logger.info("%s", line)
-    return batches, Evaluation(held_out, prompt_ids, config.evaluation.eval_steps)
 
 
 def train(run: "Run") -> None:

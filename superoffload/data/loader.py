@@ -175,6 +175,13 @@ class Batches:
         """Return the labels of the sources; none if there is one source."""
         return tuple(self._rows.sources)
 
+    @property
+    def longest(self) -> int:
+        """Return the most tokens that a row of a batch may hold: a whole pack, or the longest row of the data."""
+        if self.layout.packs or self.layout.full_length:
+            return self.layout.max_length
+        return int(self._rows.lengths.max())
+
     def _epoch(self, epoch: int) -> tuple[packing.Indices, packing.Packs]:
         """Return the rows of an epoch and the packs of their lengths; the latest ones are kept."""
         if self._latest is not None and (self._per_epoch is None or self._latest[0] == epoch):

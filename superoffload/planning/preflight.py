@@ -21,16 +21,19 @@ Found = TypeVar("Found")
 UNKNOWN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def check(merged: Merged, skeleton: Model, checkpoints: Sequence[Source]) -> tuple[Merged, Forecast | None]:
+def check(
+    merged: Merged, skeleton: Model, longest: int, checkpoints: Sequence[Source]
+) -> tuple[Merged, Forecast | None]:
     """Choose the ratio if it is `auto`, and stop a run that needs clearly more than there is (collective).
 
-    `skeleton` is the model without weights, `checkpoints` those that the run may resume from. Returns the settings and
+    `skeleton` is the model without weights, `longest` the most tokens of a row in a batch, and `checkpoints` those that
+    the run may resume from. Returns the settings and
     the forecast, None if memory is not known beforehand. Raises `UserError`, on every rank or on none.
     """
     name, folder = merged.config.model.model_name, merged.config.output.output_dir
     own = _attempt(lambda: (sight.see(folder), shape.of_model(name, skeleton)))
     found = distributed.all_gather_objects(own)
-    forecast = _attempt(lambda: _forecast(merged, found, resumes=bool(checkpoints)))
+    forecast = _attempt(lambda: _forecast(merged, found, longest, resumes=bool(checkpoints)))
     if isinstance(forecast, str):
         logger.warning("Memory is not known beforehand: %s", forecast)
         return _with_ratio(merged, 1.0, "because memory is not known beforehand"), None
@@ -38,7 +41,7 @@ def check(merged: Merged, skeleton: Model, checkpoints: Sequence[Source]) -> tup
         saved = checkpoints[0].manifest["config"].get("offload_ratio") if checkpoints else None
         planned = forecast.plan
         merged = _with_ratio(merged, *ratio.auto(planned.shape, planned.job, planned.capacity.device, saved))
-        forecast = _forecast(merged, found, resumes=bool(checkpoints))
+        forecast = _forecast(merged, found, longest, resumes=bool(checkpoints))
     _judge(forecast, stops=merged.config.offload.preflight)
     return merged, forecast
 
@@ -52,7 +55,7 @@ def _attempt(look: Callable[[], Found]) -> Found | str:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _forecast(merged: Merged, found: Sequence[Any], *, resumes: bool) -> Forecast:
+def _forecast(merged: Merged, found: Sequence[Any], longest: int, *, resumes: bool) -> Forecast:
     """Plan the run with what every rank found; pure, so that all ranks come to the same result."""
     for problem in found:
         if isinstance(problem, str):
@@ -63,6 +66,7 @@ def _forecast(merged: Merged, found: Sequence[Any], *, resumes: bool) -> Forecas
     there = sight.capacity(sights)
     asked = replace(
         job.of(merged.config, merged.ds_config, len(sights), per_node),
+        length=longest,
         on_cpu=there.device is None,
         pinned_rounding=job.rounds_pinned_memory(),
     )

@@ -109,16 +109,27 @@ def check(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     monkeypatch.setattr(logging.getLogger("superoffload"), "propagate", True)
     caplog.set_level(logging.INFO)
 
-    def run(*found: Any, checkpoints: Any = (), **flags: Any) -> tuple[Merged, Forecast | None]:
+    def run(
+        *found: Any, checkpoints: Any = (), longest: int | None = None, **flags: Any
+    ) -> tuple[Merged, Forecast | None]:
         caplog.clear()
         nothing: Any = None
         monkeypatch.setattr(sight, "see", lambda folder: view())
         monkeypatch.setattr("superoffload.planning.shape.of_model", lambda name, skeleton: SHAPE)
         ranks = [(each, SHAPE) if isinstance(each, Sight) else each for each in found]
         monkeypatch.setattr(distributed, "all_gather_objects", lambda own: ranks)
-        return preflight.check(settings(**flags), nothing, checkpoints)
+        merged = settings(**flags)
+        return preflight.check(merged, nothing, longest or merged.config.data.max_length, checkpoints)
 
     return run
+
+
+def test_rows_that_are_not_packed_count_with_the_length_of_the_longest(check: Check) -> None:
+    _, short = check(view(), longest=100, packing=False)
+    _, full = check(view(), packing=False, preflight=False)
+    assert short and full
+    assert short.plan.job.length == 100 < full.plan.job.length
+    assert short.plan.budget.device["activations"] < full.plan.budget.device["activations"]
 
 
 def test_a_run_that_fits_is_one_line(check: Check, caplog: pytest.LogCaptureFixture) -> None:
