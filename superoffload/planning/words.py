@@ -142,7 +142,7 @@ def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
     step, job, hardware = plan.step, plan.job, plan.hardware
     took = duration((epoch_tokens or 1e6) / step.tokens_per_s)
     each = f"{took} for an epoch of {count(epoch_tokens)} tokens" if epoch_tokens else f"{took} per million tokens"
-    share = f"{SHARE_OF_PEAK:.0%} of the peak of the {hardware.device}"
+    share = f"{SHARE_OF_PEAK:.0%} of the peak of {'an assumed' if hardware.assumed else 'the'} {hardware.device}"
     if "flops" in hardware.measured:
         share = f"{SHARE_OF_PRODUCT:.0%} of the rate measured by superoffload doctor"
     found = {"copies": f"{LINKS[hardware.link].text}, assumed", "adam": "assumed"}

@@ -13,6 +13,7 @@ import pytest
 
 from superoffload import cli, ds_config
 from superoffload.commands import group
+from superoffload.commands import plan as plan_command
 from superoffload.errors import UserError
 from superoffload.planning import job, machine, recipes, speed, words
 from superoffload.planning.machine import Device, Machine, Rates
@@ -294,6 +295,13 @@ def test_a_well_known_model_needs_no_large_library() -> None:
     )  # fmt: skip
     assert result.stdout.splitlines()[-1] == "set()", result.stderr
     assert "IT FITS" in result.stdout
+
+
+@pytest.mark.unit
+def test_every_flag_of_a_run_that_is_named_is_taken() -> None:
+    taken = {option.name for option in group.commands["plan"].params}
+    assert {name for names in plan_command.SETTINGS.values() for name in names} <= taken
+    assert {"recipe", "gpus", "nodes", "gpu_memory", "host_memory", "link", "output_dir", "json", "plot"} <= taken
 
 
 @pytest.mark.unit
