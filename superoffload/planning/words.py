@@ -211,7 +211,7 @@ def _changes(plan: Plan) -> list[str]:
         flags = " ".join(plan.nearest.flags) or "the settings as they are"
         return _wrap(f"No two flags are enough. The nearest: {flags}; still missing: {missing}")
     result = [
-        f"{number} is enough alone:",
+        "Each of these is enough:",
         f"  {'':{FLAGS_COLUMNS}}{'device':>8}{'host':>9}{'' if plan.job.on_cpu else 'tokens/s':>11}".rstrip(),
     ]
     for remedy in plan.remedies[:MOST_REMEDIES]:
