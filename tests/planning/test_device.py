@@ -130,6 +130,7 @@ COUNTED = [
     Case(model="mistral-7b", layers=1, changes={"packed": False}),
     Case(model="phi-4", layers=2, changes={"eager": True, "length": 512}),
     Case(model="qwen3-30b-a3b", layers=1, changes={"batch": 2}),
+    Case(model="seed-oss-36b", layers=4, changes={"batch": 2}),  # its bucket is full where a layer holds the most
     Case(model="gpt-oss-20b", layers=2, changes={"length": 1024, "eager": True, "bucket": 800_000_000}),
 ]
 
