@@ -47,7 +47,7 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
         names = _MEMORY[version]
         limits = [value for name in names.limits if (value := _number(folder / name)) is not None]
         if limits:
-            statistics = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            statistics = dict(line.partition(" ")[::2] for line in _read(folder / "memory.stat").splitlines())
             cache = sum(int(statistics.get(name, 0)) for name in names.cache)
             used = max(0, (_number(folder / names.usage) or 0) - cache)
             limit = min(limits)

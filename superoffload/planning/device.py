@@ -159,25 +159,34 @@ def _emptied(shape: Shape, job: Job) -> _Emptied:
     return result
 
 
-def gathered_elements(shape: Shape, job: Job) -> int:
-    """Return the most parameters that are gathered at a time; 0 where a rank's own weights serve.
+def held_elements(shape: Shape, job: Job) -> int:
+    """Return the most parameters that are gathered, or about to be; 0 where a rank's own weights serve.
 
     One rank without `--offload_params` gathers nothing: its partition is the parameter (partition_parameters,
-    NoGatherHandle). Otherwise, as partitioned_param_coordinator has it: a layer stays from its recomputation to its
-    backward; parameters are fetched ahead until there are `prefetch` of them (the last may be large), unless more
-    than `max_live` would be there (_fetch_sub_module_impl). Between forward and backward, the head is there and the
-    last layers whose backward is less than `reuse` elements away (__params_to_release). Parameters fetched together
-    are there twice for a moment (AllGatherCoalescedHandle.wait).
+    NoGatherHandle). Otherwise, as partitioned_param_coordinator has it: every module that is called fetches parameters
+    ahead, as long as fewer than `max_live` are there, and the last that is fetched may be the largest
+    (_fetch_sub_module_impl); a layer stays from its recomputation to its backward. Between forward and backward, the
+    head is there, and the last layers whose backward is less than `reuse` elements away (__params_to_release).
     """
     if job.ranks == 1 and not job.offload_params:
         return 0
-    largest = _largest_in_layers(shape)
-    room = min(job.prefetch, max(0, job.max_live - shape.layer))
-    ahead = room + largest if room else 0
+    ahead = job.max_live + shape.largest if job.prefetch else 0
+    passes = 3 if job.recompute else 2  # of a layer between its forward and its backward, the backward's own included
+    between = -(-max(0, job.reuse - 2 * shape.head) // (passes * shape.layer)) if shape.layer else 0
+    kept = shape.head + min(between, shape.layers) * shape.layer
+    return min(shape.parameters, max(ahead, shape.layer, shape.unit, kept))
+
+
+def gathered_elements(shape: Shape, job: Job) -> int:
+    """Return the elements of `held_elements`, and of those that are there twice for a moment.
+
+    Parameters that several ranks gather together, a leaf module or those fetched ahead at a time, arrive in a tensor of
+    their own (AllGatherCoalescedHandle.wait).
+    """
+    held = held_elements(shape, job)
     leaf = shape.unit if shape.experts_per_token > 1 else 0
-    twice = max(leaf, ahead) if job.ranks > 1 else 0
-    between = -(-max(0, job.reuse - 2 * shape.head) // (3 * shape.layer)) if shape.layer else 0
-    return max(shape.layer + ahead + twice, shape.head + min(between, shape.layers) * shape.layer)
+    together = max(leaf, job.prefetch + _largest_in_layers(shape) if job.prefetch else 0)
+    return held + (min(held, together) if job.ranks > 1 else 0)
 
 
 def _to_host_bytes(numel: int, job: Job) -> int:

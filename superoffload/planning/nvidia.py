@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,11 @@ def visible(rows: Sequence[Row], variable: str | None) -> list[Row]:
     return chosen
 
 
+def is_installed() -> bool:
+    """Return whether there is nvidia-smi; devices without it are those that torch sees by itself."""
+    return shutil.which("nvidia-smi") is not None
+
+
 def query() -> list[Row]:
     """Return the devices that this process may use; empty without a device. Raises OSError if the driver fails."""
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -107,4 +113,42 @@ def _has_device_files() -> bool:
 
 def _by_torch() -> list[Row]:
     """Ask torch, in a process of its own, whose contexts on the devices end with it."""
-    return parse(run(sys.executable, "-c", _BY_TORCH, timeout_s=120.0))
+    return parse(run(sys.executable, "-P", "-c", _BY_TORCH, timeout_s=120.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pcie:
+    """A device's link: the generation that device and slot share, the lanes in use, and those that the device has."""
+
+    generation: int
+    width: int
+    widest: int
+
+
+def pcie() -> Pcie | None:
+    """Return the link of the first device; None if it is not on PCIe. Raises OSError if the driver fails."""
+    rows = query()
+    if not is_installed() or not rows:
+        return None
+    fields = "pcie.link.gen.max,pcie.link.width.current,pcie.link.width.max"
+    return parse_pcie(
+        run("nvidia-smi", f"--id={rows[0].index}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    )
+
+
+def parse_pcie(text: str) -> Pcie | None:
+    """Read the three numbers that `pcie` asks for."""
+    numbers = text.strip().split(",")
+    if len(numbers) != 3 or not all(number.strip().isdecimal() for number in numbers):
+        return None
+    generation, width, widest = map(int, numbers)
+    return Pcie(generation=generation, width=width, widest=widest)
+
+
+def bus_ids() -> list[str]:
+    """Return the PCI address of each device that this process may use; empty if nvidia-smi does not list them."""
+    if not is_installed():
+        return []
+    rows = run("nvidia-smi", "--query-gpu=uuid,pci.bus_id", "--format=csv,noheader").splitlines()
+    addresses = dict(row.replace(" ", "").split(",", 1) for row in rows if row.strip())
+    return [addresses[row.uuid] for row in query() if row.uuid in addresses]

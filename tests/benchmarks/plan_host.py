@@ -98,6 +98,10 @@ def report(cases: list[dict[str, Any]]) -> str:
         "By `python tests/benchmarks/plan_host.py`, with two CPU cores: predicted / measured, in GB, and by how much",
         "the prediction is above the measurement. Steady is the median over the steps, the others are peaks.",
         "",
+        "Two kinds of numbers were taken from these runs: the memory of each process, from the smallest model, and the",
+        "freed memory that the C library keeps where the CPU is the device (`FREED_BYTES` in `planning/host.py`). The",
+        "latter is up to 6 bytes per parameter and differs from run to run; it does not exist with a device.",
+        "",
         "| case | " + " | ".join(phases) + " |",
         "| --- " * (len(phases) + 1) + "|",
     ]

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from superoffload.model import head
 from superoffload.planning import activations, memory, shape
-from superoffload.planning.device import device_bytes, gathered_elements, moments, on_device, sub_groups
+from superoffload.planning.device import device_bytes, gathered_elements, held_elements, moments, on_device, sub_groups
 from tests.benchmarks import plan_device
 from tests.benchmarks.plan_device import GIB, PLAIN, Case
 from tests.helpers import builtin_shapes
@@ -103,16 +103,18 @@ def test_frozen_parameters_are_weights_and_nothing_else() -> None:
 
 def test_what_is_gathered() -> None:
     large, sparse = shape.built_in("llama-70b"), shape.built_in("qwen3-30b-a3b")
-    assert gathered_elements(large, PLAIN) == 0
+    assert held_elements(large, PLAIN) == gathered_elements(large, PLAIN) == 0
     two = replace(PLAIN, ranks=2)
-    # A layer, 50 million fetched ahead of which the last is a matrix of the MLP, and these twice for a moment.
-    assert gathered_elements(large, two) == large.layer + 2 * (50_000_000 + 8192 * 28672)
-    assert gathered_elements(large, replace(two, max_live=800_000_000)) == large.head  # nothing is fetched ahead
-    assert gathered_elements(large, replace(PLAIN, offload_params=True)) == large.layer + 50_000_000 + 8192 * 28672
-    # The block is fetched as a whole, and there twice for a moment.
-    assert gathered_elements(sparse, two) == sparse.layer + 50_000_000 + 2048 * 768 * 2 * 128 + sparse.unit
-    assert device_bytes(large, replace(PLAIN, offload_params=True))["weights"] == 0
-    # 3 elements of a layer for each that lies between a forward and its backward, and the head twice.
+    assert held_elements(large, two) == 10**9 + large.head
+    assert held_elements(LLAMA, replace(two, max_live=10**10)) == LLAMA.parameters
+    # 50 million elements fetched ahead together, of which the last is a matrix of the MLP, are there twice.
+    assert gathered_elements(large, two) == 10**9 + large.head + 50_000_000 + 8192 * 28672
+    # One rank copies each parameter from the host to its place.
+    alone = replace(PLAIN, offload_params=True)
+    assert gathered_elements(large, alone) == held_elements(large, alone) == 10**9 + large.head
+    assert device_bytes(large, alone)["weights"] == 0
+    assert gathered_elements(sparse, two) == 10**9 + sparse.largest + sparse.unit
+    # The head, and layers with less than 7 of them between forward and backward: 3 passes of 2 layers.
     few = replace(two, prefetch=0, reuse=2 * large.head + 3 * large.layer + 1)
     assert gathered_elements(large, few) == large.head + 2 * large.layer
 
@@ -128,6 +130,7 @@ COUNTED = [
     Case(model="mistral-7b", layers=1, changes={"packed": False}),
     Case(model="phi-4", layers=2, changes={"eager": True, "length": 512}),
     Case(model="qwen3-30b-a3b", layers=1, changes={"batch": 2}),
+    Case(model="seed-oss-36b", layers=4, changes={"batch": 2}),  # its bucket is full where a layer holds the most
     Case(model="gpt-oss-20b", layers=2, changes={"length": 1024, "eager": True, "bucket": 800_000_000}),
 ]
 
