@@ -93,7 +93,8 @@ def test_auto_takes_everything_where_it_fits_and_nothing_where_nothing_fits() ->
 def test_a_resumed_run_keeps_its_ratio_if_that_fits() -> None:
     wanted = asked(sub_group_size=2 * 10**8)
     before, _ = ratio.auto(SHAPE, wanted, 40 * GIB)
-    assert ratio.auto(SHAPE, wanted, 79 * GIB, before) == (before, "as in the checkpoint")
+    for there in (79 * GIB, None):
+        assert ratio.auto(SHAPE, wanted, there, before) == (before, "as in the checkpoint")
     smallest, _ = ratio.auto(SHAPE, wanted, 79 * GIB)
     now, why = ratio.auto(SHAPE, wanted, 40 * GIB, smallest)
     assert now == before
