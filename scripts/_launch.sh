@@ -277,9 +277,9 @@ while [[ -n $(ranks) ]]; do sleep 0.2 || true; done # a scheduler signals the la
 ((signals == 0)) || kill -s TERM -- "-$launcher" 2>/dev/null || true # children of the ranks, such as tokenising workers
 trap - USR1 TERM INT HUP
 # A shell reports a signal as 128 more, and DeepSpeed's launcher as 256 less. If a rank is killed, the status can also be
-# that of another rank, which has lost its connection; the kernel's count tells.
+# that of another rank, which has lost its connection, or 0 if the launcher itself is; the kernel's count tells.
 kills=$(($(oom_kills) - kills_before))
-if ((signals == 0 && status != 0)); then
+if ((signals == 0)); then
     case "$status" in
         137 | 247) explain 9 "$kills" ;;
         135 | 249) explain 7 "$kills" ;;

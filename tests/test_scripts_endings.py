@@ -25,6 +25,7 @@ TWO_LESS = "kills_before=$(($(oom_kills) - 2))"
         (135, COUNT, "signal 7 (SIGBUS): usually /dev/shm or host memory is too small. /dev/shm has "),
         (247, TWO_LESS, "The kernel killed 2 process(es) for lack of host memory"),
         (249, TWO_LESS, "The kernel killed 2 process(es) for lack of host memory"),
+        (0, TWO_LESS, "The kernel killed 2 process(es) for lack of host memory"),  # the launcher itself
         (1, TWO_LESS, "The kernel killed 2 process(es) for lack of host memory"),  # of a rank that lost another
     ],
 )

@@ -93,21 +93,25 @@ def last_checkpoint(output_dir: str) -> str:
 def measured() -> list[str]:
     """Say what is in use now: on this rank's device, by each process of the run on this machine, and on the machine."""
     lines = ["In use at that moment:"]
-    if distributed.device().type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        sizes = {
-            "allocated": torch.cuda.memory_allocated(),
-            "allocated at the most": torch.cuda.max_memory_allocated(),
-            "reserved by torch": torch.cuda.memory_reserved(),
-            "free": free,
-            "in all": total,
-        }
-        lines.append("  device: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in sizes.items()))
+    with suppress(RuntimeError):  # the driver may answer nothing any more
+        lines += _device() if distributed.device().type == "cuda" else []
     lines += [f"  {name}: {size / GIB:.2f} GiB" for name, size in _processes()]
     with suppress(OSError):
         seen = machine.look(devices=())
         lines.append(f"  host: available {seen.host_available_bytes / GIB:.2f} of {seen.host_bytes / GIB:.2f} GiB")
     return lines
+
+
+def _device() -> list[str]:
+    free, total = torch.cuda.mem_get_info()
+    sizes = {
+        "allocated": torch.cuda.memory_allocated(),
+        "allocated at the most": torch.cuda.max_memory_allocated(),
+        "reserved by torch": torch.cuda.memory_reserved(),
+        "free": free,
+        "in all": total,
+    }
+    return ["  device: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in sizes.items())]
 
 
 def _processes() -> list[tuple[str, int]]:

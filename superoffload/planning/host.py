@@ -5,9 +5,8 @@ loaded, checkpoints and tokenised rows are mapped or streamed, and the system dr
 """
 
 from collections import Counter
-from dataclasses import replace
 
-from superoffload.planning.device import device_bytes, on_device, sub_groups
+from superoffload.planning.device import on_device, sub_groups
 from superoffload.planning.job import Job
 from superoffload.planning.shape import Shape
 
@@ -27,7 +26,7 @@ CPU_BUFFER_BYTES = 66 * MIB  # shared memory of each rank for DeepSpeed's collec
 # for each of a rank's parameters, measured: after loading, between steps, and more at the peak of a step.
 FREED_WHILE_LOADING_BYTES, FREED_BYTES, FREED_IN_STEP_BYTES = 0.8, 3.9, 1.0
 LIVE = 10**9  # parameters that stay gathered between forward and backward, stage3_max_reuse_distance
-KEPT_ON_DEVICE = {"weights", "optimizer", "bucket", "gathered", "other"}  # parts of `device_bytes` between steps
+LOSS_TILE = 2**24  # logits that the chunked loss holds at a time, model/head.py
 NCCL_SHM_BYTES = 1024 * MIB  # what NVIDIA recommends: docker run --shm-size=1g
 
 
@@ -186,9 +185,16 @@ def _instead_of_device(shape: Shape, job: Job) -> int:
 
 
 def _temporary(shape: Shape, job: Job) -> int:
-    """Return the most that one rank holds for a moment during a step: nothing, unless the CPU is the device."""
+    """Return the most that one rank holds for a moment during a step: nothing, unless the CPU is the device.
+
+    Then: the activations of a layer, 34 H bytes per token and 5 A T more with scores (Korthikanti et al. 2022, equation
+    1), for each layer without recomputation; logits; the largest gradient and a copy of it in float64; freed memory.
+    """
     if not job.on_cpu:
         return 0
-    parts = device_bytes(shape, replace(job, bucket=min(job.bucket, shape.trained)))
-    working = sum(size for part, size in parts.items() if part not in KEPT_ON_DEVICE)
-    return working + int(FREED_IN_STEP_BYTES * _partition(shape, job))
+    layer = 34 * shape.hidden + (5 * shape.heads * job.length if job.eager else 0)
+    layers = 2 * shape.hidden * shape.layers + layer if job.recompute else layer * shape.layers
+    logits = job.tokens * shape.vocabulary
+    freed = int(FREED_IN_STEP_BYTES * _partition(shape, job))
+    held = min(logits, LOSS_TILE) if job.chunked_loss else logits
+    return job.tokens * layers + 12 * held + 12 * shape.largest + freed

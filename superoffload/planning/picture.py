@@ -9,8 +9,9 @@ from superoffload.planning.plan import Plan
 from superoffload.planning.words import GIB, count, gib
 
 COLORS = ("#8fb4dc", "#f5b57a", "#9fd3c7", "#d9c2e9", "#f2d98d", "#b5d99c", "#e8a9a1", "#c9ced6", "#a8d0e6", "#dcc9b6")
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
 TOTAL_COLOR = "#d9dee3"
-WIDTH = 0.76  # of a bar
+WIDE, NARROW, GAP = 1.15, 0.7, 0.3  # of the bar with parts, of the others, and between them
 SMALL, SMALLEST = 0.03, 0.006  # of the height: a part with its label beside it, and one without a label
 
 
@@ -47,29 +48,29 @@ def figure(plan: Plan) -> Any:
 def _stack(axes: Any, bars: Mapping[str, Mapping[str, int]], capacity: int | None, title: str) -> None:
     """Draw one bar per entry, its parts from the bottom up with their labels, its sum above, and the capacity."""
     tallest = max(*(sum(parts.values()) for parts in bars.values()), capacity or 0) / GIB
-    for place, parts in enumerate(bars.values()):
-        _bar(axes, place, parts, tallest)
-    axes.set_xticks(range(len(bars)), list(bars))
+    places = [0.0, *((WIDE + NARROW) / 2 + GAP + number * (NARROW + GAP) for number in range(len(bars) - 1))]
+    for number, (place, parts) in enumerate(zip(places, bars.values(), strict=True)):
+        _bar(axes, place, NARROW if number else WIDE, parts, tallest)
+    axes.set_xticks(places, list(bars))
     if capacity is not None:
         axes.axhline(capacity / GIB, color="#c0392b", linewidth=1.5, linestyle="--")
-        axes.text(0.99, capacity / GIB, f"capacity {gib(capacity)}", color="#c0392b", ha="right", va="bottom",
-                  transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_ylim(0, tallest * 1.1)
-    axes.set_xlim(-0.6, len(bars) - 0.4)
-    axes.set_title(title, fontsize=11)
+    axes.set_xlim(places[0] - WIDE / 2 - GAP, places[-1] + (NARROW if places[1:] else WIDE) / 2 + GAP)
+    known = "" if capacity is None else f", capacity {gib(capacity)} GiB (dashed)"
+    axes.set_title(title + known, fontsize=10)
     axes.set_ylabel("GiB")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _bar(axes: Any, place: int, parts: Mapping[str, int], tallest: float) -> None:
+def _bar(axes: Any, place: float, width: float, parts: Mapping[str, int], tallest: float) -> None:
     bottom = 0.0
     for (name, size), color in zip(((n, s / GIB) for n, s in parts.items() if s), COLORS * 2, strict=False):
-        axes.bar(place, size, WIDTH, bottom=bottom, color=color if name else TOTAL_COLOR, edgecolor="white")
+        axes.bar(place, size, width, bottom=bottom, color=color if name else TOTAL_COLOR, edgecolor="white")
         low = size < SMALL * tallest
         if name and size >= SMALLEST * tallest:
-            x, side = (place + WIDTH / 2 + 0.02, "left") if low else (place, "center")
+            x, side = (place + width / 2 + 0.02, "left") if low else (place, "center")
             label = f"{name} {size:.1f}" if size < 100 else f"{name} {size:.0f}"
             axes.text(x, bottom + size / 2, label, ha=side, va="center", fontsize=7)
         bottom += size
     axes.text(place, bottom, f"{bottom:.1f}", ha="center", va="bottom", weight="bold", fontsize=9,
-              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})  # fmt: skip
+              bbox=PAPER)  # fmt: skip

@@ -1,5 +1,6 @@
 """`--offload_ratio auto`: the largest share of the optimizer that fits the device. Imports no torch."""
 
+import math
 from dataclasses import replace
 
 from superoffload.planning.device import on_device, sub_groups
@@ -17,9 +18,7 @@ def auto(shape: Shape, job: Job, device_bytes: int | None, saved: float | None =
     It puts as many sub-groups on the device as leave the margin free, in steps that DeepSpeed's count of sub-groups
     follows exactly. A run keeps the ratio of its checkpoint if that fits, because host and device round differently.
     """
-    if device_bytes is None:
-        return 1.0, "because there is no GPU"
-    limit = device_bytes * (1 - MARGIN)
+    limit = math.inf if device_bytes is None else device_bytes * (1 - MARGIN)
 
     def count(ratio: float) -> int:
         return len(on_device(shape, replace(job, ratio=ratio)))
@@ -29,6 +28,8 @@ def auto(shape: Shape, job: Job, device_bytes: int | None, saved: float | None =
 
     if saved is not None and fits(saved):
         return saved, "as in the checkpoint"
+    if device_bytes is None:
+        return 1.0, "because there is no GPU"
     ratios = [step / STEPS for step in range(STEPS + 1)]
     most = count(next((ratio for ratio in ratios if fits(ratio)), 1.0))
     ratio = next(ratio for ratio in reversed(ratios) if count(ratio) == most)

@@ -62,13 +62,15 @@ NODE_GATHER, NETWORK_GATHER = 200e9, 25e9  # bytes/s into one device: NVLink wit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Rates of a machine with `devices` devices; bytes/s and FLOP/s.
+    """Rates of a machine; bytes/s and FLOP/s.
 
-    flops: what training reaches on one device. down, up: from and to one device. host_memory: reads and writes of Adam,
-    all cores together. measured: names of the rates that were measured, of `flops`, `copies` and `adam`.
+    device: its short name. assumed: what it is was not known. flops: what training reaches on one device. down, up:
+    from and to one device. host_memory: reads and writes of Adam, all cores together. measured: names of the rates
+    that were measured, of `flops`, `copies` and `adam`.
     """
 
     device: str
+    assumed: bool = False
     link: str
     flops: float
     down: float
@@ -94,6 +96,7 @@ def hardware(device: str | None, link: str | None, devices: int, rates: Rates | 
     adam = rates.adam_parameters_per_s if rates and not link else None
     return Hardware(
         device=name,
+        assumed=known(device or "") is None,
         link=link or usual,
         flops=product * SHARE_OF_PRODUCT if product else peak * SHARE_OF_PEAK,
         down=down or kind.rate,

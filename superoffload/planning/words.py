@@ -14,6 +14,7 @@ from superoffload.planning.speed import LINKS, SHARE_OF_PEAK, SHARE_OF_PRODUCT, 
 
 GIB = 2**30
 COLUMNS = 80
+FLAGS_COLUMNS = 44  # of them, for the flags of a change
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on the disk"}
 MOST_REMEDIES = 8
 CLOSE = 0.05  # of the capacity; the arithmetic is not more exact than that
@@ -142,7 +143,7 @@ def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
     step, job, hardware = plan.step, plan.job, plan.hardware
     took = duration((epoch_tokens or 1e6) / step.tokens_per_s)
     each = f"{took} for an epoch of {count(epoch_tokens)} tokens" if epoch_tokens else f"{took} per million tokens"
-    share = f"{SHARE_OF_PEAK:.0%} of the peak of the {hardware.device}"
+    share = f"{SHARE_OF_PEAK:.0%} of the peak of {'an assumed' if hardware.assumed else 'the'} {hardware.device}"
     if "flops" in hardware.measured:
         share = f"{SHARE_OF_PRODUCT:.0%} of the rate measured by superoffload doctor"
     found = {"copies": f"{LINKS[hardware.link].text}, assumed", "adam": "assumed"}
@@ -209,10 +210,9 @@ def _changes(plan: Plan) -> list[str]:
         missing = " and ".join(f"{gib(size)} GiB {PLACES[place]}" for place, size in over.items())
         flags = " ".join(plan.nearest.flags) or "the settings as they are"
         return _wrap(f"No two flags are enough. The nearest: {flags}; still missing: {missing}")
-    number = "Each line" if len(plan.remedies[0].flags) > 1 else "Each of these"
     result = [
-        f"{number} is enough alone:",
-        f"  {'':44}{'device':>8}{'host':>9}{'' if plan.job.on_cpu else 'tokens/s':>11}".rstrip(),
+        "Each of these is enough:",
+        f"  {'':{FLAGS_COLUMNS}}{'device':>8}{'host':>9}{'' if plan.job.on_cpu else 'tokens/s':>11}".rstrip(),
     ]
     for remedy in plan.remedies[:MOST_REMEDIES]:
         result += _change(plan, remedy)
@@ -226,8 +226,11 @@ def _changes(plan: Plan) -> list[str]:
 def _change(plan: Plan, remedy: Remedy) -> list[str]:
     speed = "" if plan.job.on_cpu else f"{step_time(plan.shape, remedy.job, plan.hardware).tokens_per_s:,.0f}"
     figures = f"{gib(remedy.budget.device_peak):>8}{gib(remedy.budget.host_peak):>9}{speed:>11}"
-    *first, last = remedy.flags if len(" ".join(remedy.flags)) > 44 else [" ".join(remedy.flags)]
-    return [*(f"  {flag}" for flag in first), f"  {last:44}{figures}".rstrip()]
+    text = " ".join(remedy.flags)
+    if len(text) <= FLAGS_COLUMNS:
+        return [f"  {text:{FLAGS_COLUMNS}}{figures}".rstrip()]
+    first, second = remedy.flags
+    return [f"  {first}", f"  {'  and ' + second:{FLAGS_COLUMNS}}{figures}".rstrip()]
 
 
 def _limits(plan: Plan, machine: Machine | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ that an earlier call has measured. Needs 6 GiB of memory.
 import argparse
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -69,6 +70,8 @@ def run_case(work: Path, case: tuple[str, str, int, tuple[str, ...]]) -> dict[st
     if trace.returncode:
         sys.exit("\n".join(line for _, line in trace.lines[-40:]))
     found: dict[str, Any] = {"name": name_of(case), "measured": trace.phases(), "predicted": predicted(ranks, *flags)}
+    full = [size for size in trace.shared if size > max(trace.shared) / 2]
+    found["shared"] = int(statistics.median(full)) if full else 0
     if "--save_checkpoint" in more:
         (folder,) = (work / "out").glob("global_step*")
         found["checkpoint"] = sum(path.stat().st_size for path in folder.iterdir())
@@ -97,6 +100,10 @@ def report(cases: list[dict[str, Any]]) -> str:
         "",
         "By `python tests/benchmarks/plan_host.py`, with two CPU cores: predicted / measured, in GB, and by how much",
         "the prediction is above the measurement. Steady is the median over the steps, the others are peaks.",
+        "",
+        "Two kinds of numbers were taken from these runs: the memory of each process, from the smallest model, and the",
+        "freed memory that the C library keeps where the CPU is the device (`FREED_BYTES` in `planning/host.py`). The",
+        "latter is up to 6 bytes per parameter and differs from run to run; it does not exist with a device.",
         "",
         "| case | " + " | ".join(phases) + " |",
         "| --- " * (len(phases) + 1) + "|",

@@ -25,12 +25,13 @@ class Trace:
     """The output of a run and its memory, by the time in seconds since the start.
 
     memory: private and shared pages of all its processes, shared ones counted once (PSS), in bytes. Pages of files are
-    left out.
+    left out. shared: of these, the shared ones.
     """
 
     returncode: int = 0
     lines: list[tuple[float, str]] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
 
     def times(self, mark: str) -> list[float]:
         """Return when a line with this mark was printed."""
@@ -69,7 +70,9 @@ def follow(ranks: int, *flags: str, timeout_s: float = 600, **env: str) -> Trace
     reader.start()
     try:
         while process.poll() is None and time.monotonic() - start < timeout_s:
-            trace.memory.append((time.monotonic() - start, _memory(process.pid)))
+            private, shared = _memory(process.pid)
+            trace.memory.append((time.monotonic() - start, private + shared))
+            trace.shared.append(shared)
             time.sleep(POLL_S)
     finally:
         for pid in _session(process.pid):
@@ -98,16 +101,17 @@ def _session(leader: int) -> list[int]:
     return found
 
 
-def _memory(leader: int) -> int:
-    """Return the private and shared pages of a session."""
-    total = 0
+def _memory(leader: int) -> tuple[int, int]:
+    """Return the private and the shared pages of a session."""
+    total = {"Anon": 0, "Shmem": 0}
     for pid in _session(leader):
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
             continue
-        total += sum(int(size) * 1024 for size in re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+)", text, re.MULTILINE))
-    return total
+        for kind, size in re.findall(r"^Pss_(Anon|Shmem):\s+(\d+)", text, re.MULTILINE):
+            total[kind] += int(size) * 1024
+    return total["Anon"], total["Shmem"]
 
 
 def described(ranks: int, *flags: str) -> tuple[Shape, Job]:

@@ -117,6 +117,27 @@ def test_an_optimizer_process_that_was_killed_means_host_memory(
 
 
 @pytest.mark.unit
+def test_what_torch_holds_on_a_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: SimpleNamespace(type="cuda"))
+    for number, name in enumerate(("memory_allocated", "max_memory_allocated", "memory_reserved"), 1):
+        monkeypatch.setattr(torch.cuda, name, lambda number=number: number * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 80 * 2**30))
+    expected = (
+        "  device: allocated 1.00 GiB, allocated at the most 2.00 GiB, reserved by torch 3.00 GiB, free 0.50 GiB, "
+        "in all 80.00 GiB"
+    )
+    assert expected in exhaustion.measured()
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    found = exhaustion.measured()
+    assert not any(line.startswith("  device: ") for line in found)
+    assert any(line.startswith("  host: available ") for line in found)
+
+
+@pytest.mark.unit
 def test_torch_itself_says_what_the_host_lacks() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58, dtype=torch.uint8)

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.plan_host import LIMIT, SIZES, error, name_of, run_case
+from superoffload.planning.host import host_bytes
+from tests.benchmarks.plan_host import LIMIT, SIZES, error, flags_of, name_of, run_case
+from tests.helpers.host_memory import described
 from tests.helpers.models import write_model, write_rows
 
 
@@ -23,7 +25,11 @@ def check(case: dict[str, Any]) -> None:
 
 
 def test_a_run_holds_what_was_predicted(work: Path) -> None:
-    check(run_case(work, ("28 M", "superoffload", 1, ())))
+    found = run_case(work, ("28 M", "superoffload", 1, ()))
+    check(found)
+    parts = host_bytes(*described(1, *flags_of(work, "28 M", "superoffload")))
+    arena = sum(parts[part] for part in ("masters", "moments", "gradients", "staging"))
+    assert found["shared"] == pytest.approx(arena, rel=0.01)
 
 
 @pytest.mark.slow

@@ -33,7 +33,10 @@ def test_parts_sums_and_capacities_are_labelled(example: Plan) -> None:
         assert len(large) >= 3
         assert all(any(text.startswith(f"{name} ") for text in found) for name in large)
         assert f"{sum(parts.values()) / GIB:.1f}" in found
-        assert f"capacity {capacity}.0" in found
+    assert [axes.get_title() for axes in (left, right)] == [
+        "One device, capacity 40.0 GiB (dashed)", "Host memory of one machine, capacity 480.0 GiB (dashed)"
+    ]  # fmt: skip
+    assert [axes.lines[0].get_ydata()[0] for axes in (left, right)] == [40, 480]
     assert [label.get_text().replace("\n", " ") for label in right.get_xticklabels()] == [
         "between steps", *example.budget.host_peaks
     ]  # fmt: skip

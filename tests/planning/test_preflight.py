@@ -93,7 +93,8 @@ def test_auto_takes_everything_where_it_fits_and_nothing_where_nothing_fits() ->
 def test_a_resumed_run_keeps_its_ratio_if_that_fits() -> None:
     wanted = asked(sub_group_size=2 * 10**8)
     before, _ = ratio.auto(SHAPE, wanted, 40 * GIB)
-    assert ratio.auto(SHAPE, wanted, 79 * GIB, before) == (before, "as in the checkpoint")
+    for there in (79 * GIB, None):
+        assert ratio.auto(SHAPE, wanted, there, before) == (before, "as in the checkpoint")
     smallest, _ = ratio.auto(SHAPE, wanted, 79 * GIB)
     now, why = ratio.auto(SHAPE, wanted, 40 * GIB, smallest)
     assert now == before
@@ -229,8 +230,13 @@ def test_resuming_counts_for_a_run_that_resumes(check: Check) -> None:
 def test_a_rank_sees_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "device", lambda: SimpleNamespace(type="cpu"))
     found = sight.see(str(tmp_path / "new"))
+    assert found.machine.devices == ()
     assert 2**20 < found.held_bytes < found.machine.host_bytes
     assert found.disk_bytes > 0
+    device = Device(name="d", total_bytes=80 * GIB, free_bytes=70 * GIB)
+    monkeypatch.setattr(distributed, "device", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("superoffload.planning.machine.current_device", lambda: device)
+    assert sight.see(str(tmp_path)).machine.devices == (device,)
     with (make_checkpoint(tmp_path, 3, 1.0) / "big").open("wb") as file:
         file.truncate(2**41)  # takes no space
     assert sight.see(str(tmp_path)).disk_bytes > 2**41

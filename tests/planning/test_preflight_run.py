@@ -39,3 +39,17 @@ def test_a_run_that_cannot_fit_stops_before_it_reads_weights(
         assert "WARNING Memory: host " in told.stderr
         assert "Data: " in told.stderr
         assert "it has no weights" in told.stderr or "weights" in told.stderr.rstrip().splitlines()[-1]
+
+
+def test_a_run_resumed_with_auto_keeps_the_ratio_of_its_checkpoint(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path),
+             "--max_length", "128", "--save_steps", "1", "--resume", "auto", "--sub_group_size", "5000"]  # fmt: skip
+    first = launch(1, *flags, "--bench_steps", "1", "--offload_ratio", "0.5")
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = launch(1, *flags, "--bench_steps", "2", "--offload_ratio", "auto")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "--offload_ratio auto: 0.5, as in the checkpoint" in second.stderr
+    saved = json.loads((tmp_path / "global_step2" / "manifest.json").read_text())
+    assert saved["config"]["offload_ratio"] == 0.5

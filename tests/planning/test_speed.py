@@ -146,10 +146,11 @@ def test_devices_are_known_by_their_names(name: str, found: tuple[str, float, st
 def test_rates_are_measured_or_assumed() -> None:
     assumed = speed.hardware(None, None, 4, None)
     assert (assumed.device, assumed.flops, assumed.down, assumed.measured) == ("H100", 494.5e12, 50e9, ())
+    assert assumed.assumed and speed.hardware("Some Other", None, 4, None).assumed
     measured = speed.hardware("NVIDIA H100 PCIe", None, 1, RATES)
     assert (measured.flops, measured.down, measured.up) == (700e12 * speed.SHARE_OF_PRODUCT, 22e9, 21e9)
     assert measured.host_memory == 2e9 * 28
-    assert measured.measured == ("flops", "copies", "adam")
+    assert measured.measured == ("flops", "copies", "adam") and not measured.assumed
 
 
 def test_another_link_means_another_machine() -> None:
