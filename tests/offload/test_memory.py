@@ -16,7 +16,7 @@ MIB = 2**20
 
 
 def test_bytes_per_parameter() -> None:
-    (ours,) = run_ranks(1, offload_memory.measure, True)
+    (ours,) = run_ranks(1, offload_memory.measure, True, nursery=False)
     (zero,) = run_ranks(1, offload_memory.measure, False)
     assert ours["planned"] == pytest.approx(18.0, rel=0.01)
     assert ours["arena"] == pytest.approx(18.0, rel=0.01)
@@ -28,7 +28,7 @@ def test_bytes_per_parameter() -> None:
 
 
 def test_bf16_state_takes_ten_bytes_a_parameter() -> None:
-    (ours,) = run_ranks(1, measure_with_bf16_state, True)
+    (ours,) = run_ranks(1, measure_with_bf16_state, True, nursery=False)
     (zero,) = run_ranks(1, measure_with_bf16_state, False)
     assert ours["planned"] == pytest.approx(10.0, rel=0.01)
     assert ours["arena"] == pytest.approx(10.0, rel=0.01)

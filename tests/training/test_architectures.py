@@ -9,8 +9,9 @@ import pytest
 from tests.benchmarks import architectures as benchmark
 from tests.helpers import architectures
 from tests.helpers.families import FAMILIES
+from tests.helpers.forked import launch
 from tests.helpers.models import write_model
-from tests.helpers.ranks import REPOSITORY, launch, run_ranks
+from tests.helpers.ranks import REPOSITORY, run_ranks
 
 # Dense, with a table of positions, a mixture of experts, without attention, with attention and a state space, and a
 # text model inside a multimodal one.
