@@ -153,8 +153,11 @@ def test_a_mistake_is_one_line_on_rank_0(
     flags: list[str], text: str, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     good = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path)]
-    unreachable = f"http://127.0.0.1:{free_port()}"
-    result = launch_with_deepspeed(2, *good, *flags, HF_ENDPOINT=unreachable, NO_PROXY="127.0.0.1", HF_HUB_OFFLINE="0")
+    if "--model_name" in flags:  # the hub's address is read on import
+        unreachable = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0"}
+        result = launch_with_deepspeed(2, *good, *flags, NO_PROXY="127.0.0.1", **unreachable)
+    else:
+        result = launch(2, *good, *flags)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
     assert line.startswith(f"Error: {text}")

@@ -123,7 +123,7 @@ def test_an_exception_in_the_trainer_ends_both() -> None:
 @pytest.fixture(scope="module")
 def normal() -> tuple[int, str]:
     """Play it in an interpreter of its own, which starts and ends as any other."""
-    done = run([sys.executable, *MODULE, "normal"], cwd=REPOSITORY, **rank_environment(0, 1, free_port()))
+    done = run([sys.executable, *MODULE, "normal"], 90, REPOSITORY, **rank_environment(0, 1, free_port()))
     return done.returncode, done.stdout + done.stderr
 
 
