@@ -2,7 +2,8 @@
 # Run the default tests with other versions of some packages, in an environment of its own.
 #   bash scripts/test_versions.sh transformers==5.17.0
 #   bash scripts/test_versions.sh torch==2.11.0 transformers==5.17.0 -- -m unit
-# Arguments after -- go to pytest. The environment is kept in .versions/NAME==VERSION..., with its compiled operators.
+# Arguments after -- go to pytest. The environment is kept in .versions/NAME==VERSION..., with its compiled operators; a
+# long list of packages is shortened to its checksum.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,7 +22,9 @@ done
 }
 [[ $# -eq 0 ]] || shift
 
-folder=$PWD/.versions/$(printf '%s\n' "${packages[@]}" | sort | paste -sd_)
+name=$(printf '%s\n' "${packages[@]}" | sort | paste -sd_)
+[[ ${#name} -le 200 ]] || name=$(cksum <<<"$name" | cut -d' ' -f1) # a longer one would be no file name
+folder=$PWD/.versions/$name
 install() {
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -22,7 +22,14 @@ from superoffload.errors import UserError
 SILENT_RANK_PATIENCE_S = 5.0
 
 
-class WholeNumber(click.ParamType[int]):
+# Before click 8.4 this class is not generic.
+if TYPE_CHECKING:
+    _IntegerType = click.ParamType[int]
+else:
+    _IntegerType = click.ParamType
+
+
+class WholeNumber(_IntegerType):
     """An integer; scientific notation such as `4e8`, as in DeepSpeed's files, is accepted."""
 
     name = "integer"

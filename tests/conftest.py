@@ -73,9 +73,11 @@ def logging_as_before() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def unit_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail a test marked `unit` when it starts a process."""
+    """Fail a test marked `unit` when it starts a process or joins a group, for which operators are compiled."""
     if request.node.get_closest_marker("unit") is None:
         return
+    if "one_rank" in request.fixturenames:
+        pytest.fail("a test marked `unit` joins a process group")
 
     def refuse(*arguments: object, **options: object) -> None:
         pytest.fail("a test marked `unit` starts a process")

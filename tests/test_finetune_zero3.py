@@ -1,4 +1,4 @@
-"""Run the whole program under the real launcher, on one rank and on two."""
+"""Run the whole program, on one rank and on two, under the real launcher where that matters."""
 
 import json
 import math
@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import REPOSITORY, free_port, launch, run
+from tests.helpers.forked import launch
+from tests.helpers.ranks import REPOSITORY, free_port, run
+from tests.helpers.ranks import launch as launch_with_deepspeed
 
 KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "target_tokens_per_s",
         "padding_share", "tflops_per_gpu", "hardware_tflops_per_gpu"]  # fmt: skip
@@ -37,7 +39,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = launch(
+    start = launch_with_deepspeed if ranks == 2 else launch
+    result = start(
         ranks, "--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(out),
         "--max_length", "128", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--lr", "5e-3",
         "--num_train_epochs", "2", "--warmup", "0.1", "--save_checkpoint", "--activation_checkpointing",
@@ -150,8 +153,11 @@ def test_a_mistake_is_one_line_on_rank_0(
     flags: list[str], text: str, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     good = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path)]
-    unreachable = f"http://127.0.0.1:{free_port()}"
-    result = launch(2, *good, *flags, HF_ENDPOINT=unreachable, NO_PROXY="127.0.0.1", HF_HUB_OFFLINE="0")
+    if "--model_name" in flags:  # the hub's address is read on import
+        unreachable = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0"}
+        result = launch_with_deepspeed(2, *good, *flags, NO_PROXY="127.0.0.1", **unreachable)
+    else:
+        result = launch(2, *good, *flags)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
     assert line.startswith(f"Error: {text}")

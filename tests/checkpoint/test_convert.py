@@ -1,18 +1,17 @@
 """Convert checkpoints for another number of ranks."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from superoffload.checkpoint.convert import convert
 from superoffload.errors import UserError
-from tests.helpers.ranks import launch, run
+from tests.helpers.forked import launch, run_forked
 from tests.helpers.runs import damage, flags, logged, make_checkpoint
 
 
 def command(*words: str) -> str:
-    result = run([sys.executable, "-m", "superoffload.commands", *words])
+    result = run_forked(["-m", "superoffload.commands", *words])
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 

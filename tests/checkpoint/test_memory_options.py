@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from superoffload.checkpoint.convert import convert
 from superoffload.checkpoint.rank_files import gather, read
 from superoffload.checkpoint.save import BYTES_PER_PARAMETER
-from tests.helpers.ranks import REPOSITORY, launch
+from tests.helpers.forked import launch
+from tests.helpers.ranks import REPOSITORY
 from tests.helpers.runs import flags, logged
 
 BF16 = ("--optimizer_state", "bf16")

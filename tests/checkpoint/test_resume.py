@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -18,8 +17,9 @@ from superoffload import config
 from superoffload.checkpoint import output_folder, resume
 from superoffload.errors import UserError
 from superoffload.training import schedule
+from tests.helpers.forked import Launched, launch
 from tests.helpers.models import write_model
-from tests.helpers.ranks import REPOSITORY, environment, free_port, launch, run_ranks
+from tests.helpers.ranks import REPOSITORY, environment, free_port, run_ranks
 from tests.helpers.runs import damage, flags, logged, make_checkpoint
 from tests.helpers.states import assert_equal_states
 
@@ -44,27 +44,6 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
     assert_equal_states(whole, parts)
 
 
-def start(model: Path, rows: Path, out: Path, *more: str, ranks: int = 2) -> "subprocess.Popen[str]":
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    command += [str(REPOSITORY / "finetune_zero3.py"), *flags(model, rows, out, *more)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(),
-                            start_new_session=True)  # fmt: skip
-
-
-def end(process: "subprocess.Popen[str]") -> None:
-    """End every process of a run."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.communicate()
-
-
-def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if any("--local_rank" in word for word in child.cmdline())]
-
-
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -78,46 +57,54 @@ def lines_of(out: Path) -> int:
 
 
 def test_a_signal_to_one_rank_saves_and_ends_the_run(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500")
+    run = Launched(2, *flags(model_folder, rows_file, tmp_path, "--num_train_epochs", "500"))
     try:
         wait_for(lambda: lines_of(tmp_path) >= 2)
         (tmp_path / "save_now").touch()
         wait_for(lambda: not (tmp_path / "save_now").exists())
         assert (tmp_path / "latest").exists()
-        ranks_of(process)[-1].send_signal(signal.SIGUSR1)
-        _, err = process.communicate(timeout=60)
+        os.kill(run.ranks[-1].pid, signal.SIGUSR1)
+        done = run.wait(60)
     finally:
-        end(process)
-    assert process.returncode == 0, err[-3000:]
+        run.kill()
+    assert done.returncode == 0, done.stderr[-3000:]
     step = int((tmp_path / "latest").read_text().removeprefix("global_step"))
-    assert f"Stopped by another rank's signal: saving after step {step}" in err
-    assert err.rstrip().splitlines()[-1].endswith(f"Checkpoint saved in {tmp_path / f'global_step{step}'}")
+    assert f"Stopped by another rank's signal: saving after step {step}" in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].endswith(f"Checkpoint saved in {tmp_path / f'global_step{step}'}")
 
 
 def test_ctrl_c_saves(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     """The terminal signals every process of the group, and the launcher then SIGTERMs all below each rank."""
-    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500", ranks=1)
+    command = ["deepspeed", "--num_gpus", "1", "--master_port", str(free_port())]
+    command += [str(REPOSITORY / "finetune_zero3.py"), *flags(model_folder, rows_file, tmp_path)]
+    command += ["--num_train_epochs", "500"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(),
+                               start_new_session=True)  # fmt: skip
     try:
         wait_for(lambda: lines_of(tmp_path) >= 2)
         os.killpg(process.pid, signal.SIGINT)
         wait_for(lambda: (tmp_path / "summary.json").exists(), timeout_s=25)
         _, err = process.communicate(timeout=60)
     finally:
-        end(process)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.communicate()
     step = int((tmp_path / "latest").read_text().removeprefix("global_step"))
     assert f"Stopped by SIGINT: saving after step {step}" in err
     assert f"Checkpoint saved in {tmp_path / f'global_step{step}'}" in err
 
 
 def test_a_second_run_into_the_same_folder_is_refused(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    process = start(model_folder, rows_file, tmp_path, "--num_train_epochs", "500", ranks=1)
+    first = Launched(1, *flags(model_folder, rows_file, tmp_path, "--num_train_epochs", "500"))
     try:
         wait_for(lambda: lines_of(tmp_path) >= 1)
         second = launch(1, *flags(model_folder, rows_file, tmp_path))
         assert second.returncode == 2
         assert f"Error: --output_dir {tmp_path}: another run is writing there" in second.stderr
     finally:
-        end(process)
+        first.kill()
     wait_for(lambda: is_free(tmp_path), timeout_s=10)  # a killed run leaves no lock behind
 
 

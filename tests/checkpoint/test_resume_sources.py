@@ -12,8 +12,8 @@ from superoffload.checkpoint.resume import Source
 from superoffload.data import collate, loader
 from superoffload.errors import UserError
 from superoffload.training.run import Run
+from tests.helpers.forked import launch
 from tests.helpers.models import make_rows, write_rows
-from tests.helpers.ranks import launch
 from tests.helpers.runs import flags, logged
 from tests.helpers.states import assert_equal_states
 from tests.helpers.tokenizers import make_chat_tokenizer

@@ -46,9 +46,13 @@ def rank_context() -> ForkServerContext | SpawnContext:
     return context
 
 
-def _one_rank(call: bytes, env: dict[str, str], results: Queue[Answer]) -> None:
+def _one_rank(call: bytes, env: dict[str, str], results: Queue[Answer], nursery: bool) -> None:
     """Run as one rank. `call` is unpickled late, because that may import DeepSpeed, which reads the environment."""
     os.environ.update(env)
+    if nursery:
+        from tests.helpers.nursery import open_nursery
+
+        open_nursery()
     import torch
 
     from superoffload import distributed, log
@@ -66,16 +70,20 @@ def _one_rank(call: bytes, env: dict[str, str], results: Queue[Answer]) -> None:
         results.put((int(env["RANK"]), None, traceback.format_exc()))
 
 
-def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 180) -> list[Any]:
+def run_ranks(
+    n: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 180, nursery: bool = True
+) -> list[Any]:
     """Call `function(*arguments)` on each of `n` ranks, joined in a process group, and return all results by rank.
 
-    The function must be importable. Raises AssertionError if a rank raised, died or did not end in time.
+    The function must be importable. On the CPU, optimizer processes are forked too, unless `nursery` is False; see
+    tests/helpers/nursery.py. Raises AssertionError if a rank raised, died or did not end in time.
     """
     context, port = rank_context(), free_port()
     results: Queue[Answer] = context.Queue()
-    call = pickle.dumps((function, arguments))
+    call, forks = pickle.dumps((function, arguments)), nursery and ACCELERATOR == "cpu"
     processes = [
-        context.Process(target=_one_rank, args=(call, rank_environment(rank, n, port), results)) for rank in range(n)
+        context.Process(target=_one_rank, args=(call, rank_environment(rank, n, port), results, forks))
+        for rank in range(n)
     ]
     for process in processes:
         process.start()

@@ -13,8 +13,9 @@ from superoffload.data import collate, loader
 from superoffload.errors import UserError
 from superoffload.model import load, vocabulary
 from superoffload.model.tokenizer import load_tokenizer
+from tests.helpers.forked import launch
 from tests.helpers.models import write_model
-from tests.helpers.ranks import REPOSITORY, launch, run_ranks
+from tests.helpers.ranks import REPOSITORY, run_ranks
 from tests.helpers.training import FP32
 
 DS_CONFIG = {**FP32, "train_micro_batch_size_per_gpu": 1}

@@ -87,16 +87,7 @@ SLOW_ON_ONE_RANK = (
     "no-fused-kernel",
 )
 QUICK_ON_ONE_RANK = tuple(n for n in CASES if n not in SLOW_ON_ONE_RANK)
-QUICK_ON_TWO_RANKS = (
-    "plain",
-    "clip-some",
-    "accumulation",
-    "one-cycle",
-    "nan",
-    "dropped-unclipped",
-    "unused",
-    "device-share",
-)
+QUICK_ON_TWO_RANKS = ("clip-some", "accumulation", "nan", "unused", "device-share")
 SLOW_ON_TWO_RANKS = tuple(n for n in CASES if n not in QUICK_ON_TWO_RANKS)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,34 +13,28 @@ from pathlib import Path
 import pytest
 
 from superoffload.offload.shared.affinity import split_cores
-from tests.helpers.ranks import REPOSITORY, free_port, rank_environment
+from tests.helpers.forked import Output, Program
+from tests.helpers.ranks import REPOSITORY, free_port, rank_environment, run
 
 DONE_WITHIN_S = 10.0
+MODULE = ["-m", "tests.helpers.offload_life"]
 
 
-def start(scenario: str, **environment: str) -> subprocess.Popen[str]:
+def start(scenario: str, **environment: str) -> tuple[Program, Output]:
     """Start a trainer that plays a scenario of offload_life.py."""
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "tests.helpers.offload_life", scenario],
-        env=rank_environment(0, 1, free_port()) | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd=REPOSITORY,
-    )
+    output = Output()
+    return Program([*MODULE, scenario], rank_environment(0, 1, free_port()) | environment, output), output
 
 
-def play(scenario: str, timeout_s: float = 90.0) -> tuple[int, str]:
+def play(scenario: str, timeout_s: float = 90.0, **environment: str) -> tuple[int, str]:
     """Run a scenario to its end; return its exit status and output. Leaves nothing behind."""
-    trainer = start(scenario)
+    trainer, output = start(scenario, **environment)
     try:
-        output, _ = trainer.communicate(timeout=timeout_s)
+        status = trainer.wait(timeout_s)
     finally:
         if trainer.poll() is None:
-            os.killpg(trainer.pid, signal.SIGKILL)
-            trainer.wait()
-    return trainer.returncode, output
+            trainer.kill()
+    return status, "".join(output.read())
 
 
 def optimizer_pids(output: str) -> list[int]:
@@ -107,22 +100,18 @@ def test_an_optimizer_process_stopped_for_70_s_is_waited_for() -> None:
 
 @pytest.mark.parametrize("moment", ["idle", pytest.param("busy", marks=pytest.mark.slow)])
 def test_no_orphan_remains_when_the_trainer_is_killed(moment: str) -> None:
-    trainer = start(f"trainer-{moment}")
-    seen = ""
+    trainer, output = start(f"trainer-{moment}")
     try:
-        assert trainer.stdout is not None
-        for line in trainer.stdout:
-            seen += line
-            if "READY TO DIE" in line:
-                break
+        while "READY TO DIE" not in output.read()[0]:
+            assert trainer.poll() is None, output.read()
+            time.sleep(0.02)
         os.kill(trainer.pid, signal.SIGKILL)
-        trainer.wait()
+        assert trainer.wait(30) == -signal.SIGKILL
+        seen, _ = output.read()
+        (pid,) = optimizer_pids(seen)
+        assert soon(lambda: gone(pid))
     finally:
-        if trainer.poll() is None:
-            os.killpg(trainer.pid, signal.SIGKILL)
-            trainer.wait()
-    (pid,) = optimizer_pids(seen)
-    assert soon(lambda: gone(pid))
+        trainer.kill()
 
 
 def test_an_exception_in_the_trainer_ends_both() -> None:
@@ -133,7 +122,9 @@ def test_an_exception_in_the_trainer_ends_both() -> None:
 
 @pytest.fixture(scope="module")
 def normal() -> tuple[int, str]:
-    return play("normal")
+    """Play it in an interpreter of its own, which starts and ends as any other."""
+    done = run([sys.executable, *MODULE, "normal"], 90, REPOSITORY, **rank_environment(0, 1, free_port()))
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_a_normal_exit_needs_no_call(normal: tuple[int, str]) -> None:
@@ -179,14 +170,8 @@ def test_the_training_script_is_not_run_again(normal: tuple[int, str]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_are_left_to_the_trainer(number: signal.Signals) -> None:
     """A terminal or a scheduler signals every process of a job."""
-    trainer = start("signals", SIGNAL=str(number.value))
-    try:
-        output, _ = trainer.communicate(timeout=90)
-    finally:
-        if trainer.poll() is None:
-            os.killpg(trainer.pid, signal.SIGKILL)
-            trainer.wait()
-    assert trainer.returncode == 0, output[-3000:]
+    status, output = play("signals", SIGNAL=str(number.value))
+    assert status == 0, output[-3000:]
     assert "STEPPED AFTER SIGNAL" in output
 
 

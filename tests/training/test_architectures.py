@@ -9,8 +9,9 @@ import pytest
 from tests.benchmarks import architectures as benchmark
 from tests.helpers import architectures
 from tests.helpers.families import FAMILIES
+from tests.helpers.forked import launch
 from tests.helpers.models import write_model
-from tests.helpers.ranks import REPOSITORY, launch, run_ranks
+from tests.helpers.ranks import REPOSITORY, run_ranks
 
 # Dense, with a table of positions, a mixture of experts, without attention, with attention and a state space, and a
 # text model inside a multimodal one.
@@ -53,7 +54,9 @@ def test_the_table_says_what_differs() -> None:
     assert "| d | | | | ended the process with status -9 | | |" in page
 
 
-@pytest.mark.parametrize(("mode", "ranks"), [("superoffload", 2), ("zerooffload", 1)])
+@pytest.mark.parametrize(
+    ("mode", "ranks"), [("superoffload", 2), pytest.param("zerooffload", 1, marks=pytest.mark.slow)]
+)
 def test_unused_towers_stay_as_they_are(mode: str, ranks: int, rows_file: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

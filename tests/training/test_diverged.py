@@ -13,8 +13,8 @@ from superoffload import config
 from superoffload.errors import UserError
 from superoffload.training.progress import Progress, Saved
 from superoffload.training.run import Run
+from tests.helpers.forked import launch
 from tests.helpers.models import write_model
-from tests.helpers.ranks import launch
 
 
 def make_run(saved: Path | None, bad: float = 0.0, norm: float = 1.0, **flags: Any) -> Run:

@@ -16,9 +16,10 @@ from superoffload.model import head, load, loss_kernel
 from superoffload.model.head import ChunkedLoss, Loss, plain_loss
 from superoffload.protocols import Engine
 from superoffload.training import engine
+from tests.helpers.forked import launch
 from tests.helpers.models import write_model
 from tests.helpers.packs import document
-from tests.helpers.ranks import launch, run_ranks
+from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import logged
 from tests.helpers.training import FP32
 

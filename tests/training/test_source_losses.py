@@ -122,7 +122,6 @@ def own_ids(_: Any, batch: Batch) -> torch.Tensor:
     return sums_by_source(labels[labels != IGNORED].double(), batch)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("layout", [PACKED, PADDED], ids=["packed", "padded"])
 def test_the_held_out_loss_of_each_source(layout: Layout, one_rank: None, tmp_path: Path) -> None:
     for name, answer in (("a", "yes"), ("b", "no, never")):
