@@ -23,8 +23,12 @@ def kept_bytes(shape: Shape, job: Job) -> int:
     (GptOssExperts._apply_gate). Experts also keep their inputs sorted and their outputs, 4 h each
     (transformers/integrations/moe.py, grouped_mm_experts_forward).
     """
-    inner = (14 if shape.sinks else 8) * shape.intermediate
-    return 16 * shape.hidden + _attention_bytes(shape, job) + inner + _sorted_bytes(shape, 4)
+    return 16 * shape.hidden + _attention_bytes(shape, job) + mlp_bytes(shape)
+
+
+def mlp_bytes(shape: Shape) -> int:
+    """Return what the forward of an MLP keeps per token."""
+    return (14 if shape.sinks else 8) * shape.intermediate + _sorted_bytes(shape, 4)
 
 
 def layer_bytes(shape: Shape, job: Job) -> int:

@@ -4,14 +4,13 @@ Checked without a device: activations and loss, by counting (tests/benchmarks/pl
 DeepSpeed's own function. Not checked: CUDA's context, buffers of the communication, and fragmentation.
 """
 
-from dataclasses import dataclass
-
 from superoffload.planning.activations import (
     kept_bytes,
     layer_bytes,
     layer_gradient_bytes,
     loss_bytes,
     mask_bytes,
+    mlp_bytes,
     states_bytes,
 )
 from superoffload.planning.job import Job
@@ -91,13 +90,14 @@ def moments(shape: Shape, job: Job) -> dict[str, int]:
     again = kept if job.recompute else 0  # else they are among the activations
     activations = activation_bytes(shape, job)
     emptied = _emptied(shape, job)
-    first, later = layer_gradient_bytes(shape) + again, layer_gradient_bytes(shape) + again - 4 * shape.intermediate
+    gradients = layer_gradient_bytes(shape) + again
+    waiting = {"first": 0, "mlp": 4 * shape.intermediate, "attention": mlp_bytes(shape)}  # what is gone by then
     return {
         "loss": loss_bytes(shape, job),
         "head": 0 if shape.tied else states_bytes(shape, job) + head + alone,
         "layer": tied + (layer_bytes(shape, job) - kept + again) * job.tokens,
-        "bucket": tied + max(emptied.first + first * job.tokens, emptied.later + later * job.tokens),
-        "embedding": max(tied + head + max(emptied.before_last, alone), emptied.last) - activations,
+        "bucket": tied + max(emptied[what] + (gradients - gone) * job.tokens for what, gone in waiting.items()),
+        "embedding": max(tied + head + max(emptied["embedding"], alone), emptied["end"]) - activations,
         "step": (2 if job.bf16_state else 4) * max(on_device(shape, job), default=0) - activations,
     }
 
@@ -106,29 +106,19 @@ def _largest_in_layers(shape: Shape) -> int:
     return max((numel for group in shape.groups for numel in group if numel != shape.head), default=0)
 
 
-@dataclass(slots=True)
-class _Emptied:
-    """The most bytes for emptying the bucket, by what comes next.
+def _emptied(shape: Shape, job: Job) -> dict[str, int]:
+    """Return the most bytes for emptying the bucket, by what comes next.
 
-    first: the first gradient of a layer, that of the MLP's last weight. later: any other gradient of a layer, when the
-    MLP's activations are partly gone. before_last: that of the embedding. last: nothing.
+    That is the first gradient of a layer in backward, that of the MLP's last weight; another of the MLP or of the
+    attention, when activations are partly gone; that of the embedding; or nothing, at the end. Backward fills the
+    bucket in the opposite order of the parameters; norms and biases do not count. A gradient that does not fit waits
+    until the others have been copied to a tensor of the same size (coalesced_collectives.reduce_scatter_coalesced),
+    from which they go to the host one by one; one that is larger than the bucket, or alone in it, is not copied. Copies
+    to the host that are late do not add to this: torch's allocator waits for them before it gives up. The activations
+    of later layers, which are gone by then, are subtracted.
     """
-
-    first: int = 0
-    later: int = 0
-    before_last: int = 0
-    last: int = 0
-
-
-def _emptied(shape: Shape, job: Job) -> _Emptied:
-    """Fill the bucket in the order of backward, opposite to that of the parameters; norms and biases do not count.
-
-    A gradient that does not fit waits until the others have been copied to a tensor of the same size
-    (coalesced_collectives.reduce_scatter_coalesced), from which they go to the host one by one; one that is larger than
-    the bucket, or alone in it, is not copied. Copies to the host that are late do not add to this: torch's allocator
-    waits for them before it gives up.
-    """
-    result = _Emptied()
+    done = activation_bytes(shape, job) // max(1, shape.layers)
+    result = dict.fromkeys(("first", "mlp", "attention", "embedding", "end"), 0)
     inside: list[int] = []
 
     def cost(*waiting: int) -> int:
@@ -138,6 +128,7 @@ def _emptied(shape: Shape, job: Job) -> _Emptied:
     matrices = list(reversed(shape.groups[0][1:])) if shape.groups else []
     in_layers = len(matrices) - (0 if shape.tied else 1)
     each = in_layers // max(1, shape.layers)
+    in_mlp = shape.hidden * shape.intermediate // shape.experts_per_token  # elements of its matrices, at least
     for number, numel in enumerate(matrices, in_layers - len(matrices)):  # the head is number -1
         found = 0
         if inside and sum(inside) + numel > job.bucket:
@@ -147,15 +138,15 @@ def _emptied(shape: Shape, job: Job) -> _Emptied:
             inside.append(numel)
         elif number >= 0:
             found = max(found, 2 * numel + _to_host_bytes(numel, job))
-        if each and number % each == 0:
-            result.first = max(result.first, found)
-        else:
-            result.later = max(result.later, found)
-    result.before_last = cost()
+        if each:
+            found -= max(0, number) // each * done
+        what = "first" if each and number % each == 0 else "mlp" if numel >= in_mlp else "attention"
+        result[what] = max(result[what], found)
+    result["embedding"] = cost()
     if sum(inside) + shape.head > job.bucket:
         inside.clear()
     inside.append(shape.head)
-    result.last = cost() if shape.head <= job.bucket else 0
+    result["end"] = cost() if shape.head <= job.bucket else 0
     return result
 
 

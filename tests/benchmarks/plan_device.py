@@ -2,8 +2,9 @@
 
     python tests/benchmarks/plan_device.py
 
-Needs no device. Runs forward, recomputation, loss and backward of the recipes' models, with one to four layers and the
-recipes' own batch and length, and counts the storages that are alive. Writes results/plan_device.json and .md.
+Needs no device. Runs forward, recomputation, loss and backward of the recipes' models, with one to four layers and with
+all, at the recipes' own batch and length, and counts the storages that are alive. Writes results/plan_device.json and
+results/plan_device.md.
 """
 
 import json
@@ -72,11 +73,18 @@ def _recipes() -> list[Case]:
     cases = []
     for model in ("llama-8b", "phi-4", "qwen3-14b", "qwen3-30b-a3b", "seed-oss-36b", "llama-70b"):
         batch = {"qwen3-30b-a3b": 2, "seed-oss-36b": 2, "llama-70b": 1}.get(model, 4)
-        for layers in (1, 2, 4):
+        for layers in (1, 2, 4, builtin_shapes.MODELS[model][2]["num_hidden_layers"]):
             cases.append(Case(model=model, layers=layers, changes={"batch": batch}))
         for changes in ({"recompute": False}, {"chunked_loss": False}, {"eager": True, "length": 1024}):
             cases.append(Case(model=model, layers=2, changes={"batch": batch, **changes}))
-    for layers, changes in ((1, {}), (2, {}), (4, {}), (2, {"recompute": False}), (2, {"length": 4096, "batch": 1})):
+    for layers, changes in (
+        (1, {}),
+        (2, {}),
+        (4, {}),
+        (24, {}),
+        (2, {"recompute": False}),
+        (2, {"length": 4096, "batch": 1}),
+    ):
         oss = {
             "batch": 4,
             "length": 1024,
@@ -94,7 +102,9 @@ def _others() -> list[Case]:
     """List models with a tied output layer, long rows, and rows that are not packed."""
     return [
         Case(model="llama-1b", layers=4, changes={"batch": 1, "length": 2048}),
+        Case(model="llama-1b", layers=16, changes={}),
         Case(model="qwen3-4b", layers=4, changes={"batch": 2}),
+        Case(model="qwen3-4b", layers=36, changes={"batch": 2}),
         Case(model="qwen2.5-7b", layers=4, changes={"batch": 1, "length": 32768}),
         Case(model="mixtral-8x7b", layers=1, changes={"batch": 2}),
         Case(model="llama-8b", layers=4, changes={"packed": False}),

@@ -54,7 +54,6 @@ def test_llama_8b_by_hand() -> None:
     assert parts["bucket"] == 800_000_000
     assert parts["gathered"] == 0
     assert parts["activations"] == 4 * GIB
-    # The bucket holds three matrices and a few more when the fourth arrives, which waits; see the order of backward.
     assert activations.kept_bytes(LLAMA, job) == kept
     assert moments(LLAMA, job)["layer"] == tokens * (kept + 2 * 4096 + 4 * 14336)
     assert parts["working"] == max(moments(LLAMA, job).values())

@@ -175,20 +175,6 @@ def test_the_remedies_are_listed_with_their_figures(capsys: Capture) -> None:
 
 
 @pytest.mark.unit
-def test_a_long_pair_takes_two_lines(capsys: Capture) -> None:
-    arguments = ("--model_name", "llama-1b", "--gpu_memory", "80GB", "--host_memory", "2TiB")
-    need = as_json(capsys, *arguments)
-    tight = ("--model_name", "llama-1b", "--gpu_memory", f"{need['device_peak'] // 2**20 * 7 // 10}m")
-    found = as_json(capsys, *tight, "--host_memory", f"{need['host_peak'] // 2**20 * 7 // 10}m")
-    pair = next(remedy for remedy in found["remedies"] if len(" ".join(remedy["flags"])) > words.FLAGS_COLUMNS)
-    plan(*tight, "--host_memory", f"{need['host_peak'] // 2**20 * 7 // 10}m")
-    out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.startswith(f"    and {pair['flags'][1]} "))
-    assert line.split()[-3:-1] == [words.gib(pair["device_peak"]), words.gib(pair["host_peak"])]
-    assert f"\n  {pair['flags'][0]}\n{line}\n" in out
-
-
-@pytest.mark.unit
 def test_the_nearest_miss_is_said(capsys: Capture) -> None:
     assert plan("--recipe", "llama-70b", "--gpu_memory", "4GB", "--host_memory", "16GiB") == 1
     assert re.search(r"The nearest:.*still\s+missing: [\d.]+ GiB", capsys.readouterr().out, re.S)

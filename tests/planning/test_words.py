@@ -1,8 +1,13 @@
 """Numbers and sentences of a plan."""
 
+from dataclasses import replace
+
 import pytest
 
-from superoffload.planning import words
+from superoffload.planning import plan, speed, words
+from superoffload.planning.memory import budget
+from superoffload.planning.remedies import Capacity, Remedy
+from tests.helpers.planning import recipe
 
 pytestmark = pytest.mark.unit
 
@@ -24,3 +29,17 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_counts(number: float, text: str) -> None:
     assert words.count(number) == text
+
+
+def test_a_pair_that_is_too_long_for_one_line_takes_two() -> None:
+    shape, wanted = recipe("llama-8b")
+    need = budget(shape, wanted)
+    flags = ("--activation_checkpointing", "--optimizer_state bf16")
+    found = plan.make(shape, wanted, Capacity(device=1, host=None), speed.hardware(None, None, 1, None))
+    found = replace(found, nearest=None, remedies=(Remedy(flags=flags, job=wanted, budget=need),))
+    lines = words.lines(found, None, True, None)
+    place = lines.index("  --activation_checkpointing")
+    second = lines[place + 1]
+    assert second.startswith("    and --optimizer_state bf16 ")
+    assert second.split()[-3:-1] == [words.gib(need.device_peak), words.gib(need.host_peak)]
+    assert lines[place + 2] == "With --optimizer_state bf16, small updates are lost: see docs/memory.md"
