@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -22,14 +22,7 @@ from superoffload.errors import UserError
 SILENT_RANK_PATIENCE_S = 5.0
 
 
-# Before click 8.4 this class is not generic.
-if TYPE_CHECKING:
-    _IntegerType = click.ParamType[int]
-else:
-    _IntegerType = click.ParamType
-
-
-class WholeNumber(_IntegerType):
+class WholeNumber(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
     """An integer; scientific notation such as `4e8`, as in DeepSpeed's files, is accepted."""
 
     name = "integer"
@@ -45,7 +38,7 @@ class WholeNumber(_IntegerType):
         return int(number) if "e" in str(value).lower() or "." in str(value) else int(value)
 
 
-class NumberOrAuto(click.ParamType[float | str]):
+class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
     """A number, or `auto`."""
 
     name = "float|auto"
@@ -58,7 +51,7 @@ class NumberOrAuto(click.ParamType[float | str]):
             self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
 
 
-class Size(click.ParamType[int]):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """A size in bytes with its unit: 80GiB, 80GB, or 80g, which means GiB as in other programs."""
 
     name = "size"

@@ -154,8 +154,8 @@ def test_a_mistake_is_one_line_on_rank_0(
 ) -> None:
     good = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path)]
     if "--model_name" in flags:  # the hub's address is read on import
-        unreachable: dict[str, Any] = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0"}
-        result = launch_with_deepspeed(2, *good, *flags, NO_PROXY="127.0.0.1", **unreachable)
+        hub = f"http://127.0.0.1:{free_port()}"  # which cannot be reached
+        result = launch_with_deepspeed(2, *good, *flags, HF_ENDPOINT=hub, NO_PROXY="127.0.0.1", HF_HUB_OFFLINE="0")
     else:
         result = launch(2, *good, *flags)
     assert result.returncode == 2

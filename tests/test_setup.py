@@ -56,9 +56,12 @@ def required() -> set[str]:
 @pytest.mark.unit
 def test_every_required_package_is_locked() -> None:
     lines = [line for line in (REPOSITORY / FILES[1]).read_text().splitlines() if not line.startswith("#")]
-    locked = {line.split("==")[0] for line in lines}
+    locked = dict(line.split("==") for line in lines)
     cuda = {name for name in required() if re.match(r"(nvidia|cuda)-|triton$", name)}  # torch pins these itself
-    assert required() - cuda <= locked
+    others = [name for name in required() & locked.keys() if metadata.version(name).split("+")[0] != locked[name]]
+    if others:  # scripts/test_versions.sh; they may require other packages
+        pytest.skip(f"not the pinned versions: {', '.join(sorted(others))}")
+    assert required() - cuda <= locked.keys()
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", line) for line in lines)  # no build label, no address
 
 
