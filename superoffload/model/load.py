@@ -12,7 +12,7 @@ from superoffload.config import ModelSettings
 from superoffload.ds_config import DsConfig, dtype_name
 from superoffload.errors import UserError
 from superoffload.log import hide_bars_of_transformers, logger
-from superoffload.model import architecture, quantization, vocabulary, weights
+from superoffload.model import architecture, buffers, quantization, vocabulary, weights
 from superoffload.model.flops import count_parameters, numel
 from superoffload.model.leaf_modules import SPARSE_BLOCK, class_names, sparse_blocks
 from superoffload.model.tokenizer import check_name, explain, load_tokenizer
@@ -113,6 +113,7 @@ def load_model(
         weights.report(settings.model_name, *lists, settings.init_missing)
     model.hf_deepspeed_config = keep_alive
     model.config.use_cache = False
+    buffers.restore_precision(model, options["dtype"])
     weights.check_finite(settings.model_name, model)
     if embedding_rows:
         vocabulary.grow(model, embedding_rows, ds_config)

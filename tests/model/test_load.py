@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from superoffload.config import ModelSettings
 from superoffload.ds_config import DsConfig
 from superoffload.errors import UserError
-from superoffload.model import load
+from superoffload.model import architecture, load
 from superoffload.model.flops import count_parameters
 from tests.helpers.models import make_model, write_model
 from tests.helpers.ranks import run_ranks
@@ -44,6 +45,32 @@ def test_weights_are_born_sharded(model_folder: Path) -> None:
         assert leaves == []
         assert held < 0.6 * whole
         assert recomputes
+
+
+def buffers_sharded_and_whole(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Load a model as in a run, and whole; in ZeRO-3, torch makes every float tensor in the dtype of the weights."""
+    import contextlib
+
+    import transformers
+
+    unchanged = contextlib.nullcontext  # as in transformers before 5.24, which did not except the frequencies
+    with mock.patch.object(transformers.modeling_utils, "prevent_arange_dtype_change", unchanged, create=True):
+        settings = ModelSettings(model_name=folder)
+        sharded: Any = load.load_model(settings, load.load_architecture(settings), {**ZERO3}, None)
+    with architecture.without_zero3():
+        whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return dict(sharded.named_buffers()), dict(whole.named_buffers())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss"])
+def test_buffers_are_as_exact_as_without_zero3(kind: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, kind, **MOE.get(kind, {}))
+    ((sharded, whole),) = run_ranks(1, buffers_sharded_and_whole, str(folder))
+    assert sharded.keys() == whole.keys()
+    assert any(buffer.dtype == torch.float32 for buffer in whole.values())
+    for name, buffer in whole.items():
+        assert sharded[name].dtype == buffer.dtype, name
+        assert torch.equal(sharded[name], buffer), name
 
 
 @pytest.mark.parametrize(
