@@ -1,4 +1,8 @@
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from superoffload.planning.checks import operators
 from superoffload.planning.child import Outcome
 from superoffload.planning.finding import Finding
 from tests.helpers import machines
+from tests.helpers.ranks import REPOSITORY
 
 FAILED_BUILD = """Error building extension 'cpu_adam': [1/3] c++ -MMD -MF cpu_adam.o.d -c /ds/cpu_adam.cpp -o cpu_adam.o
 FAILED: [code=1] cpu_adam.o
@@ -157,6 +162,32 @@ def test_a_measurement_that_hangs_ends_with_all_its_children(tmp_path: Path, mon
     monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-c", program))
     outcome = child.run("operators", timeout_s=8.0)
     assert (outcome.results, outcome.failure) == ([], "not finished after 8 s")
+    pid = int(note.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_ctrl_c_during_a_build_leaves_no_compiler_and_no_lock(tmp_path: Path) -> None:
+    """ninja starts compilers in process groups of their own, and the next process would wait for torch's lock."""
+    note, folder, compiler = tmp_path / "pid", tmp_path / "operators", tmp_path / "slow-c++"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ > {note}; exec sleep 600;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "superoffload.commands", "doctor", "--output_dir", str(tmp_path)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(folder), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    try:
+        while not (note.is_file() and note.read_text().strip()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        assert list(folder.glob("*/lock"))
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (130, "")
+    assert "Traceback" not in errors
+    assert list(folder.glob("*/lock")) == []
     pid = int(note.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
