@@ -113,9 +113,9 @@ def huge_pages_finding(setting: str | None) -> Finding:
     if setting in ("advise", "within_size", "always", "force"):
         return line(found=f"{setting}: the optimizer state can use huge pages", verdict="good")
     return line(
-        found=f"{setting}: the optimizer state uses small pages, whose translation costs time",
-        verdict="slow",
-        fix=f"Until the next boot:\n$ echo advise | sudo tee /{SHMEM_ENABLED}",
+        found=f"{setting}: the optimizer state uses small pages; what that costs has not been measured",
+        verdict="unknown",
+        fix=f"To allow huge ones until the next boot:\n$ echo advise | sudo tee /{SHMEM_ENABLED}",
     )
 
 

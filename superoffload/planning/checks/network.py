@@ -30,7 +30,7 @@ def hub_finding(answer: Answer | None) -> Finding:
         return Finding(
             name=name,
             looked_at=answer.endpoint,
-            found=f"cannot be reached: {answer.problem}",
+            found=f"cannot be reached, and names of models and data sets wait for it: {answer.problem}",
             verdict="slow",
             fix="Local paths work all the same. Behind a proxy, set HTTPS_PROXY. To use only what is cached:\n"
             "$ export HF_HUB_OFFLINE=1",

@@ -24,7 +24,7 @@ def answer(*, has_token: bool = False, account: str | None = None, problem: str 
         (answer(), "good", "reachable, not logged in", "$ hf auth login"),
         (answer(has_token=True, account="ada"), "good", "logged in as ada", ""),
         (answer(has_token=True), "broken", "refuses the token", "$ hf auth login"),
-        (answer(problem="timed out"), "slow", "cannot be reached: timed out", "$ export HF_HUB_OFFLINE=1"),
+        (answer(problem="timed out"), "slow", "wait for it: timed out", "$ export HF_HUB_OFFLINE=1"),
     ],
 )
 def test_hub(given: Answer | None, verdict: str, text: str, fix: str) -> None:
