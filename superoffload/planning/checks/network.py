@@ -1,12 +1,13 @@
 """The hub and Weights & Biases: reachable, logged in, or switched off."""
 
 import netrc
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from superoffload.hub import Answer, is_offline, who_am_i
-from superoffload.planning.finding import Finding, Surroundings
+from superoffload.planning.finding import Finding, Surroundings, public
 
 TIMEOUT_S = 5.0
 
@@ -19,6 +20,7 @@ def hub(around: Surroundings) -> Iterator[Finding]:
 def hub_finding(answer: Answer | None) -> Finding:
     """Judge the hub's answer; None in offline mode."""
     name = "hub"
+    endpoint = public(answer.endpoint) if answer else ""
     if answer is None:
         return Finding(
             name=name,
@@ -29,8 +31,8 @@ def hub_finding(answer: Answer | None) -> Finding:
     if answer.problem:
         return Finding(
             name=name,
-            looked_at=answer.endpoint,
-            found=f"cannot be reached, and names of models and data sets wait for it: {answer.problem}",
+            looked_at=endpoint,
+            found=f"cannot be reached, and names of models and data sets wait for it: {public(answer.problem)}",
             verdict="slow",
             fix="Local paths work all the same. Behind a proxy, set HTTPS_PROXY. To use only what is cached:\n"
             "$ export HF_HUB_OFFLINE=1",
@@ -38,14 +40,14 @@ def hub_finding(answer: Answer | None) -> Finding:
     if answer.has_token and answer.account is None:
         return Finding(
             name=name,
-            looked_at=answer.endpoint,
+            looked_at=endpoint,
             found="reachable, but it refuses the token, for public models too",
             verdict="broken",
             fix="$ hf auth login",
         )
     return Finding(
         name=name,
-        looked_at=answer.endpoint,
+        looked_at=endpoint,
         found=f"reachable, logged in as {answer.account}" if answer.account else "reachable, not logged in",
         verdict="good",
         fix="" if answer.account else "Only gated and private models need it:\n$ hf auth login",
@@ -77,7 +79,7 @@ def wandb_finding(environment: Mapping[str, str], logins: Mapping[str, str]) -> 
 
 def _logins(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the users of the netrc file by host; empty if there is no such file, or it cannot be read."""
-    path = Path(environment.get("NETRC") or Path.home() / ".netrc")
+    path = Path(environment.get("NETRC") or os.path.expanduser("~/.netrc"))
     try:
         return {host: entry[0] for host, entry in netrc.netrc(path).hosts.items()}
     except (OSError, netrc.NetrcParseError):

@@ -34,6 +34,11 @@ def test_hub(given: Answer | None, verdict: str, text: str, fix: str) -> None:
     assert found.fix.splitlines()[-1:] == [fix][: bool(fix)]
 
 
+def test_a_password_in_the_address_is_not_shown() -> None:
+    given = Answer(endpoint="https://ada:secret@hub.example", has_token=False, account=None, problem=None)
+    assert network.hub_finding(given).looked_at == "https://...@hub.example"
+
+
 def session(monkeypatch: pytest.MonkeyPatch, *, status: int = 200, error: Exception | None = None) -> list[float]:
     """Let the hub answer with a status, or not at all; return the time limits that it was asked with."""
     limits: list[float] = []
