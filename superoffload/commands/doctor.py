@@ -1,11 +1,15 @@
 """`superoffload doctor`: what on this machine would break or slow a run, and the fix."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import click
+
+MIN_WIDTH = 60
+"""Columns; below them, text beside verdict and name is too narrow to read."""
 
 
 @click.command("doctor")
@@ -24,7 +28,7 @@ def command(ranks: int | None, output_dir: Path, quick: bool, as_json: bool) -> 
     from superoffload.planning import doctor
 
     shows_progress = sys.stderr.isatty() and not as_json
-    width = min(shutil.get_terminal_size().columns, 110)
+    width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, 110))
 
     def starting(name: str) -> None:
         if shows_progress:
@@ -37,6 +41,6 @@ def command(ranks: int | None, output_dir: Path, quick: bool, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps(doctor.to_json(report), indent=1))
     else:
-        shown = doctor.lines(report.findings, width, colours=sys.stdout.isatty())
+        shown = doctor.lines(report.findings, width, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
         click.echo("\n".join([*shown, "", *doctor.summary(report, quick=quick)]))
     return int(report.is_broken)

@@ -164,6 +164,18 @@ def test_sizes(nbytes: int, text: str) -> None:
     assert size(nbytes) == text
 
 
+@pytest.mark.unit
+@pytest.mark.parametrize("columns", ["1", "40", "500"])
+def test_a_narrow_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, columns: str) -> None:
+    cleared(monkeypatch, tmp_path)
+    monkeypatch.setenv("COLUMNS", columns)
+    long = finding("slow", "What to do about it, " * 9)
+    monkeypatch.setattr(doctor, "examine", lambda around, checks, starting: [long])
+    monkeypatch.setattr(machine, "look", machines.machine)
+    result = CliRunner().invoke(commands.group, ["doctor"], standalone_mode=False, catch_exceptions=False)
+    assert max(map(len, result.stdout.splitlines()[:-2])) <= max(60, min(int(columns), 110))
+
+
 def below(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 

@@ -22,7 +22,11 @@ def disk(around: Surroundings) -> Iterator[Finding]:
     folder = existing(around.output_dir)
     free = disk_free_bytes(folder)
     problem = rate = None
-    if not os.access(folder, os.W_OK | os.X_OK):
+    target = around.output_dir.absolute()
+    innermost = next(path for path in (target, *target.parents) if os.path.lexists(path))
+    if not os.path.isdir(innermost):
+        folder, problem = innermost, "is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
         problem = "may not be written to"
     elif not around.quick and free > 4 * WRITTEN_BYTES:
         try:

@@ -162,7 +162,7 @@ def test_ranks_on_cpus_need_no_numactl(tmp_path: Path, monkeypatch: pytest.Monke
     """Only the recipes of several devices let the launcher bind ranks."""
     machines.put(tmp_path, "proc/loadavg", "0.10 0.20 0.30 1/234 5678\n")
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr(cores.nvidia, "bus_ids", list)
+    monkeypatch.setattr("superoffload.planning.nvidia.bus_ids", list)
     found = {}
     for devices in ([], [machines.device()] * 2):
         around = machines.around(tmp_path, *devices, ranks=2, environment={"KMP_AFFINITY": "compact"})

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from superoffload.planning import child
+from superoffload.planning import child, finding
 from superoffload.planning.checks import operators
 from superoffload.planning.child import Outcome
 from superoffload.planning.finding import Finding
@@ -47,6 +47,19 @@ def test_the_compiler_of_this_machine_is_found(tmp_path: Path) -> None:
     assert found.verdict == "good"
     (missing,) = operators.compiler(machines.around(tmp_path, environment={"CXX": "no-such-compiler"}))
     assert missing.found == "the C++ compiler no-such-compiler not found"
+    (wrapped,) = operators.compiler(machines.around(tmp_path, environment={"CXX": "env c++"}))
+    assert (wrapped.verdict, wrapped.found) == ("good", found.found)
+    (failing,) = operators.compiler(machines.around(tmp_path, environment={"CXX": "sh -c 'echo no licence; exit 1'"}))
+    assert (failing.verdict, failing.looked_at) == ("broken", "CXX, PATH")
+    assert "failed: no licence" in failing.found
+    assert "$ unset CXX" in failing.fix
+
+
+@pytest.mark.unit
+def test_an_environment_without_pip_is_changed_by_uv(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert operators.compiler_finding("c++", "g++", None).fix == f"$ {sys.executable} -m pip install ninja"
+    monkeypatch.setattr(finding, "find_spec", lambda name: None)
+    assert operators.compiler_finding("c++", "g++", None).fix == f"$ uv pip install ninja --python {sys.executable}"
 
 
 @pytest.mark.unit

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,10 @@ def test_a_folder_without_permission_is_broken(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
     (found,) = storage.disk(machines.around(tmp_path))
     assert (found.verdict, found.found, found.looked_at) == ("broken", "may not be written to", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/below/again"])
+def test_a_file_in_the_place_of_the_folder_is_broken(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (found,) = storage.disk(replace(machines.around(tmp_path), output_dir=tmp_path / name))
+    assert (found.verdict, found.found, found.looked_at) == ("broken", "is no folder", str(tmp_path / "file"))
