@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 MODULE = "superoffload.planning.measure"
 PREFIX = "RESULT "
 TIMEOUT_S = 900.0
@@ -66,6 +64,8 @@ def _end(process: subprocess.Popen[str]) -> None:
 
     The session does not hold them all: ninja starts each compiler in a process group of its own.
     """
+    import psutil  # here, so that a missing package is a finding of `versions`
+
     started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGTERM)  # measure.py cleans up, and ninja ends its compilers
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -164,6 +164,22 @@ def test_sizes(nbytes: int, text: str) -> None:
     assert size(nbytes) == text
 
 
+def test_a_missing_library_is_a_finding() -> None:
+    """The report would be of no use if it could not be written without what it looks for."""
+    program = (
+        "import sys\n"
+        "for name in ('huggingface_hub', 'psutil'): sys.modules[name] = None\n"
+        "from superoffload.planning import doctor\n"
+        "checks = {'hub': doctor.CHECKS['hub']}\n"
+        "(found,) = doctor.examine(doctor.surroundings(1, doctor.Path(), quick=True), checks)\n"
+        "print(found.verdict, found.found)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.startswith("broken import of huggingface_hub halted")
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize("columns", ["1", "40", "500"])
 def test_a_narrow_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, columns: str) -> None:

@@ -4,20 +4,25 @@ import netrc
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from superoffload.hub import Answer, is_offline, who_am_i
 from superoffload.planning.finding import Finding, Surroundings, public
+
+if TYPE_CHECKING:
+    from superoffload.hub import Answer
 
 TIMEOUT_S = 5.0
 
 
 def hub(around: Surroundings) -> Iterator[Finding]:
     """Check whether the hub answers, and who is logged in; asks nothing in offline mode."""
+    from superoffload.hub import is_offline, who_am_i  # here, so that a missing package is a finding of `versions`
+
     yield hub_finding(None if is_offline() else who_am_i(TIMEOUT_S))
 
 
-def hub_finding(answer: Answer | None) -> Finding:
+def hub_finding(answer: "Answer | None") -> Finding:
     """Judge the hub's answer; None in offline mode."""
     name = "hub"
     endpoint = public(answer.endpoint) if answer else ""

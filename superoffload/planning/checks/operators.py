@@ -124,6 +124,8 @@ def compiler_error(text: str) -> str:
 def _fix(error: str, name: str) -> str:
     if "No space left" in error:
         return "Free some space, or let TORCH_EXTENSIONS_DIR name a folder with more."
+    if error.startswith("[Errno"):  # Python's own: the folder cannot be created or written to
+        return "Let TORCH_EXTENSIONS_DIR name a folder that can be written to."
     if "Python.h" in error:
         return "Install the headers of Python:\n$ sudo apt-get install python3-dev"
     if "SIGILL" in error:
