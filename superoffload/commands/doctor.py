@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -41,6 +42,11 @@ def command(ranks: int | None, output_dir: Path, quick: bool, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps(doctor.to_json(report), indent=1))
     else:
-        shown = doctor.lines(report.findings, width, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+        shown = doctor.lines(report.findings, width, colours=_takes_colours(sys.stdout))
         click.echo("\n".join([*shown, "", *doctor.summary(report, quick=quick)]))
     return int(report.is_broken)
+
+
+def _takes_colours(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal and colours are not switched off (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")

@@ -1,5 +1,6 @@
 """The report as a whole: this machine for real, texts, exit statuses, and that nothing remains."""
 
+import io
 import json
 import os
 import subprocess
@@ -80,6 +81,19 @@ def test_lines_fit_80_columns_and_commands_stay_whole() -> None:
 def test_only_the_verdict_is_coloured() -> None:
     (line,) = doctor.lines([finding("broken")], 80, colours=True)
     assert line == "\x1b[31mbroken  \x1b[0mdisk            what was found (/data)"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("terminal", "variable", "expected"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
+def test_colours_are_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, variable: str, expected: bool
+) -> None:
+    monkeypatch.setenv("NO_COLOR", variable)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    assert commands.doctor._takes_colours(stream) == expected
 
 
 @pytest.mark.unit

@@ -55,8 +55,8 @@ def cores(around: Surroundings) -> Iterator[Finding]:
     online = os.cpu_count() or 1
     yield cores_finding(topology, around.ranks, online)
     yield load_finding(float((around.root / "proc/loadavg").read_text(encoding="utf-8").split()[0]), online)
-    yield hyperthreads_finding(topology, around.ranks)
     # Only the recipes of several devices let the launcher bind ranks, which needs numactl.
+    yield hyperthreads_finding(topology, around.ranks if around.has_devices else 1)
     has_numactl = not around.has_devices or shutil.which("numactl") is not None
     yield numa_finding(topology, around.ranks, has_numactl, around.environment if around.has_devices else {})
     yield threads_finding(topology, around.ranks, around.environment.get("OMP_NUM_THREADS"))

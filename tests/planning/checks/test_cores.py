@@ -158,17 +158,19 @@ def test_the_topology_of_this_machine_is_read() -> None:
     assert seen.nodes_of(seen.cores)
 
 
-def test_ranks_on_cpus_need_no_numactl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_cpus_are_not_bound_by_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the recipes of several devices let the launcher bind ranks."""
     machines.put(tmp_path, "proc/loadavg", "0.10 0.20 0.30 1/234 5678\n")
     monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(cores, "read_topology", lambda root: topology(16, threads=2, adjacent=True))
     monkeypatch.setattr("superoffload.planning.nvidia.bus_ids", list)
     found = {}
     for devices in ([], [machines.device()] * 2):
         around = machines.around(tmp_path, *devices, ranks=2, environment={"KMP_AFFINITY": "compact"})
-        found[len(devices)] = next(line for line in cores.cores(around) if line.name == "NUMA nodes")
-    assert (found[0].verdict, found[2].verdict) == ("good", "broken")
-    assert "BIND_CORES=false" in found[2].fix
+        found[len(devices)] = {line.name: line for line in cores.cores(around)}
+    for name, verdict in (("NUMA nodes", "broken"), ("hyperthreads", "slow")):
+        assert (found[0][name].verdict, found[2][name].verdict) == ("good", verdict)
+        assert "BIND_CORES=false" in found[2][name].fix
 
 
 def test_every_kind_is_checked(tmp_path: Path) -> None:
