@@ -1,11 +1,16 @@
 """`superoffload doctor`: what on this machine would break or slow a run, and the fix."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import click
+
+MIN_WIDTH = 60
+"""Columns; below them, text beside verdict and name is too narrow to read."""
 
 
 @click.command("doctor")
@@ -24,7 +29,7 @@ def command(ranks: int | None, output_dir: Path, quick: bool, as_json: bool) -> 
     from superoffload.planning import doctor
 
     shows_progress = sys.stderr.isatty() and not as_json
-    width = min(shutil.get_terminal_size().columns, 110)
+    width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, 110))
 
     def starting(name: str) -> None:
         if shows_progress:
@@ -37,6 +42,11 @@ def command(ranks: int | None, output_dir: Path, quick: bool, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps(doctor.to_json(report), indent=1))
     else:
-        shown = doctor.lines(report.findings, width, colours=sys.stdout.isatty())
+        shown = doctor.lines(report.findings, width, colours=_takes_colours(sys.stdout))
         click.echo("\n".join([*shown, "", *doctor.summary(report, quick=quick)]))
     return int(report.is_broken)
+
+
+def _takes_colours(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal and colours are not switched off (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")

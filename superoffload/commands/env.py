@@ -10,7 +10,7 @@ import click
 def command(as_json: bool) -> None:
     """Print versions, machine and variables for a bug report.
 
-    Keys, tokens and passwords are not shown.
+    Keys, tokens, passwords and user names are not shown.
     """
     from superoffload.planning import environment
 

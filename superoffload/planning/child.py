@@ -1,5 +1,6 @@
 """Run a measurement in a process of its own: what crashes, hangs or holds a device there does not harm the caller."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ MODULE = "superoffload.planning.measure"
 PREFIX = "RESULT "
 TIMEOUT_S = 900.0
 """Compiling all operators takes two minutes on slow cores, and waiting for the lock of a killed build three."""
+GRACE_S = 5.0
+"""Time in which a process that is told to end cleans up."""
 
 _COMMAND = (sys.executable, "-P", "-m", MODULE)
 _IMPORT_ROOT = str(Path(__file__).resolve().parents[2])
@@ -35,10 +38,10 @@ def run(part: str, environment: Mapping[str, str] | None = None, timeout_s: floa
     """Run one part of `measure.py`; `environment` is added to that of this process."""
     paths = [_IMPORT_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
-    # A session of its own, so that a compiler that hangs ends with it.
+    # A session of its own: Ctrl-C reaches this process only, which then ends the other in order.
     process = subprocess.Popen(
         [*_COMMAND, part],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
         env=variables, start_new_session=True,
     )  # fmt: skip
     failure = None
@@ -48,12 +51,29 @@ def run(part: str, environment: Mapping[str, str] | None = None, timeout_s: floa
         failure = f"not finished after {timeout_s:.0f} s"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            _end(process)
             output, errors = process.communicate()
     if failure is None and process.returncode:
         failure = _failure(process.returncode, errors)
     lines = [line.removeprefix(PREFIX) for line in output.splitlines() if line.startswith(PREFIX)]
     return Outcome(results=[json.loads(line) for line in lines], failure=failure)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started; a build removes its lock if it can.
+
+    The session does not hold them all: ninja starts each compiler in a process group of its own.
+    """
+    import psutil  # here, so that a missing package is a finding of `versions`
+
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)  # measure.py cleans up, and ninja ends its compilers
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    process.kill()
+    for child in started:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            child.kill()
 
 
 def _failure(status: int, errors: str) -> str:

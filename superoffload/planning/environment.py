@@ -3,16 +3,16 @@
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 from superoffload.planning import nvidia
 from superoffload.planning.checks.software import installed_version, requirements
-from superoffload.planning.finding import size
+from superoffload.planning.finding import public, size
 from superoffload.planning.machine import look
 
 Report = dict[str, dict[str, str]]
@@ -23,14 +23,14 @@ PREFIXES = (
     "NVIDIA_", "OMP_", "PYTORCH_", "SLURM_JOB_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "WANDB_",
 )  # fmt: skip
 NAMES = ("CC", "CXX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-SECRET = re.compile(r"TOKEN(?!IZERS_)|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|HEADER", re.I)
-_PACKAGE = Path(__file__).resolve().parents[1]
+SECRET = re.compile(r"TOKEN(?!IZERS_)|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|HEADER|USER|EMAIL|ACCOUNT", re.I)
+_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def collect() -> Report:
     """Return the report by section. What cannot be found out says why; nothing raises for it."""
     return {
-        "superoffload": {"version": metadata.version("superoffload"), "commit": commit(_PACKAGE)},
+        "superoffload": {"version": installed_version("superoffload") or "not installed", "commit": commit(_CHECKOUT)},
         "packages": packages(),
         "torch": torch_build(),
         "machine": machine(),
@@ -40,10 +40,12 @@ def collect() -> Report:
 
 def commit(folder: Path) -> str:
     """Return the commit that is checked out, and whether files differ from it; says so if there is none."""
+    if not (folder / ".git").exists():  # an installed package may be inside a checkout of something else
+        return "not a checkout"
     try:
         text = nvidia.run("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    except OSError:
-        return "not a checkout"
+    except OSError as error:
+        return str(error)
     return text.strip()
 
 
@@ -51,7 +53,7 @@ def packages() -> dict[str, str]:
     """Return the version of Python and of every package that this one requires or can use."""
     names = [*(need.name for need in requirements()), *OPTIONAL]
     found = {name: installed_version(name) or "not installed" for name in names}
-    return {"Python": f"{platform.python_version()} ({sys.executable})", **found}
+    return {"Python": f"{platform.python_version()} ({public(sys.executable)})", **found}
 
 
 def torch_build() -> dict[str, str]:
@@ -64,7 +66,7 @@ def torch_build() -> dict[str, str]:
         "cuDNN": str(cudnn or "none"),
         "sees a device": str(torch.cuda.is_available()),
         "threads": str(torch.get_num_threads()),
-        "compiler": _first_line(os.environ.get("CXX", "c++"), "--version"),
+        "compiler": _first_line(*shlex.split(os.environ.get("CXX", "")) or ["c++"], "--version"),
         "nvcc": _last_line("nvcc", "--version"),
     }
 
@@ -103,14 +105,9 @@ def processor(cpuinfo: str) -> str:
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that change a run, sorted. Those that may be secret are named, but not shown."""
+    """Return the variables that change a run, sorted; those that may be secret or name a person are not shown."""
     chosen = {name: value for name, value in environment.items() if name.startswith(PREFIXES) or name in NAMES}
-    return {name: "set, not shown" if SECRET.search(name) else _public(chosen[name]) for name in sorted(chosen)}
-
-
-def _public(value: str) -> str:
-    """Remove user names and passwords from addresses."""
-    return re.sub(r"(\w+://)[^/@\s]*@", r"\1...@", value)
+    return {name: "set, not shown" if SECRET.search(name) else public(chosen[name]) for name in sorted(chosen)}
 
 
 def _system() -> str:

@@ -1,7 +1,12 @@
 """What a check of the machine returns, and what it is given."""
 
+import os
+import re
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +66,22 @@ def skipped(name: str, looked_at: str) -> Finding:
 def size(nbytes: float) -> str:
     """Return a number of bytes in GiB, or in MiB below a tenth of one, to show."""
     return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB / 10 or not nbytes else f"{nbytes / 2**20:.1f} MiB"
+
+
+def pip(arguments: str) -> str:
+    """Return the command that changes this environment's packages; environments made by uv have no pip."""
+    if find_spec("pip") is None:
+        return f"$ uv pip {arguments} --python {shlex.quote(sys.executable)}"
+    return f"$ {shlex.quote(sys.executable)} -m pip {arguments}"
+
+
+def public(text: str) -> str:
+    """Return a text without the user names and passwords of addresses, tokens, and the path of the home folder."""
+    text = re.sub(r"(\w+://)[^/\s]*@", r"\1...@", text)
+    text = re.sub(r"([?&][^=&\s]*)=[^&\s]+", r"\1=...", text)
+    text = re.sub(r"\bhf_\w{16,}|\b[0-9a-f]{40,}\b|\bwandb_v\d_\w+", "...", text)
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text) if home.startswith("/") else text
 
 
 def gb_per_s(rate: float) -> str:

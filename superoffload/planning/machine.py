@@ -134,7 +134,9 @@ def disk_free_bytes(folder: Path) -> int:
 def existing(folder: Path) -> Path:
     """Return the folder, or the innermost folder above it that exists."""
     folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
+    return next(
+        path for path in (folder, *folder.parents) if os.path.isdir(path)
+    )  # of Path, it raises without permission
 
 
 def current_device() -> Device:
@@ -171,7 +173,7 @@ def _shm(root: Path) -> tuple[int, int]:
 
 def rates_file() -> Path:
     """Return the file of the measured rates; hosts that share a home folder have one each."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return cache / "superoffload" / f"rates_{socket.gethostname()}.json"
 
 

@@ -5,6 +5,7 @@ Results are lines of JSON on standard output, with a prefix, because libraries w
 
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -116,4 +117,6 @@ PARTS: Mapping[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
+    # As with Ctrl-C, torch then removes the lock of a build, for which the next process would wait.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     PARTS[sys.argv[1]]()

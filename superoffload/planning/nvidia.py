@@ -98,7 +98,9 @@ def query() -> list[Row]:
 def run(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     """Return what a program prints. Raises OSError with the first line of its message if it fails or hangs."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{command[0]} did not answer within {timeout_s:.0f} s") from error
     if result.returncode:

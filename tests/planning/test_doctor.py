@@ -1,5 +1,6 @@
 """The report as a whole: this machine for real, texts, exit statuses, and that nothing remains."""
 
+import io
 import json
 import os
 import subprocess
@@ -84,6 +85,19 @@ def test_only_the_verdict_is_coloured() -> None:
 
 @pytest.mark.unit
 @pytest.mark.parametrize(
+    ("terminal", "variable", "expected"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
+def test_colours_are_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, variable: str, expected: bool
+) -> None:
+    monkeypatch.setenv("NO_COLOR", variable)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    assert commands.doctor._takes_colours(stream) == expected
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
     ("verdict", "status"), [("good", 0), ("slow", 0), ("unknown", 0), ("skipped", 0), ("broken", 1)]
 )
 def test_only_what_is_broken_gives_status_1(
@@ -162,6 +176,34 @@ def test_ranks_are_by_default_the_devices(
 )
 def test_sizes(nbytes: int, text: str) -> None:
     assert size(nbytes) == text
+
+
+def test_a_missing_library_is_a_finding() -> None:
+    """The report would be of no use if it could not be written without what it looks for."""
+    program = (
+        "import sys\n"
+        "for name in ('huggingface_hub', 'psutil'): sys.modules[name] = None\n"
+        "from superoffload.planning import doctor\n"
+        "checks = {'hub': doctor.CHECKS['hub']}\n"
+        "(found,) = doctor.examine(doctor.surroundings(1, doctor.Path(), quick=True), checks)\n"
+        "print(found.verdict, found.found)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.startswith("broken import of huggingface_hub halted")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("columns", ["1", "40", "500"])
+def test_a_narrow_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, columns: str) -> None:
+    cleared(monkeypatch, tmp_path)
+    monkeypatch.setenv("COLUMNS", columns)
+    long = finding("slow", "What to do about it, " * 9)
+    monkeypatch.setattr(doctor, "examine", lambda around, checks, starting: [long])
+    monkeypatch.setattr(machine, "look", machines.machine)
+    result = CliRunner().invoke(commands.group, ["doctor"], standalone_mode=False, catch_exceptions=False)
+    assert max(map(len, result.stdout.splitlines()[:-2])) <= max(60, min(int(columns), 110))
 
 
 def below(folder: Path) -> set[Path]:

@@ -6,6 +6,7 @@ from click.testing import CliRunner
 
 from superoffload import commands
 from superoffload.planning import environment
+from superoffload.planning.finding import public
 from tests.helpers.ranks import REPOSITORY
 
 
@@ -22,6 +23,9 @@ def test_secrets_are_named_and_not_shown() -> None:
         "HOME": "/home/ada",
         "WANDB_HTTP_HEADERS": "secret6",
         "AWS_SECRET_ACCESS_KEY": "secret5",
+        "HTTPS_PROXY": "http://user:secret7@proxy",
+        "SLURM_JOB_USER": "secret8",
+        "WANDB_USERNAME": "secret9",
     }
     shown = environment.variables(given)
     assert shown == {
@@ -32,8 +36,29 @@ def test_secrets_are_named_and_not_shown() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_API_KEY": "set, not shown",
         "WANDB_HTTP_HEADERS": "set, not shown",
+        "SLURM_JOB_USER": "set, not shown",
+        "WANDB_USERNAME": "set, not shown",
     }
     assert "secret" not in str(shown)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("https://ada:pass@word@hub.example/x", "https://...@hub.example/x"),
+        ("http://a:b@one,http://c:d@two", "http://...@one,http://...@two"),
+        ("https://wandb.example/?api=abc&x=1", "https://wandb.example/?api=...&x=..."),
+        ("hf_abcdefghijklmnopqrstuv", "..."),
+        ("hf_home", "hf_home"),
+        ("0123456789abcdef0123456789abcdef01234567", "..."),
+        ("/home/ada/cache:/home/ada", "~/cache:~"),
+        ("/home/adam/cache:/data/home/ada", "/home/adam/cache:/data/home/ada"),
+    ],
+)
+def test_values_name_no_secret_and_no_person(monkeypatch: pytest.MonkeyPatch, value: str, shown: str) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert public(value) == shown
 
 
 @pytest.mark.unit
@@ -60,7 +85,16 @@ def test_the_report_of_this_machine() -> None:
     assert f"  deepspeed        {report['packages']['deepspeed']}\n" in text
 
 
+def test_a_package_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "installed_version", lambda name: None)
+    monkeypatch.setenv("CXX", "env c++")
+    report = environment.collect()
+    assert report["superoffload"]["version"] == report["packages"]["torch"] == "not installed"
+    assert report["torch"]["compiler"] not in ("none", "")
+
+
 def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
     assert environment.commit(tmp_path) == "not a checkout"
+    assert environment.commit(REPOSITORY / "superoffload") == "not a checkout"  # such as site-packages inside another
     if (REPOSITORY / ".git").exists():
         assert len(environment.commit(REPOSITORY).removesuffix("-dirty")) >= 7

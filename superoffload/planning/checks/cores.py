@@ -55,15 +55,17 @@ def cores(around: Surroundings) -> Iterator[Finding]:
     online = os.cpu_count() or 1
     yield cores_finding(topology, around.ranks, online)
     yield load_finding(float((around.root / "proc/loadavg").read_text(encoding="utf-8").split()[0]), online)
-    yield hyperthreads_finding(topology, around.ranks)
-    yield numa_finding(topology, around.ranks, shutil.which("numactl") is not None, around.environment)
+    # Only the recipes of several devices let the launcher bind ranks, which needs numactl.
+    yield hyperthreads_finding(topology, around.ranks if around.has_devices else 1)
+    has_numactl = not around.has_devices or shutil.which("numactl") is not None
+    yield numa_finding(topology, around.ranks, has_numactl, around.environment if around.has_devices else {})
     yield threads_finding(topology, around.ranks, around.environment.get("OMP_NUM_THREADS"))
     if around.has_devices:
         yield locality_finding(topology, around.ranks, device_nodes(nvidia.bus_ids(), around.root))
 
 
 def cores_finding(topology: Topology, ranks: int, online: int) -> Finding:
-    """Judge the number of cores: broken with fewer than ranks, slow with a quota below what is visible."""
+    """Judge the number of cores: slow with fewer than two for each rank, or with a quota below what is visible."""
     count, quota = len(topology.cores), topology.quota
     found = f"{count} of {online}" if count < online else str(count)
     each = count / ranks
@@ -79,7 +81,7 @@ def cores_finding(topology: Topology, ranks: int, online: int) -> Finding:
     if count < ranks:
         return line(
             found=f"{found}: several ranks share a core",
-            verdict="broken",
+            verdict="slow",
             fix="Start fewer ranks, or allow more cores (taskset, --cpuset-cpus, --cpus-per-task of Slurm).",
         )
     if len(topology.physical) / ranks < 2:
@@ -92,8 +94,8 @@ def cores_finding(topology: Topology, ranks: int, online: int) -> Finding:
 
 
 def load_finding(load: float, online: int) -> Finding:
-    """Judge what other processes do: slow if they keep more than a quarter of the machine's cores busy."""
-    busy = load > online / 4
+    """Judge what other processes do: slow if they keep more than half of the machine's cores busy."""
+    busy = load > online / 2
     return Finding(
         name="load",
         looked_at="/proc/loadavg",
@@ -139,7 +141,8 @@ def numa_finding(topology: Topology, ranks: int, has_numactl: bool, environment:
         return line(
             found=f"{found}; numactl is missing, without which recipes with BIND_CORES=true do not start",
             verdict="broken",
-            fix="$ sudo apt-get install numactl",
+            fix="Install it, or set BIND_CORES=false in the recipe; SuperOffload divides cores itself:\n"
+            "$ sudo apt-get install numactl",
         )
     if "KMP_AFFINITY" in environment:
         return line(

@@ -1,24 +1,31 @@
 """The hub and Weights & Biases: reachable, logged in, or switched off."""
 
 import netrc
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from superoffload.hub import Answer, is_offline, who_am_i
-from superoffload.planning.finding import Finding, Surroundings
+from superoffload.planning.finding import Finding, Surroundings, public
+
+if TYPE_CHECKING:
+    from superoffload.hub import Answer
 
 TIMEOUT_S = 5.0
 
 
 def hub(around: Surroundings) -> Iterator[Finding]:
     """Check whether the hub answers, and who is logged in; asks nothing in offline mode."""
+    from superoffload.hub import is_offline, who_am_i  # here, so that a missing package is a finding of `versions`
+
     yield hub_finding(None if is_offline() else who_am_i(TIMEOUT_S))
 
 
-def hub_finding(answer: Answer | None) -> Finding:
+def hub_finding(answer: "Answer | None") -> Finding:
     """Judge the hub's answer; None in offline mode."""
     name = "hub"
+    endpoint = public(answer.endpoint) if answer else ""
     if answer is None:
         return Finding(
             name=name,
@@ -29,8 +36,8 @@ def hub_finding(answer: Answer | None) -> Finding:
     if answer.problem:
         return Finding(
             name=name,
-            looked_at=answer.endpoint,
-            found=f"cannot be reached: {answer.problem}",
+            looked_at=endpoint,
+            found=f"cannot be reached, and names of models and data sets wait for it: {public(answer.problem)}",
             verdict="slow",
             fix="Local paths work all the same. Behind a proxy, set HTTPS_PROXY. To use only what is cached:\n"
             "$ export HF_HUB_OFFLINE=1",
@@ -38,14 +45,14 @@ def hub_finding(answer: Answer | None) -> Finding:
     if answer.has_token and answer.account is None:
         return Finding(
             name=name,
-            looked_at=answer.endpoint,
+            looked_at=endpoint,
             found="reachable, but it refuses the token, for public models too",
             verdict="broken",
             fix="$ hf auth login",
         )
     return Finding(
         name=name,
-        looked_at=answer.endpoint,
+        looked_at=endpoint,
         found=f"reachable, logged in as {answer.account}" if answer.account else "reachable, not logged in",
         verdict="good",
         fix="" if answer.account else "Only gated and private models need it:\n$ hf auth login",
@@ -77,7 +84,7 @@ def wandb_finding(environment: Mapping[str, str], logins: Mapping[str, str]) -> 
 
 def _logins(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the users of the netrc file by host; empty if there is no such file, or it cannot be read."""
-    path = Path(environment.get("NETRC") or Path.home() / ".netrc")
+    path = Path(environment.get("NETRC") or os.path.expanduser("~/.netrc"))
     try:
         return {host: entry[0] for host, entry in netrc.netrc(path).hosts.items()}
     except (OSError, netrc.NetrcParseError):

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from superoffload.errors import first_line
 from superoffload.planning import child, nvidia
 from superoffload.planning.child import Outcome
-from superoffload.planning.finding import Finding, Surroundings, gb_per_s, skipped
+from superoffload.planning.finding import Finding, Surroundings, gb_per_s, pip, skipped
 
 ADAM_BYTES = 28
 """Memory traffic of a step for each parameter in fp32: parameter, gradient and moments are read, all but the gradient
@@ -28,8 +29,20 @@ _ERROR = re.compile(r"error[: ]|undefined (reference|symbol)|cannot find|not fou
 def compiler(around: Surroundings) -> Iterator[Finding]:
     """Check that there are a C++ compiler and ninja."""
     name = around.environment.get("CXX", "c++")
-    path = shutil.which(name)
-    version = nvidia.run(path, "--version").splitlines()[0] if path else None
+    command = shlex.split(name) or [""]  # such as "ccache g++"
+    version = None
+    if shutil.which(command[0]):
+        try:
+            version = nvidia.run(*command, "--version").splitlines()[0]
+        except (OSError, IndexError) as error:
+            yield Finding(
+                name="compiler",
+                looked_at="CXX, PATH",
+                found=f"{name} does not say its version: {first_line(error)}",
+                verdict="broken",
+                fix="Let CXX name a compiler that works, or remove the variable:\n$ unset CXX",
+            )
+            return
     # torch looks on PATH, where operators.prepare() puts this environment's programs.
     beside = Path(sys.executable).parent / "ninja"
     yield compiler_finding(name, version, str(beside) if beside.exists() else shutil.which("ninja"))
@@ -42,7 +55,7 @@ def compiler_finding(name: str, version: str | None, ninja: str | None) -> Findi
     if not version:
         fixes += ["Install a compiler, or let CXX name one:", "$ sudo apt-get install g++"]
     if not ninja:
-        fixes += [f"$ {sys.executable} -m pip install ninja"]
+        fixes += [pip("install ninja")]
     return Finding(
         name="compiler",
         looked_at="CXX, PATH",
@@ -111,6 +124,8 @@ def compiler_error(text: str) -> str:
 def _fix(error: str, name: str) -> str:
     if "No space left" in error:
         return "Free some space, or let TORCH_EXTENSIONS_DIR name a folder with more."
+    if error.startswith("[Errno"):  # Python's own: the folder cannot be created or written to
+        return "Let TORCH_EXTENSIONS_DIR name a folder that can be written to."
     if "Python.h" in error:
         return "Install the headers of Python:\n$ sudo apt-get install python3-dev"
     if "SIGILL" in error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from superoffload.planning import child, nvidia
-from superoffload.planning.finding import Finding, Surroundings
+from superoffload.planning.finding import Finding, Surroundings, pip
 
 DRIVER, TOOLKIT = r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", r"release (\d+\.\d+)"  # nvidia-smi, nvcc
 SHOWN = ("torch", "deepspeed", "transformers")
@@ -71,7 +71,7 @@ def versions_finding(
         looked_at="installed packages, pyproject.toml",
         found="; ".join(what for what, _ in wrong) or good,
         verdict="broken" if wrong else "good",
-        fix=f"$ {sys.executable} -m pip install {packages}" if wrong else "",
+        fix=pip(f"install {packages}") if wrong else "",
     )
 
 
@@ -95,7 +95,7 @@ def deepspeed_finding() -> Finding:
         looked_at="its source, for the private names in use",
         found=f"the mode superoffload falls back to zerooffload: {problem}" if problem else f"{version}, {note}",
         verdict="slow" if problem else "good",
-        fix=f"$ {sys.executable} -m pip install deepspeed=={TESTED_VERSIONS[-1]}" if problem else "",
+        fix=pip(f"install deepspeed=={TESTED_VERSIONS[-1]}") if problem else "",
     )
 
 
@@ -202,7 +202,7 @@ def attention_finding(has_flash: bool, flash_problem: str | None, varlen_problem
             found=f"flash-attn is installed, but cannot be loaded: {flash_problem}",
             verdict="broken",
             fix="Build it for the installed torch, or remove it; torch has a kernel of its own:\n"
-            f"$ {sys.executable} -m pip uninstall flash-attn",
+            + pip("uninstall flash-attn"),
         )
     if has_flash:
         return line(found="flash-attn", verdict="good")
@@ -211,5 +211,5 @@ def attention_finding(has_flash: bool, flash_problem: str | None, varlen_problem
     return line(
         found=f"sdpa, one document at a time: {varlen_problem}",
         verdict="slow",
-        fix=f"Install torch 2.10 or newer, or flash-attn:\n$ {sys.executable} -m pip install flash-attn",
+        fix="Install torch 2.10 or newer, or flash-attn:\n" + pip("install flash-attn"),
     )

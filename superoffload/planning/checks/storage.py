@@ -22,7 +22,11 @@ def disk(around: Surroundings) -> Iterator[Finding]:
     folder = existing(around.output_dir)
     free = disk_free_bytes(folder)
     problem = rate = None
-    if not os.access(folder, os.W_OK | os.X_OK):
+    target = around.output_dir.absolute()
+    innermost = next(path for path in (target, *target.parents) if os.path.lexists(path))
+    if not os.path.isdir(innermost):
+        folder, problem = innermost, "is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
         problem = "may not be written to"
     elif not around.quick and free > 4 * WRITTEN_BYTES:
         try:
@@ -50,8 +54,8 @@ def disk_finding(folder: Path, free_bytes: int, rate: float | None, problem: str
     line = partial(Finding, name="disk", looked_at=str(folder))
     if problem:
         return line(found=problem, verdict="broken", fix="Choose another --output_dir.")
-    found = f"{size(free_bytes)} free, for {free_bytes / CHECKPOINT_BYTES_PER_PARAMETER / 1e9:.1f} billion parameters "
-    found += "of one checkpoint"
+    billions = free_bytes / CHECKPOINT_BYTES_PER_PARAMETER / 1e9
+    found = f"{size(free_bytes)} free, enough for a checkpoint of {billions:.1f} billion parameters"
     if free_bytes < LEAST_BYTES:
         return line(
             found=found,
@@ -63,7 +67,7 @@ def disk_finding(folder: Path, free_bytes: int, rate: float | None, problem: str
     minutes = 8e9 * CHECKPOINT_BYTES_PER_PARAMETER / rate / 60
     slow = rate < SLOW_BYTES_PER_S
     return line(
-        found=f"{found}; written at {gb_per_s(rate)}, so 8 billion take {minutes:.0f} min",
+        found=f"{found}; written at {gb_per_s(rate)}, so a checkpoint of 8 billion takes {minutes:.1f} min",
         verdict="slow" if slow else "good",
         fix="Let --output_dir be on a local disk, or save less often (--save_minutes)." if slow else "",
     )

@@ -46,7 +46,7 @@ def _unit(core: int, threads: int, adjacent: bool, physical: int) -> int:
     ("seen", "ranks", "verdict", "text"),
     [
         (topology(16), 4, "good", "16 for 4 ranks, 4 each"),
-        (topology(2), 4, "broken", "several ranks share a core"),
+        (topology(2), 4, "slow", "several ranks share a core"),
         (topology(4), 4, "slow", "training and optimizer share a core"),
         (topology(4, threads=2), 2, "slow", "training and optimizer share a core"),
         (topology(16, quota=4.0), 1, "slow", "a quota of 4 cores' time"),
@@ -63,7 +63,7 @@ def test_an_affinity_mask_is_shown() -> None:
     assert "16 of 64" in cores.cores_finding(topology(16), 1, 64).found
 
 
-@pytest.mark.parametrize(("load", "verdict"), [(0.3, "good"), (4.0, "good"), (4.1, "slow")])
+@pytest.mark.parametrize(("load", "verdict"), [(0.3, "good"), (8.0, "good"), (8.1, "slow")])
 def test_load(load: float, verdict: str) -> None:
     found = cores.load_finding(load, 16)
     assert (found.verdict, "$ ps" in found.fix) == (verdict, verdict == "slow")
@@ -156,6 +156,21 @@ def test_the_topology_of_this_machine_is_read() -> None:
     seen = cores.read_topology(Path("/"))
     assert sorted(core for unit in seen.physical for core in unit) == list(seen.cores)
     assert seen.nodes_of(seen.cores)
+
+
+def test_ranks_on_cpus_are_not_bound_by_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the recipes of several devices let the launcher bind ranks."""
+    machines.put(tmp_path, "proc/loadavg", "0.10 0.20 0.30 1/234 5678\n")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(cores, "read_topology", lambda root: topology(16, threads=2, adjacent=True))
+    monkeypatch.setattr("superoffload.planning.nvidia.bus_ids", list)
+    found = {}
+    for devices in ([], [machines.device()] * 2):
+        around = machines.around(tmp_path, *devices, ranks=2, environment={"KMP_AFFINITY": "compact"})
+        found[len(devices)] = {line.name: line for line in cores.cores(around)}
+    for name, verdict in (("NUMA nodes", "broken"), ("hyperthreads", "slow")):
+        assert (found[0][name].verdict, found[2][name].verdict) == ("good", verdict)
+        assert "BIND_CORES=false" in found[2][name].fix
 
 
 def test_every_kind_is_checked(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import fcntl
 import mmap
 import os
 import resource
@@ -81,19 +82,19 @@ def huge_pages(root: Path, **files: str) -> Finding:
 @pytest.mark.parametrize(
     ("setting", "verdict"),
     [
-        ("always within_size advise [never] deny force", "slow"),
-        ("always within_size advise never [deny] force", "slow"),
+        ("always within_size advise [never] deny force", "unknown"),
+        ("always within_size advise never [deny] force", "unknown"),
         ("always within_size [advise] never deny force", "good"),
         ("[always] within_size advise never deny force", "good"),
     ],
 )
 def test_huge_pages(tmp_path: Path, setting: str, verdict: str) -> None:
     found = huge_pages(tmp_path, shmem_enabled=setting)
-    assert (found.verdict, "tee /sys/kernel/mm" in found.fix) == (verdict, verdict == "slow")
+    assert (found.verdict, "tee /sys/kernel/mm" in found.fix) == (verdict, verdict == "unknown")
 
 
 @pytest.mark.parametrize(
-    ("own", "verdict"), [("always [inherit] within_size advise never", "good"), ("always inherit [never]", "slow")]
+    ("own", "verdict"), [("always [inherit] within_size advise never", "good"), ("always inherit [never]", "unknown")]
 )
 def test_the_setting_of_the_page_size_takes_precedence(tmp_path: Path, own: str, verdict: str) -> None:
     name = "hugepages-2048kB/shmem_enabled"
@@ -112,11 +113,8 @@ def shm(root: Path, *names: str) -> None:
 
 def test_a_file_that_nobody_uses_is_left_over(tmp_path: Path) -> None:
     shm(tmp_path, "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0", "torch_1_2_3", "nccl-AbC", "deepspeed_used", "mine")
-    machines.put(
-        tmp_path, "proc/7/maps", "7f00-7f01 rw-s 00000000 00:19 5   /dev/shm/deepspeed_used\n7f02-7f03 r 0 0 0\n"
-    )
-    (tmp_path / "proc/7/fd").mkdir()
-    (found,) = memory.leftovers(machines.around(tmp_path))
+    with (tmp_path / "dev/shm/deepspeed_used").open():
+        (found,) = memory.leftovers(machines.around(tmp_path))
     assert found.verdict == "slow"
     assert found.found.startswith("3 of dead runs, ")
     command = shlex.split(found.fix.splitlines()[-1])
@@ -124,36 +122,20 @@ def test_a_file_that_nobody_uses_is_left_over(tmp_path: Path) -> None:
     assert command == ["$", "rm", *(f"/dev/shm/{name}" for name in names)]
 
 
-def test_an_open_file_is_not_left_over(tmp_path: Path) -> None:
-    shm(tmp_path, "torch_open")
-    machines.put(tmp_path, "proc/7/maps", "")
-    (tmp_path / "proc/7/fd").mkdir()
-    (tmp_path / "proc/7/fd/4").symlink_to("/dev/shm/torch_open")
-    assert memory.find_leftovers(tmp_path) == []
-
-
-def test_a_descriptor_that_closes_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shm(tmp_path, "torch_open")
-    machines.put(tmp_path, "proc/7/maps", "")
-    (tmp_path / "proc/7/fd").mkdir()
-    for number in (4, 5):
-        (tmp_path / f"proc/7/fd/{number}").symlink_to("/dev/shm/torch_open")
-    answers = iter([FileNotFoundError(), "/dev/shm/torch_open"])
-
-    def readlink(path: Path) -> str:
-        answer = next(answers)
-        if isinstance(answer, OSError):
-            raise answer
-        return str(answer)
-
-    monkeypatch.setattr(os, "readlink", readlink)
-    assert memory.find_leftovers(tmp_path) == []
-
-
-def test_a_file_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its processes cannot be seen."""
+def test_a_file_that_may_not_be_asked_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files of other users are, and all files where the system knows no leases."""
     shm(tmp_path, "deepspeed_theirs")
-    monkeypatch.setattr(os, "getuid", lambda: 54321)
+
+    def refused(*arguments: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(fcntl, "fcntl", refused)
+    assert memory.find_leftovers(tmp_path) == []
+
+
+def test_a_link_is_left_alone(tmp_path: Path) -> None:
+    shm(tmp_path, "mine")
+    (tmp_path / "dev/shm/torch_link").symlink_to(tmp_path / "dev/shm/mine")
     assert memory.find_leftovers(tmp_path) == []
 
 
@@ -162,8 +144,9 @@ def test_without_leftovers_all_is_good(tmp_path: Path) -> None:
     assert (found.verdict, found.found, found.fix) == ("good", "none", "")
 
 
-def test_a_file_of_this_process_is_seen_to_be_in_use() -> None:
+def test_a_mapped_file_is_in_use_whoever_has_mapped_it(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(f"/dev/shm/deepspeed_test_{os.getpid()}")
+    monkeypatch.setattr(Path, "read_text", lambda *arguments, **options: pytest.fail("not all of /proc can be read"))
     try:
         path.write_bytes(bytes(mmap.PAGESIZE))
         assert path in [leftover.path for leftover in memory.find_leftovers()]

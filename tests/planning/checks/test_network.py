@@ -24,7 +24,7 @@ def answer(*, has_token: bool = False, account: str | None = None, problem: str 
         (answer(), "good", "reachable, not logged in", "$ hf auth login"),
         (answer(has_token=True, account="ada"), "good", "logged in as ada", ""),
         (answer(has_token=True), "broken", "refuses the token", "$ hf auth login"),
-        (answer(problem="timed out"), "slow", "cannot be reached: timed out", "$ export HF_HUB_OFFLINE=1"),
+        (answer(problem="timed out"), "slow", "wait for it: timed out", "$ export HF_HUB_OFFLINE=1"),
     ],
 )
 def test_hub(given: Answer | None, verdict: str, text: str, fix: str) -> None:
@@ -32,6 +32,11 @@ def test_hub(given: Answer | None, verdict: str, text: str, fix: str) -> None:
     assert found.verdict == verdict
     assert text in found.found
     assert found.fix.splitlines()[-1:] == [fix][: bool(fix)]
+
+
+def test_a_password_in_the_address_is_not_shown() -> None:
+    given = Answer(endpoint="https://ada:secret@hub.example", has_token=False, account=None, problem=None)
+    assert network.hub_finding(given).looked_at == "https://...@hub.example"
 
 
 def session(monkeypatch: pytest.MonkeyPatch, *, status: int = 200, error: Exception | None = None) -> list[float]:

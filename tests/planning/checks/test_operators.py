@@ -1,15 +1,20 @@
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from superoffload.planning import child
+from superoffload.planning import child, finding
 from superoffload.planning.checks import operators
 from superoffload.planning.child import Outcome
 from superoffload.planning.finding import Finding
 from tests.helpers import machines
+from tests.helpers.ranks import REPOSITORY
 
 FAILED_BUILD = """Error building extension 'cpu_adam': [1/3] c++ -MMD -MF cpu_adam.o.d -c /ds/cpu_adam.cpp -o cpu_adam.o
 FAILED: [code=1] cpu_adam.o
@@ -42,6 +47,19 @@ def test_the_compiler_of_this_machine_is_found(tmp_path: Path) -> None:
     assert found.verdict == "good"
     (missing,) = operators.compiler(machines.around(tmp_path, environment={"CXX": "no-such-compiler"}))
     assert missing.found == "the C++ compiler no-such-compiler not found"
+    (wrapped,) = operators.compiler(machines.around(tmp_path, environment={"CXX": "env c++"}))
+    assert (wrapped.verdict, wrapped.found) == ("good", found.found)
+    (failing,) = operators.compiler(machines.around(tmp_path, environment={"CXX": "sh -c 'echo no licence; exit 1'"}))
+    assert (failing.verdict, failing.looked_at) == ("broken", "CXX, PATH")
+    assert "failed: no licence" in failing.found
+    assert "$ unset CXX" in failing.fix
+
+
+@pytest.mark.unit
+def test_an_environment_without_pip_is_changed_by_uv(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert operators.compiler_finding("c++", "g++", None).fix == f"$ {sys.executable} -m pip install ninja"
+    monkeypatch.setattr(finding, "find_spec", lambda name: None)
+    assert operators.compiler_finding("c++", "g++", None).fix == f"$ uv pip install ninja --python {sys.executable}"
 
 
 @pytest.mark.unit
@@ -91,6 +109,13 @@ def test_an_operator_that_kills_the_process_is_broken() -> None:
     )
     assert "another processor" in found.fix
     assert found.fix.endswith("/cpu_adam")
+
+
+@pytest.mark.unit
+def test_a_folder_that_cannot_be_written_to_is_no_fault_of_the_compiler() -> None:
+    error = "[Errno 30] Read-only file system: '/home/ada/.cache/torch_extensions'"
+    (found,) = judge({"started": "cpu_adam"}, {"operator": "cpu_adam", "error": error})
+    assert found.fix == "Let TORCH_EXTENSIONS_DIR name a folder that can be written to."
 
 
 @pytest.mark.unit
@@ -157,6 +182,32 @@ def test_a_measurement_that_hangs_ends_with_all_its_children(tmp_path: Path, mon
     monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-c", program))
     outcome = child.run("operators", timeout_s=8.0)
     assert (outcome.results, outcome.failure) == ([], "not finished after 8 s")
+    pid = int(note.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_ctrl_c_during_a_build_leaves_no_compiler_and_no_lock(tmp_path: Path) -> None:
+    """ninja starts compilers in process groups of their own, and the next process would wait for torch's lock."""
+    note, folder, compiler = tmp_path / "pid", tmp_path / "operators", tmp_path / "slow-c++"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ > {note}; exec sleep 600;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "superoffload.commands", "doctor", "--output_dir", str(tmp_path)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(folder), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    try:
+        while not (note.is_file() and note.read_text().strip()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        assert list(folder.glob("*/lock"))
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (130, "")
+    assert "Traceback" not in errors
+    assert list(folder.glob("*/lock")) == []
     pid = int(note.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 

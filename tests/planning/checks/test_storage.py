@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ FOLDER = Path("/data")
             2e9,
             None,
             "good",
-            "1000.0 GiB free, for 89.5 billion parameters of one checkpoint; written at 2.0 GB/s",
+            "1000.0 GiB free, enough for a checkpoint of 89.5 billion parameters; written at 2.0 GB/s",
         ),
-        (1000, 0.1e9, None, "slow", "so 8 billion take 16 min"),
+        (1000, 0.1e9, None, "slow", "so a checkpoint of 8 billion takes 16.0 min"),
         (1000, None, None, "good", "not timed"),
         (0.5, None, None, "broken", "0.5 GiB free"),
         (1000, None, "may not be written to", "broken", "may not be written to"),
@@ -62,3 +63,10 @@ def test_a_folder_without_permission_is_broken(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
     (found,) = storage.disk(machines.around(tmp_path))
     assert (found.verdict, found.found, found.looked_at) == ("broken", "may not be written to", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/below/again"])
+def test_a_file_in_the_place_of_the_folder_is_broken(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (found,) = storage.disk(replace(machines.around(tmp_path), output_dir=tmp_path / name))
+    assert (found.verdict, found.found, found.looked_at) == ("broken", "is no folder", str(tmp_path / "file"))
