@@ -1,6 +1,7 @@
 """`superoffload plan`: whether a run fits, what would make it fit, and about how long a step takes."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def _show(**values: Any) -> int:
     does not fit and which flags would make it fit, and estimates the time of a step. What is not given is that of this
     machine. Exit status 0: it fits, 1: it does not.
     """
+    if values["plot"] is not None and Path(values["plot"]).suffix.lower() != ".png":
+        raise UserError(f"--plot {values['plot']}: must be the name of a PNG file, such as plan.png")
     context = click.get_current_context()
     source = click.core.ParameterSource.COMMANDLINE
     explicit = frozenset(name for name in values if context.get_parameter_source(name) is source)
@@ -103,6 +106,15 @@ def _hardware(values: dict[str, Any], here: machine.Machine, devices: int) -> sp
     return speed.hardware(here.devices[0].name if own else None, values["link"], devices, rates)
 
 
+class Tokens(click.FloatRange):
+    """A number of tokens; neither infinity nor what is no number, which click takes for any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; fail if it cannot be one of tokens."""
+        number = float(super().convert(value, param, ctx))
+        return number if math.isfinite(number) else self.fail(f"{value!r} is not a number of tokens.", param, ctx)
+
+
 def _options() -> list[click.Parameter]:
     """Derive the flags of a run from the settings, and add those of the machine."""
     run: list[click.Parameter] = []
@@ -122,7 +134,7 @@ def _options() -> list[click.Parameter]:
         click.Option(["--host_memory"], type=size, help="Memory of a machine.  [default: that of this one]"),
         click.Option(["--link"], type=click.Choice(list(speed.LINKS)), help="Link between device and host."),
         click.Option(["--output_dir"], help="Check the free space of the disk with this folder, too."),
-        click.Option(["--tokens"], type=float, help="Tokens of an epoch, as superoffload preview counts them."),
+        click.Option(["--tokens"], type=Tokens(min=1), help="Tokens of an epoch, as superoffload preview counts them."),
         click.Option(["--json"], is_flag=True, help="Write JSON: sizes in bytes, times in seconds."),
         click.Option(["--plot"], help="Draw the memory to a PNG file; needs matplotlib."),
     ]

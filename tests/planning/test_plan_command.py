@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from superoffload import cli, ds_config
@@ -189,7 +190,7 @@ def test_disk_is_checked_where_the_output_folder_is_given(
     monkeypatch.setattr(machine, "disk_free_bytes", lambda folder: 400 * GIB if folder == tmp_path else 0)
     found = as_json(capsys, *arguments, "--output_dir", str(tmp_path))
     assert list(found["missing"]) == ["disk"]
-    assert [remedy["flags"] for remedy in found["remedies"]] == [["--keep_checkpoints 3"]]
+    assert [remedy["flags"] for remedy in found["remedies"]] == [["--keep_checkpoints 3"], ["--optimizer_state bf16"]]
 
 
 @pytest.mark.unit
@@ -265,6 +266,8 @@ def test_measured_rates_are_used_for_the_machine_at_hand_alone(
         ((), "--model_name: no model is given; give one, or a --recipe"),
         (("--recipe", "gpt-5"), "--recipe gpt-5: must be one of gpt-oss-20b, "),
         (("--model_name", "llama-8b", "--batch_size", "0"), "--batch_size 0: must be 1 <= value"),
+        (("--recipe", "llama-8b", "--plot", "plan.txt"), "--plot plan.txt: must be the name of a PNG file"),
+        (("--recipe", "llama-8b", "--plot", ""), "--plot : must be the name of a PNG file"),
         (("--recipe", "llama-8b", "--deepspeed_config", "missing.json"), "--deepspeed_config missing.json: cannot be"),
     ],
 )
@@ -272,6 +275,14 @@ def test_what_cannot_be_planned_is_one_line(arguments: tuple[str, ...], message:
     with pytest.raises(UserError) as error:
         plan(*arguments)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("number", ["0", "-5", "nan", "inf", "many"])
+def test_an_epoch_has_a_number_of_tokens(number: str) -> None:
+    with pytest.raises(click.BadParameter) as error:
+        plan("--recipe", "llama-8b", *BIG, "--tokens", number)
+    assert error.value.param and error.value.param.name == "tokens"
 
 
 @pytest.mark.unit
