@@ -51,6 +51,7 @@ def _show(**values: Any) -> int:
         job.of(settings, merged, ranks, ranks_per_node),
         on_cpu=not (here.devices or values["gpu_memory"] or values["link"]),
         pinned_rounding=not values["recipe"] and job.rounds_pinned_memory(),
+        divided=recipes.batch(values["recipe"]) if values["recipe"] and "batch_size" not in explicit else 0,
     )
     capacity, model = _capacity(values, explicit, here), _shape(settings.model)
     if settings.offload.offload_ratio == config.AUTO:
@@ -83,8 +84,21 @@ def _settings(
         offload = found["zero_optimization"]["offload_optimizer"]
         of_recipe = recipes.settings(recipe, bool(offload.get("super_offload")))
         flat |= {key: value for key, value in of_recipe.items() if key not in explicit}
+        if "batch_size" not in explicit:
+            flat["batch_size"] = _divided(recipe, ranks)
     merged = ds_config.merge_flags(found, config.build(flat, explicit), ranks)
     return merged.config, merged.ds_config, per_node, ranks
+
+
+def _divided(recipe: str, ranks: int) -> int:
+    """Return the batch of a rank, as scripts/_launch.sh divides that of a recipe; it refuses a remainder."""
+    batch, rest = divmod(recipes.batch(recipe), ranks)
+    if rest:
+        raise UserError(
+            f"--recipe {recipe}: its batch of {recipes.batch(recipe)} cannot be divided among {ranks} devices; "
+            "give the batch of one, e.g. --batch_size 1"
+        )
+    return batch
 
 
 def _shape(model: config.ModelSettings) -> shape.Shape:

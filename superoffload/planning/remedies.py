@@ -53,8 +53,8 @@ class Remedy:
 class Countdown(Sequence[Step]):
     """Steps that take a number down to `unit`, made when they are asked for: there may be a billion."""
 
-    def __init__(self, flag: str, field: str, value: int, unit: int = 1) -> None:
-        self.flag, self.field = flag, field
+    def __init__(self, flag: str, field: str, value: int, unit: int = 1, **changes: Any) -> None:
+        self.flag, self.field, self.changes = flag, field, changes
         self.numbers = range(min(value - 1, MOST_STEPS * unit) // unit * unit, 0, -unit)
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class Countdown(Sequence[Step]):
 
     def __getitem__(self, index: Any) -> Any:
         number = self.numbers[index]
-        return Step(flag=f"{self.flag} {number}", changes={self.field: number})
+        return Step(flag=f"{self.flag} {number}", changes={self.field: number, **self.changes})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def _ratio(percent: int) -> Step:
 
 
 def _batch(job: Job) -> Sequence[Step]:
-    return Countdown("--batch_size", "batch", job.batch)
+    return Countdown("--batch_size", "batch", job.batch, divided=0)
 
 
 def _length(job: Job) -> Sequence[Step]:
@@ -104,12 +104,24 @@ def _length(job: Job) -> Sequence[Step]:
 def _devices(job: Job) -> list[Step]:
     nodes = job.ranks // job.ranks_per_node
     numbers = [number for number in (2, 4, 8) if number > job.ranks_per_node]
-    return [Step(flag=f"--gpus {n}", changes={"ranks_per_node": n, "ranks": n * nodes}) for n in numbers]
+    return [_more_ranks(job, f"--gpus {n}", n * nodes, n) for n in numbers]
 
 
 def _nodes(job: Job) -> list[Step]:
     numbers = [number for number in (2, 4, 8, 16) if number * job.ranks_per_node > job.ranks]
-    return [Step(flag=f"--nodes {n}", changes={"ranks": n * job.ranks_per_node}) for n in numbers]
+    return [_more_ranks(job, f"--nodes {n}", n * job.ranks_per_node, job.ranks_per_node) for n in numbers]
+
+
+def _more_ranks(job: Job, flag: str, ranks: int, per_node: int) -> Step:
+    """Return the step to so many ranks, among which a recipe's script divides its batch; it refuses a remainder."""
+    changes = {"ranks": ranks, "ranks_per_node": per_node}
+    if not job.divided:
+        return Step(flag=flag, changes=changes)
+    batch, rest = divmod(job.divided, ranks)
+    if batch and not rest:
+        return Step(flag=flag, changes={**changes, "batch": batch})
+    batch = max(1, batch)
+    return Step(flag=f"{flag} --batch_size {batch}", changes={**changes, "batch": batch, "divided": 0})
 
 
 def _kept(job: Job) -> Sequence[Step]:

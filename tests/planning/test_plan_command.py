@@ -60,7 +60,8 @@ def as_json(capsys: Capture, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", recipes.names())
 @pytest.mark.parametrize("memory", ["80GB", "24GB"])
 def test_the_page_is_calm(capsys: Capture, name: str, memory: str) -> None:
-    status = plan("--recipe", name, "--gpu_memory", memory, "--host_memory", "2TiB", "--tokens", "5e6", "--nodes", "2")
+    status = plan("--recipe", name, "--gpu_memory", memory, "--host_memory", "2TiB", "--tokens", "5e6", "--nodes", "2",
+                  "--batch_size", "2")  # fmt: skip
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if len(line) > 80] == []
     assert ("IT FITS" in out) == (status == 0)
@@ -80,8 +81,21 @@ def test_a_recipe_is_planned_as_its_script_runs_it(capsys: Capture, stand_in: Pa
     ranks = recipes.devices(name)
     merged = ds_config.merge_flags(ds_config.read_ds_config(settings), settings, ranks)
     found = as_json(capsys, "--recipe", name, "--deepspeed_config", f"configs/{mode}.json", *BIG)
-    assert found["job"] == asdict(job.of(merged.config, merged.ds_config, ranks, ranks))
+    expected = job.of(merged.config, merged.ds_config, ranks, ranks)
+    assert found["job"] == asdict(replace(expected, divided=expected.batch * ranks))
     assert found["model"]["name"] == name
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_several_machines_divide_the_batch_of_a_recipe_as_its_script_does(
+    capsys: Capture, stand_in: Path, nodes: int
+) -> None:
+    env = {"DRY_RUN": "1", "NUM_NODES": str(nodes), "NODE_RANK": "0", "MASTER_ADDR": "localhost"}
+    words_of = shlex.split(call(script_of("llama-8b"), stand_in, "superoffload", **env).stdout.splitlines()[-1])
+    batch = int(words_of[words_of.index("--batch_size") + 1])
+    assert as_json(capsys, "--recipe", "llama-8b", "--nodes", str(nodes), *BIG)["job"]["batch"] == batch == 4 // nodes
+    given = as_json(capsys, "--recipe", "llama-8b", "--nodes", str(nodes), "--batch_size", "4", *BIG)["job"]
+    assert (given["batch"], given["divided"]) == (4, 0)
 
 
 @pytest.mark.unit
@@ -153,6 +167,8 @@ def test_the_json_has_these_names(capsys: Capture) -> None:
         ("--model_name", "qwen3-8b", "--gpu_memory", "24GB", "--host_memory", "480GiB", "--loss_kernel", "plain"),
         ("--recipe", "qwen3-30b-a3b", "--gpu_memory", "40GB", "--host_memory", "480GiB", "--save_checkpoint"),
         ("--recipe", "llama-70b", "--gpu_memory", "40GiB", "--host_memory", "1TiB"),
+        ("--recipe", "llama-70b", "--gpu_memory", "80GB", "--host_memory", "512GiB"),
+        ("--recipe", "llama-8b", "--gpu_memory", "30GB", "--host_memory", "100GiB"),
     ],
     ids=" ".join,
 )
@@ -264,6 +280,11 @@ def test_measured_rates_are_used_for_the_machine_at_hand_alone(
     ("arguments", "message"),
     [
         ((), "--model_name: no model is given; give one, or a --recipe"),
+        (
+            ("--recipe", "llama-8b", "--gpus", "3"),
+            "--recipe llama-8b: its batch of 4 cannot be divided among 3 devices",
+        ),
+        (("--recipe", "llama-70b", "--nodes", "2"), "--recipe llama-70b: its batch of 4 cannot be divided among 8 "),
         (("--recipe", "gpt-5"), "--recipe gpt-5: must be one of gpt-oss-20b, "),
         (("--model_name", "llama-8b", "--batch_size", "0"), "--batch_size 0: must be 1 <= value"),
         (("--recipe", "llama-8b", "--plot", "plan.txt"), "--plot plan.txt: must be the name of a PNG file"),
