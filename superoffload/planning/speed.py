@@ -65,8 +65,8 @@ class Hardware:
     """Rates of a machine; bytes/s and FLOP/s.
 
     device: its short name. assumed: what it is was not known. flops: what training reaches on one device. down, up:
-    from and to one device. host_memory: reads and writes of Adam, all cores together. measured: names of the rates
-    that were measured, of `flops`, `copies` and `adam`.
+    from and to one device. host_memory: reads and writes of Adam, all cores of one machine together, or of one device
+    if each has a host of its own. measured: names of the rates that were measured, of `flops`, `copies` and `adam`.
     """
 
     device: str
@@ -76,7 +76,12 @@ class Hardware:
     down: float
     up: float
     host_memory: float
+    host_per_device: bool = False
     measured: tuple[str, ...] = ()
+
+    def machine_memory(self, devices: int) -> float:
+        """Return the rate of the memory of one machine with so many devices."""
+        return self.host_memory * (devices if self.host_per_device else 1)
 
 
 def known(name: str) -> tuple[str, float, str] | None:
@@ -87,13 +92,15 @@ def known(name: str) -> tuple[str, float, str] | None:
 def hardware(device: str | None, link: str | None, devices: int, rates: Rates | None) -> Hardware:
     """Choose the rates of a machine: measured ones first, else those of the tables.
 
-    `device` is its name, if it is known. `rates` were measured on this very machine; a given `link` means another.
+    `device` is its name, if it is known, and `devices` their number on a machine. `rates` were measured on this very
+    machine; a given `link` means another.
     """
     name, peak, usual = known(device or "") or known(ASSUMED_DEVICE) or DEVICES[0]
     kind = LINKS[link or usual]
     product = rates.device_bf16_flops_per_s if rates else None
     down, up = (rates.from_device_bytes_per_s, rates.to_device_bytes_per_s) if rates and not link else (None, None)
     adam = rates.adam_parameters_per_s if rates and not link else None
+    hosts = devices if kind.host_per_device else 1
     return Hardware(
         device=name,
         assumed=known(device or "") is None,
@@ -101,7 +108,8 @@ def hardware(device: str | None, link: str | None, devices: int, rates: Rates | 
         flops=product * SHARE_OF_PRODUCT if product else peak * SHARE_OF_PEAK,
         down=down or kind.rate,
         up=up or kind.rate,
-        host_memory=adam * adam_bytes(4)[0] if adam else kind.host_memory * (devices if kind.host_per_device else 1),
+        host_memory=adam * adam_bytes(4)[0] / hosts if adam else kind.host_memory,
+        host_per_device=kind.host_per_device,
         measured=tuple(name for name, found in (("flops", product), ("copies", down and up), ("adam", adam)) if found),
     )
 
@@ -162,9 +170,8 @@ def step_time(shape: Shape, job: Job, machine: Hardware) -> StepTime:
     forward, backward = max(forward, gather, stream), max(backward, gather, stream) + gather
 
     number = host_elements(shape, job)
-    in_place, speculate, convert = (
-        number * job.ranks_per_node * size / machine.host_memory for size in adam_bytes(2 if job.bf16_state else 4)
-    )
+    memory = machine.machine_memory(job.ranks_per_node) / job.ranks_per_node
+    in_place, speculate, convert = (number * size / memory for size in adam_bytes(2 if job.bf16_state else 4))
     weights = 2 * number / machine.up
     copies = _gradient_copies_s(job, number, machine)
     if job.mode == "superoffload":

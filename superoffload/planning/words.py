@@ -148,6 +148,7 @@ def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
         share = f"{SHARE_OF_PRODUCT:.0%} of the rate measured by superoffload doctor"
     found = {"copies": f"{LINKS[hardware.link].text}, assumed", "adam": "assumed"}
     found |= dict.fromkeys(set(hardware.measured) & found.keys(), "measured by superoffload doctor")
+    memory = hardware.machine_memory(job.ranks_per_node)
     rates = " and ".join(dict.fromkeys(f"{rate / 1e9:.0f}" for rate in (hardware.down, hardware.up)))
     result = [
         f"Estimated time: {duration(step.step_s)} a step, {step.tokens_per_s:,.0f} tokens/s, {each}",
@@ -157,7 +158,7 @@ def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
         result += [
             f"  gradients down {duration(step.gradients_s)}, weights up {duration(step.weights_s)}, at {rates} GB/s "
             f"({found['copies']})",
-            f"  Adam on the host {duration(step.adam_s)}, at {hardware.host_memory / 1e9:.0f} GB/s ({found['adam']})",
+            f"  Adam on the host {duration(step.adam_s)}, at {memory / 1e9:.0f} GB/s ({found['adam']})",
         ]
     if job.ranks > 1:
         result.append(f"  gathers between ranks {duration(step.gathers_s)}, a rough figure")

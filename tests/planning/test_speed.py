@@ -155,7 +155,19 @@ def test_rates_are_measured_or_assumed() -> None:
 
 def test_another_link_means_another_machine() -> None:
     other = speed.hardware("NVIDIA H100 PCIe", "c2c", 4, RATES)
-    assert (other.down, other.host_memory, other.measured) == (330e9, 4 * 300e9, ("flops",))
+    assert (other.down, other.machine_memory(4), other.measured) == (330e9, 4 * 300e9, ("flops",))
+
+
+def test_each_superchip_brings_the_memory_of_its_host() -> None:
+    """A remedy may be more devices: the rate is for as many as the remedy has."""
+    for name, link, rates, grows in (
+        ("NVIDIA GH200 480GB", None, None, True),
+        ("NVIDIA GH200 480GB", None, RATES, True),
+        ("NVIDIA H100", "pcie5", None, False),
+    ):
+        found = speed.hardware(name, link, 1, rates)
+        adam = [step_time(SHAPE, job_of(ranks, **FLAGS), found).adam_s for ranks in (1, 4)]
+        assert adam[0] / adam[1] == pytest.approx(4 if grows else 1)
 
 
 @pytest.mark.parametrize(("length", "tflops"), [(8192, 262), (32768, 426), (131072, 485)])
