@@ -50,11 +50,14 @@ class Link:
     host_per_device: bool = False
 
 
-# PCIe: 80 % of the rate of 16 lanes. C2C: 330 GB/s measured on a GB200 (torchtitan #3519) of 450. Host memory: about
-# 60 % of the data sheets' rates: two sockets of 8 channels of DDR4-3200 or DDR5-4800, or the LPDDR5X of one Grace.
+# PCIe: 80 % of the rate of 16 lanes. C2C: 330 GB/s measured on a GB200 (torchtitan #3519) of 450.
+# Host memory of two sockets: a quarter of the data sheets' rates, of 8 channels of DDR4-3200 or DDR5-4800 each, 410 and
+# 614 GB/s. Published figures leave no more for Adam: 141, 324 and 420 TFLOPS at 8, 32 and 128 thousand tokens, of Llama
+# 8B with ZeRO-3 and Adam on the host of 8 H200 (stas00/ml-engineering), mean computing at 440 to 455 TFLOP/s and 2.5 to
+# 2.75 s more a step. Of one Grace: 60 % of its LPDDR5X, because upstream's figures for a GH200 need as much.
 LINKS = {
-    "pcie4": Link(text="PCIe 4", rate=25e9, host_memory=250e9),
-    "pcie5": Link(text="PCIe 5", rate=50e9, host_memory=370e9),
+    "pcie4": Link(text="PCIe 4", rate=25e9, host_memory=100e9),
+    "pcie5": Link(text="PCIe 5", rate=50e9, host_memory=150e9),
     "c2c": Link(text="NVLink-C2C", rate=330e9, host_memory=300e9, host_per_device=True),
 }
 NODE_GATHER, NETWORK_GATHER = 200e9, 25e9  # bytes/s into one device: NVLink within a machine, 400 Gbit/s between them
