@@ -196,7 +196,8 @@ def _verdict(plan: Plan) -> list[str]:
     sizes = {"device": (capacity.device, need.device_peak), "host": (capacity.host, need.host_peak)}
     spare = {place: (most - size, most) for place, (most, size) in sizes.items() if most is not None}
     text = " and ".join(f"{gib(left)} GiB {PLACES[place]}" for place, (left, _) in spare.items())
-    result += _wrap(f"IT FITS: {text} to spare")
+    unchecked = capacity.device is None and not plan.job.on_cpu
+    result += _wrap(f"{'AS FAR AS IT WAS CHECKED, ' if unchecked else ''}IT FITS: {text} to spare")
     if any(left < CLOSE * most for left, most in spare.values()):
         result += _wrap(f"  That is close: the arithmetic is no more exact than about {CLOSE:.0%}", 2)
     if capacity.device is not None and plan.largest_batch and plan.largest_length:
