@@ -192,6 +192,15 @@ def test_the_remedies_are_listed_with_their_figures(capsys: Capture) -> None:
 
 
 @pytest.mark.unit
+def test_a_remedy_that_hardly_fits_is_marked(capsys: Capture) -> None:
+    plan("--recipe", "llama-8b", "--gpu_memory", "48GB", "--host_memory", "256GiB")
+    out = capsys.readouterr().out
+    marked = {line.split()[0]: line.endswith(" *") for line in out.splitlines() if line.startswith("  --")}
+    assert marked["--batch_size"] and not marked["--offload_params"]  # 44.7 and 35.1 of 44.7 GiB
+    assert "* leaves less than 5%" in out
+
+
+@pytest.mark.unit
 def test_the_nearest_miss_is_said(capsys: Capture) -> None:
     assert plan("--recipe", "llama-70b", "--gpu_memory", "4GB", "--host_memory", "16GiB") == 1
     assert re.search(r"The nearest:.*still\s+missing: [\d.]+ GiB", capsys.readouterr().out, re.S)
