@@ -192,6 +192,16 @@ def test_the_remedies_are_listed_with_their_figures(capsys: Capture) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("flag", ["--batch_size", "--max_length", "--keep_checkpoints", "--sub_group_size"])
+@pytest.mark.parametrize("number", ["1000000000", "1e30"])
+def test_absurd_numbers_are_answered(capsys: Capture, flag: str, number: str) -> None:
+    """Nothing grows with the number: not the search for changes, and not the time of a step."""
+    found = as_json(capsys, "--model_name", "llama-8b", *BIG, "--save_checkpoint", flag, number)
+    assert found["time"]["superoffload"]["step_s"] > 0
+
+
+@pytest.mark.unit
 def test_a_remedy_that_hardly_fits_is_marked(capsys: Capture) -> None:
     plan("--recipe", "llama-8b", "--gpu_memory", "48GB", "--host_memory", "256GiB")
     out = capsys.readouterr().out
