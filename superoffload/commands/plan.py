@@ -1,6 +1,7 @@
 """`superoffload plan`: whether a run fits, what would make it fit, and about how long a step takes."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def _show(**values: Any) -> int:
     does not fit and which flags would make it fit, and estimates the time of a step. What is not given is that of this
     machine. Exit status 0: it fits, 1: it does not.
     """
+    if values["plot"] is not None and Path(values["plot"]).suffix.lower() != ".png":
+        raise UserError(f"--plot {values['plot']}: must be the name of a PNG file, such as plan.png")
     context = click.get_current_context()
     source = click.core.ParameterSource.COMMANDLINE
     explicit = frozenset(name for name in values if context.get_parameter_source(name) is source)
@@ -48,6 +51,7 @@ def _show(**values: Any) -> int:
         job.of(settings, merged, ranks, ranks_per_node),
         on_cpu=not (here.devices or values["gpu_memory"] or values["link"]),
         pinned_rounding=not values["recipe"] and job.rounds_pinned_memory(),
+        divided=recipes.batch(values["recipe"]) if values["recipe"] and "batch_size" not in explicit else 0,
     )
     capacity, model = _capacity(values, explicit, here), _shape(settings.model)
     if settings.offload.offload_ratio == config.AUTO:
@@ -80,8 +84,21 @@ def _settings(
         offload = found["zero_optimization"]["offload_optimizer"]
         of_recipe = recipes.settings(recipe, bool(offload.get("super_offload")))
         flat |= {key: value for key, value in of_recipe.items() if key not in explicit}
+        if "batch_size" not in explicit:
+            flat["batch_size"] = _divided(recipe, ranks)
     merged = ds_config.merge_flags(found, config.build(flat, explicit), ranks)
     return merged.config, merged.ds_config, per_node, ranks
+
+
+def _divided(recipe: str, ranks: int) -> int:
+    """Return the batch of a rank, as scripts/_launch.sh divides that of a recipe; it refuses a remainder."""
+    batch, rest = divmod(recipes.batch(recipe), ranks)
+    if rest:
+        raise UserError(
+            f"--recipe {recipe}: its batch of {recipes.batch(recipe)} cannot be divided among {ranks} devices; "
+            "give the batch of one, e.g. --batch_size 1"
+        )
+    return batch
 
 
 def _shape(model: config.ModelSettings) -> shape.Shape:
@@ -103,6 +120,15 @@ def _hardware(values: dict[str, Any], here: machine.Machine, devices: int) -> sp
     return speed.hardware(here.devices[0].name if own else None, values["link"], devices, rates)
 
 
+class Tokens(click.FloatRange):
+    """A number of tokens; neither infinity nor what is no number, which click takes for any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; fail if it cannot be one of tokens."""
+        number = float(super().convert(value, param, ctx))
+        return number if math.isfinite(number) else self.fail(f"{value!r} is not a number of tokens.", param, ctx)
+
+
 def _options() -> list[click.Parameter]:
     """Derive the flags of a run from the settings, and add those of the machine."""
     run: list[click.Parameter] = []
@@ -122,7 +148,7 @@ def _options() -> list[click.Parameter]:
         click.Option(["--host_memory"], type=size, help="Memory of a machine.  [default: that of this one]"),
         click.Option(["--link"], type=click.Choice(list(speed.LINKS)), help="Link between device and host."),
         click.Option(["--output_dir"], help="Check the free space of the disk with this folder, too."),
-        click.Option(["--tokens"], type=float, help="Tokens of an epoch, as superoffload preview counts them."),
+        click.Option(["--tokens"], type=Tokens(min=1), help="Tokens of an epoch, as superoffload preview counts them."),
         click.Option(["--json"], is_flag=True, help="Write JSON: sizes in bytes, times in seconds."),
         click.Option(["--plot"], help="Draw the memory to a PNG file; needs matplotlib."),
     ]

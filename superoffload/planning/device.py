@@ -4,6 +4,8 @@ Checked without a device: activations and loss, by counting (tests/benchmarks/pl
 DeepSpeed's own function. Not checked: CUDA's context, buffers of the communication, and fragmentation.
 """
 
+from functools import lru_cache
+
 from superoffload.planning.activations import (
     kept_bytes,
     layer_bytes,
@@ -25,12 +27,17 @@ SLACK = 0.05  # fragmentation
 
 def sub_groups(shape: Shape, job: Job) -> tuple[int, ...]:
     """Return the elements of every sub-group on one rank (stage3._create_fp16_sub_groups)."""
+    return _cut(shape.groups, job.ranks, job.sub_group)
+
+
+@lru_cache(maxsize=64)
+def _cut(groups: tuple[tuple[int, ...], ...], ranks: int, most: int) -> tuple[int, ...]:
     result: list[int] = []
-    for group in shape.groups:
+    for group in groups:
         size = 0
         for number, numel in enumerate(group, 1):
-            size += -(-numel // job.ranks)
-            if size >= job.sub_group or number == len(group):
+            size += -(-numel // ranks)
+            if size >= most or number == len(group):
                 result.append(size)
                 size = 0
     return tuple(result)

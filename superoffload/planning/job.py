@@ -21,6 +21,7 @@ class Job:
     saves: a checkpoint is written; kept: how many complete ones are kept.
     sum_bytes: of an element of DeepSpeed's sums of gradients. on_cpu: there is no device, so the host holds its part.
     pinned_rounding: torch rounds pinned memory of any size up to a power of two, as without the recipes' options.
+    divided: the batch of all ranks that a recipe's script divides among them; 0 where `batch` was given.
     """
 
     mode: str
@@ -48,6 +49,7 @@ class Job:
     sum_bytes: int = 2
     on_cpu: bool = False
     pinned_rounding: bool = False
+    divided: int = 0
 
     @property
     def tokens(self) -> int:

@@ -37,6 +37,11 @@ def devices(name: str) -> int:
     return int(values(name)["GPUS_PER_NODE"])
 
 
+def batch(name: str) -> int:
+    """Return the batch that a recipe's script divides among all devices."""
+    return int(values(name)["BATCH_SIZE"])
+
+
 def settings(name: str, superoffload: bool) -> dict[str, Any]:
     """Return the settings of a recipe by flag, as scripts/_launch.sh passes them, with the model's built-in shape.
 
@@ -46,7 +51,7 @@ def settings(name: str, superoffload: bool) -> dict[str, Any]:
     found = values(name)
     return {
         "model_name": name,
-        "batch_size": int(found["BATCH_SIZE"]) // int(found["GPUS_PER_NODE"]),
+        "batch_size": batch(name) // devices(name),
         "offload_ratio": float(found["OFFLOAD_RATIO"]) if superoffload else 1.0,
         "sub_group_size": int(float(found["SUB_GROUP_SIZE"])),
         "attn_implementation": found["ATTN_IMPLEMENTATION"],

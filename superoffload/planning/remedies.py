@@ -12,6 +12,7 @@ from superoffload.planning.shape import Shape
 
 LENGTH_STEP = 256
 MOST_BATCH, MOST_LENGTH = 4096, 2**20
+MOST_STEPS = 2**40  # of one flag; nothing larger can fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,21 @@ class Remedy:
     budget: Budget
 
 
+class Countdown(Sequence[Step]):
+    """Steps that take a number down to `unit`, made when they are asked for: there may be a billion."""
+
+    def __init__(self, flag: str, field: str, value: int, unit: int = 1, **changes: Any) -> None:
+        self.flag, self.field, self.changes = flag, field, changes
+        self.numbers = range(min(value - 1, MOST_STEPS * unit) // unit * unit, 0, -unit)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        number = self.numbers[index]
+        return Step(flag=f"{self.flag} {number}", changes={self.field: number, **self.changes})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
     """The steps of one flag from the smallest change to the largest, and the places where they save memory.
@@ -77,28 +93,39 @@ def _ratio(percent: int) -> Step:
     return Step(flag=f"--offload_ratio {percent / 100:g}", changes={"ratio": percent / 100})
 
 
-def _batch(job: Job) -> list[Step]:
-    return [Step(flag=f"--batch_size {size}", changes={"batch": size}) for size in range(job.batch - 1, 0, -1)]
+def _batch(job: Job) -> Sequence[Step]:
+    return Countdown("--batch_size", "batch", job.batch, divided=0)
 
 
-def _length(job: Job) -> list[Step]:
-    longest = (job.length - 1) // LENGTH_STEP * LENGTH_STEP
-    return [Step(flag=f"--max_length {n}", changes={"length": n}) for n in range(longest, 0, -LENGTH_STEP)]
+def _length(job: Job) -> Sequence[Step]:
+    return Countdown("--max_length", "length", job.length, LENGTH_STEP)
 
 
 def _devices(job: Job) -> list[Step]:
     nodes = job.ranks // job.ranks_per_node
     numbers = [number for number in (2, 4, 8) if number > job.ranks_per_node]
-    return [Step(flag=f"--gpus {n}", changes={"ranks_per_node": n, "ranks": n * nodes}) for n in numbers]
+    return [_more_ranks(job, f"--gpus {n}", n * nodes, n) for n in numbers]
 
 
 def _nodes(job: Job) -> list[Step]:
     numbers = [number for number in (2, 4, 8, 16) if number * job.ranks_per_node > job.ranks]
-    return [Step(flag=f"--nodes {n}", changes={"ranks": n * job.ranks_per_node}) for n in numbers]
+    return [_more_ranks(job, f"--nodes {n}", n * job.ranks_per_node, job.ranks_per_node) for n in numbers]
 
 
-def _kept(job: Job) -> list[Step]:
-    return [Step(flag=f"--keep_checkpoints {n}", changes={"kept": n}) for n in range(job.kept - 1, 0, -1)]
+def _more_ranks(job: Job, flag: str, ranks: int, per_node: int) -> Step:
+    """Return the step to so many ranks, among which a recipe's script divides its batch; it refuses a remainder."""
+    changes = {"ranks": ranks, "ranks_per_node": per_node}
+    if not job.divided:
+        return Step(flag=flag, changes=changes)
+    batch, rest = divmod(job.divided, ranks)
+    if batch and not rest:
+        return Step(flag=flag, changes={**changes, "batch": batch})
+    batch = max(1, batch)
+    return Step(flag=f"{flag} --batch_size {batch}", changes={**changes, "batch": batch, "divided": 0})
+
+
+def _kept(job: Job) -> Sequence[Step]:
+    return Countdown("--keep_checkpoints", "kept", job.kept)
 
 
 DEVICE, HOST, DISK = frozenset({"device"}), frozenset({"host"}), frozenset({"disk"})
@@ -115,7 +142,8 @@ LADDERS = (
     Ladder(steps=_devices, saves=DEVICE, hardware=True),
     Ladder(steps=_nodes, saves=DEVICE | HOST, hardware=True),
     Ladder(
-        steps=_switch("--optimizer_state bf16", lambda job: not job.bf16_state, bf16_state=True), saves=DEVICE | HOST
+        steps=_switch("--optimizer_state bf16", lambda job: not job.bf16_state, bf16_state=True),
+        saves=DEVICE | HOST | DISK,
     ),
 )
 

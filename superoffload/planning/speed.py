@@ -50,11 +50,14 @@ class Link:
     host_per_device: bool = False
 
 
-# PCIe: 80 % of the rate of 16 lanes. C2C: 330 GB/s measured on a GB200 (torchtitan #3519) of 450. Host memory: about
-# 60 % of the data sheets' rates: two sockets of 8 channels of DDR4-3200 or DDR5-4800, or the LPDDR5X of one Grace.
+# PCIe: 80 % of the rate of 16 lanes. C2C: 330 GB/s measured on a GB200 (torchtitan #3519) of 450.
+# Host memory of two sockets: a quarter of the data sheets' rates, of 8 channels of DDR4-3200 or DDR5-4800 each, 410 and
+# 614 GB/s. Published figures leave no more for Adam: 141, 324 and 420 TFLOPS at 8, 32 and 128 thousand tokens, of Llama
+# 8B with ZeRO-3 and Adam on the host of 8 H200 (stas00/ml-engineering), mean computing at 440 to 455 TFLOP/s and 2.5 to
+# 2.75 s more a step. Of one Grace: 60 % of its LPDDR5X, because upstream's figures for a GH200 need as much.
 LINKS = {
-    "pcie4": Link(text="PCIe 4", rate=25e9, host_memory=250e9),
-    "pcie5": Link(text="PCIe 5", rate=50e9, host_memory=370e9),
+    "pcie4": Link(text="PCIe 4", rate=25e9, host_memory=100e9),
+    "pcie5": Link(text="PCIe 5", rate=50e9, host_memory=150e9),
     "c2c": Link(text="NVLink-C2C", rate=330e9, host_memory=300e9, host_per_device=True),
 }
 NODE_GATHER, NETWORK_GATHER = 200e9, 25e9  # bytes/s into one device: NVLink within a machine, 400 Gbit/s between them
@@ -65,8 +68,8 @@ class Hardware:
     """Rates of a machine; bytes/s and FLOP/s.
 
     device: its short name. assumed: what it is was not known. flops: what training reaches on one device. down, up:
-    from and to one device. host_memory: reads and writes of Adam, all cores together. measured: names of the rates
-    that were measured, of `flops`, `copies` and `adam`.
+    from and to one device. host_memory: reads and writes of Adam, all cores of one machine together, or of one device
+    if each has a host of its own. measured: names of the rates that were measured, of `flops`, `copies` and `adam`.
     """
 
     device: str
@@ -76,7 +79,12 @@ class Hardware:
     down: float
     up: float
     host_memory: float
+    host_per_device: bool = False
     measured: tuple[str, ...] = ()
+
+    def machine_memory(self, devices: int) -> float:
+        """Return the rate of the memory of one machine with so many devices."""
+        return self.host_memory * (devices if self.host_per_device else 1)
 
 
 def known(name: str) -> tuple[str, float, str] | None:
@@ -87,13 +95,15 @@ def known(name: str) -> tuple[str, float, str] | None:
 def hardware(device: str | None, link: str | None, devices: int, rates: Rates | None) -> Hardware:
     """Choose the rates of a machine: measured ones first, else those of the tables.
 
-    `device` is its name, if it is known. `rates` were measured on this very machine; a given `link` means another.
+    `device` is its name, if it is known, and `devices` their number on a machine. `rates` were measured on this very
+    machine; a given `link` means another.
     """
     name, peak, usual = known(device or "") or known(ASSUMED_DEVICE) or DEVICES[0]
     kind = LINKS[link or usual]
     product = rates.device_bf16_flops_per_s if rates else None
     down, up = (rates.from_device_bytes_per_s, rates.to_device_bytes_per_s) if rates and not link else (None, None)
     adam = rates.adam_parameters_per_s if rates and not link else None
+    hosts = devices if kind.host_per_device else 1
     return Hardware(
         device=name,
         assumed=known(device or "") is None,
@@ -101,7 +111,8 @@ def hardware(device: str | None, link: str | None, devices: int, rates: Rates | 
         flops=product * SHARE_OF_PRODUCT if product else peak * SHARE_OF_PEAK,
         down=down or kind.rate,
         up=up or kind.rate,
-        host_memory=adam * adam_bytes(4)[0] if adam else kind.host_memory * (devices if kind.host_per_device else 1),
+        host_memory=adam * adam_bytes(4)[0] / hosts if adam else kind.host_memory,
+        host_per_device=kind.host_per_device,
         measured=tuple(name for name, found in (("flops", product), ("copies", down and up), ("adam", adam)) if found),
     )
 
@@ -154,7 +165,7 @@ def _host_sub_groups(shape: Shape, job: Job) -> int:
 
 def step_time(shape: Shape, job: Job, machine: Hardware) -> StepTime:
     """Estimate one optimizer step of one rank, with full rows."""
-    flops = hardware_flops(model_flops(shape.flops, [job.length] * job.batch), job.recompute)
+    flops = hardware_flops(job.batch * model_flops(shape.flops, [job.length]), job.recompute)
     micro = flops / machine.flops
     forward, backward = (micro / 4, micro * 3 / 4) if job.recompute else (micro / 3, micro * 2 / 3)
     gather = _gather_s(shape, job)  # in forward, again in backward, and once more to reduce the gradients
@@ -162,9 +173,8 @@ def step_time(shape: Shape, job: Job, machine: Hardware) -> StepTime:
     forward, backward = max(forward, gather, stream), max(backward, gather, stream) + gather
 
     number = host_elements(shape, job)
-    in_place, speculate, convert = (
-        number * job.ranks_per_node * size / machine.host_memory for size in adam_bytes(2 if job.bf16_state else 4)
-    )
+    memory = machine.machine_memory(job.ranks_per_node) / job.ranks_per_node
+    in_place, speculate, convert = (number * size / memory for size in adam_bytes(2 if job.bf16_state else 4))
     weights = 2 * number / machine.up
     copies = _gradient_copies_s(job, number, machine)
     if job.mode == "superoffload":

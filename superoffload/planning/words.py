@@ -7,9 +7,9 @@ from itertools import zip_longest
 
 from superoffload.planning.host import memlock_bytes, shm_bytes
 from superoffload.planning.machine import Machine
-from superoffload.planning.memory import budget, deepspeed_estimate
+from superoffload.planning.memory import Budget, budget, deepspeed_estimate
 from superoffload.planning.plan import Plan
-from superoffload.planning.remedies import Remedy
+from superoffload.planning.remedies import Capacity, Remedy
 from superoffload.planning.speed import LINKS, SHARE_OF_PEAK, SHARE_OF_PRODUCT, step_time
 
 GIB = 2**30
@@ -148,6 +148,7 @@ def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
         share = f"{SHARE_OF_PRODUCT:.0%} of the rate measured by superoffload doctor"
     found = {"copies": f"{LINKS[hardware.link].text}, assumed", "adam": "assumed"}
     found |= dict.fromkeys(set(hardware.measured) & found.keys(), "measured by superoffload doctor")
+    memory = hardware.machine_memory(job.ranks_per_node)
     rates = " and ".join(dict.fromkeys(f"{rate / 1e9:.0f}" for rate in (hardware.down, hardware.up)))
     result = [
         f"Estimated time: {duration(step.step_s)} a step, {step.tokens_per_s:,.0f} tokens/s, {each}",
@@ -157,7 +158,7 @@ def _time(plan: Plan, epoch_tokens: float | None) -> list[str]:
         result += [
             f"  gradients down {duration(step.gradients_s)}, weights up {duration(step.weights_s)}, at {rates} GB/s "
             f"({found['copies']})",
-            f"  Adam on the host {duration(step.adam_s)}, at {hardware.host_memory / 1e9:.0f} GB/s ({found['adam']})",
+            f"  Adam on the host {duration(step.adam_s)}, at {memory / 1e9:.0f} GB/s ({found['adam']})",
         ]
     if job.ranks > 1:
         result.append(f"  gathers between ranks {duration(step.gathers_s)}, a rough figure")
@@ -192,15 +193,24 @@ def _verdict(plan: Plan) -> list[str]:
     if not plan.fits:
         over = " and ".join(f"{gib(size)} GiB too much {PLACES[place]}" for place, size in plan.missing.items())
         return [*result, *_wrap(f"IT DOES NOT FIT: {over}"), *_changes(plan)]
-    sizes = {"device": (capacity.device, need.device_peak), "host": (capacity.host, need.host_peak)}
-    spare = {place: (most - size, most) for place, (most, size) in sizes.items() if most is not None}
-    text = " and ".join(f"{gib(left)} GiB {PLACES[place]}" for place, (left, _) in spare.items())
-    result += _wrap(f"IT FITS: {text} to spare")
-    if any(left < CLOSE * most for left, most in spare.values()):
+    text = " and ".join(f"{gib(left)} GiB {PLACES[place]}" for place, (left, _) in _spare(capacity, need).items())
+    unchecked = capacity.device is None and not plan.job.on_cpu
+    result += _wrap(f"{'AS FAR AS IT WAS CHECKED, ' if unchecked else ''}IT FITS: {text} to spare")
+    if _is_close(capacity, need):
         result += _wrap(f"  That is close: the arithmetic is no more exact than about {CLOSE:.0%}", 2)
     if capacity.device is not None and plan.largest_batch and plan.largest_length:
         result += _wrap(f"The most that fits: --batch_size {plan.largest_batch}, or --max_length {plan.largest_length}")
     return result
+
+
+def _spare(capacity: Capacity, need: Budget) -> dict[str, tuple[int, int]]:
+    """Return what is left by place, and of how much."""
+    sizes = {"device": (capacity.device, need.device_peak), "host": (capacity.host, need.host_peak)}
+    return {place: (most - size, most) for place, (most, size) in sizes.items() if most is not None}
+
+
+def _is_close(capacity: Capacity, need: Budget) -> bool:
+    return any(left < CLOSE * most for left, most in _spare(capacity, need).values())
 
 
 def _changes(plan: Plan) -> list[str]:
@@ -218,6 +228,8 @@ def _changes(plan: Plan) -> list[str]:
         result += _change(plan, remedy)
     if len(plan.remedies) > MOST_REMEDIES:
         result.append(f"  and {len(plan.remedies) - MOST_REMEDIES} more; --json has all")
+    if any(_is_close(plan.capacity, remedy.budget) for remedy in plan.remedies[:MOST_REMEDIES]):
+        result.append(f"* leaves less than {CLOSE:.0%}, and the arithmetic is no more exact than that")
     if any("--optimizer_state bf16" in remedy.flags for remedy in plan.remedies[:MOST_REMEDIES]):
         result.append("With --optimizer_state bf16, small updates are lost: see docs/memory.md")
     return result
@@ -226,6 +238,7 @@ def _changes(plan: Plan) -> list[str]:
 def _change(plan: Plan, remedy: Remedy) -> list[str]:
     speed = "" if plan.job.on_cpu else f"{step_time(plan.shape, remedy.job, plan.hardware).tokens_per_s:,.0f}"
     figures = f"{gib(remedy.budget.device_peak):>8}{gib(remedy.budget.host_peak):>9}{speed:>11}"
+    figures += " *" if _is_close(plan.capacity, remedy.budget) else ""
     text = " ".join(remedy.flags)
     if len(text) <= FLAGS_COLUMNS:
         return [f"  {text:{FLAGS_COLUMNS}}{figures}".rstrip()]

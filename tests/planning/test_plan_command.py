@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from superoffload import cli, ds_config
@@ -59,7 +60,8 @@ def as_json(capsys: Capture, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", recipes.names())
 @pytest.mark.parametrize("memory", ["80GB", "24GB"])
 def test_the_page_is_calm(capsys: Capture, name: str, memory: str) -> None:
-    status = plan("--recipe", name, "--gpu_memory", memory, "--host_memory", "2TiB", "--tokens", "5e6", "--nodes", "2")
+    status = plan("--recipe", name, "--gpu_memory", memory, "--host_memory", "2TiB", "--tokens", "5e6", "--nodes", "2",
+                  "--batch_size", "2")  # fmt: skip
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if len(line) > 80] == []
     assert ("IT FITS" in out) == (status == 0)
@@ -79,8 +81,21 @@ def test_a_recipe_is_planned_as_its_script_runs_it(capsys: Capture, stand_in: Pa
     ranks = recipes.devices(name)
     merged = ds_config.merge_flags(ds_config.read_ds_config(settings), settings, ranks)
     found = as_json(capsys, "--recipe", name, "--deepspeed_config", f"configs/{mode}.json", *BIG)
-    assert found["job"] == asdict(job.of(merged.config, merged.ds_config, ranks, ranks))
+    expected = job.of(merged.config, merged.ds_config, ranks, ranks)
+    assert found["job"] == asdict(replace(expected, divided=expected.batch * ranks))
     assert found["model"]["name"] == name
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_several_machines_divide_the_batch_of_a_recipe_as_its_script_does(
+    capsys: Capture, stand_in: Path, nodes: int
+) -> None:
+    env = {"DRY_RUN": "1", "NUM_NODES": str(nodes), "NODE_RANK": "0", "MASTER_ADDR": "localhost"}
+    words_of = shlex.split(call(script_of("llama-8b"), stand_in, "superoffload", **env).stdout.splitlines()[-1])
+    batch = int(words_of[words_of.index("--batch_size") + 1])
+    assert as_json(capsys, "--recipe", "llama-8b", "--nodes", str(nodes), *BIG)["job"]["batch"] == batch == 4 // nodes
+    given = as_json(capsys, "--recipe", "llama-8b", "--nodes", str(nodes), "--batch_size", "4", *BIG)["job"]
+    assert (given["batch"], given["divided"]) == (4, 0)
 
 
 @pytest.mark.unit
@@ -152,6 +167,8 @@ def test_the_json_has_these_names(capsys: Capture) -> None:
         ("--model_name", "qwen3-8b", "--gpu_memory", "24GB", "--host_memory", "480GiB", "--loss_kernel", "plain"),
         ("--recipe", "qwen3-30b-a3b", "--gpu_memory", "40GB", "--host_memory", "480GiB", "--save_checkpoint"),
         ("--recipe", "llama-70b", "--gpu_memory", "40GiB", "--host_memory", "1TiB"),
+        ("--recipe", "llama-70b", "--gpu_memory", "80GB", "--host_memory", "512GiB"),
+        ("--recipe", "llama-8b", "--gpu_memory", "30GB", "--host_memory", "100GiB"),
     ],
     ids=" ".join,
 )
@@ -175,6 +192,25 @@ def test_the_remedies_are_listed_with_their_figures(capsys: Capture) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("flag", ["--batch_size", "--max_length", "--keep_checkpoints", "--sub_group_size"])
+@pytest.mark.parametrize("number", ["1000000000", "1e30"])
+def test_absurd_numbers_are_answered(capsys: Capture, flag: str, number: str) -> None:
+    """Nothing grows with the number: not the search for changes, and not the time of a step."""
+    found = as_json(capsys, "--model_name", "llama-8b", *BIG, "--save_checkpoint", flag, number)
+    assert found["time"]["superoffload"]["step_s"] > 0
+
+
+@pytest.mark.unit
+def test_a_remedy_that_hardly_fits_is_marked(capsys: Capture) -> None:
+    plan("--recipe", "llama-8b", "--gpu_memory", "48GB", "--host_memory", "256GiB")
+    out = capsys.readouterr().out
+    marked = {line.split()[0]: line.endswith(" *") for line in out.splitlines() if line.startswith("  --")}
+    assert marked["--batch_size"] and not marked["--offload_params"]  # 44.7 and 35.1 of 44.7 GiB
+    assert "* leaves less than 5%" in out
+
+
+@pytest.mark.unit
 def test_the_nearest_miss_is_said(capsys: Capture) -> None:
     assert plan("--recipe", "llama-70b", "--gpu_memory", "4GB", "--host_memory", "16GiB") == 1
     assert re.search(r"The nearest:.*still\s+missing: [\d.]+ GiB", capsys.readouterr().out, re.S)
@@ -189,7 +225,7 @@ def test_disk_is_checked_where_the_output_folder_is_given(
     monkeypatch.setattr(machine, "disk_free_bytes", lambda folder: 400 * GIB if folder == tmp_path else 0)
     found = as_json(capsys, *arguments, "--output_dir", str(tmp_path))
     assert list(found["missing"]) == ["disk"]
-    assert [remedy["flags"] for remedy in found["remedies"]] == [["--keep_checkpoints 3"]]
+    assert [remedy["flags"] for remedy in found["remedies"]] == [["--keep_checkpoints 3"], ["--optimizer_state bf16"]]
 
 
 @pytest.mark.unit
@@ -215,7 +251,8 @@ def test_without_a_gpu_the_host_holds_everything(capsys: Capture) -> None:
     out = " ".join(capsys.readouterr().out.split())
     assert "There is no GPU here. This is a run on the CPU" in out and "The time of a step is not estimated" in out
     plan("--model_name", "llama-1b", "--link", "pcie5")
-    assert "The device was not checked: give its memory" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The device was not checked: give its memory" in out and "AS FAR AS IT WAS CHECKED, IT FITS: " in out
 
 
 @pytest.mark.unit
@@ -263,8 +300,15 @@ def test_measured_rates_are_used_for_the_machine_at_hand_alone(
     ("arguments", "message"),
     [
         ((), "--model_name: no model is given; give one, or a --recipe"),
+        (
+            ("--recipe", "llama-8b", "--gpus", "3"),
+            "--recipe llama-8b: its batch of 4 cannot be divided among 3 devices",
+        ),
+        (("--recipe", "llama-70b", "--nodes", "2"), "--recipe llama-70b: its batch of 4 cannot be divided among 8 "),
         (("--recipe", "gpt-5"), "--recipe gpt-5: must be one of gpt-oss-20b, "),
         (("--model_name", "llama-8b", "--batch_size", "0"), "--batch_size 0: must be 1 <= value"),
+        (("--recipe", "llama-8b", "--plot", "plan.txt"), "--plot plan.txt: must be the name of a PNG file"),
+        (("--recipe", "llama-8b", "--plot", ""), "--plot : must be the name of a PNG file"),
         (("--recipe", "llama-8b", "--deepspeed_config", "missing.json"), "--deepspeed_config missing.json: cannot be"),
     ],
 )
@@ -272,6 +316,14 @@ def test_what_cannot_be_planned_is_one_line(arguments: tuple[str, ...], message:
     with pytest.raises(UserError) as error:
         plan(*arguments)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("number", ["0", "-5", "nan", "inf", "many"])
+def test_an_epoch_has_a_number_of_tokens(number: str) -> None:
+    with pytest.raises(click.BadParameter) as error:
+        plan("--recipe", "llama-8b", *BIG, "--tokens", number)
+    assert error.value.param and error.value.param.name == "tokens"
 
 
 @pytest.mark.unit

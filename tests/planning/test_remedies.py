@@ -164,6 +164,25 @@ def test_nothing_is_largest_where_nothing_fits() -> None:
     assert search.largest(wanted, "batch") is None
 
 
+@pytest.mark.parametrize("value", [10**9, 10**30])
+@pytest.mark.parametrize(("field", "place"), [("batch", "device"), ("length", "device"), ("kept", "disk")])
+def test_absurd_numbers_are_searched_as_fast(field: str, place: str, value: int) -> None:
+    shape, fitting = recipe("llama-8b", batch=1, saves=True)
+    need = budget(shape, fitting)
+    enough = {"device": need.device_peak, "disk": need.disk}[place]
+    capacity = replace(Capacity(device=None, host=None), **{place: enough})
+    search = Search(shape=shape, capacity=capacity)
+    remedies, _ = search.remedies(replace(fitting, **{field: value}))  # type: ignore[arg-type]
+    assert remedies[0].job == fitting
+
+
+def test_bf16_state_halves_the_checkpoints() -> None:
+    shape, wanted = recipe("llama-8b", saves=True, kept=1)
+    search = Search(shape=shape, capacity=Capacity(device=None, host=None, disk=int(0.6 * budget(shape, wanted).disk)))
+    remedies, nearest = search.remedies(wanted)
+    assert ([remedy.flags for remedy in remedies], nearest) == ([("--optimizer_state bf16",)], None)
+
+
 def test_an_unknown_capacity_is_not_checked() -> None:
     shape, wanted = recipe("llama-8b")
     assert Capacity(device=None, host=None).missing(budget(shape, wanted)) == {}

@@ -36,7 +36,8 @@ def test_a_pair_that_is_too_long_for_one_line_takes_two() -> None:
     need = budget(shape, wanted)
     flags = ("--activation_checkpointing", "--optimizer_state bf16")
     found = plan.make(shape, wanted, Capacity(device=1, host=None), speed.hardware(None, None, 1, None))
-    found = replace(found, nearest=None, remedies=(Remedy(flags=flags, job=wanted, budget=need),))
+    remedies = (Remedy(flags=flags, job=wanted, budget=need),)
+    found = replace(found, nearest=None, remedies=remedies, capacity=Capacity(device=2 * need.device_peak, host=None))
     lines = words.lines(found, None, True, None)
     place = lines.index("  --activation_checkpointing")
     second = lines[place + 1]
