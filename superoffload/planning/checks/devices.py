@@ -10,11 +10,12 @@ from typing import Any
 from superoffload.planning import child, nvidia
 from superoffload.planning.finding import Finding, Surroundings, gb_per_s, size, skipped
 from superoffload.planning.machine import Machine, Node, numa_nodes
+from superoffload.planning.speed import LINKS
 
 SUPERCHIPS = ("GH200", "GB200", "GB300", "GB10")
 # Bytes per second and direction that copies reach of 16 lanes, about 80 % of the raw rate, by generation of PCIe.
 PCIE_BYTES_PER_S = {3: 12e9, 4: 25e9, 5: 50e9, 6: 100e9}
-COHERENT_BYTES_PER_S = 200e9
+COHERENT_BYTES_PER_S = LINKS["c2c"].rate
 FAIR_SHARE = 0.6
 BUSY_SHARE = 0.9
 PARAMS = "proc/driver/nvidia/params"

@@ -87,7 +87,7 @@ def measured(to_device: float, to_host: float, *, locked: bool = True) -> dict[s
         (measured(13, 13), nvidia.Pcie(generation=4, width=8, widest=16), False, "slow", "only 8 of 16 lanes in use"),
         (measured(55, 53, locked=False), PCIE5, False, "slow", "page-locking failed"),
         (measured(380, 290), PCIE5, True, "good", "coherent (NVLink-C2C)"),
-        (measured(55, 53), PCIE5, True, "slow", "200.0 GB/s are usual"),
+        (measured(55, 53), PCIE5, True, "slow", "330.0 GB/s are usual"),
         (measured(5, 5), None, False, "good", "unknown kind"),
     ],
 )
