@@ -75,8 +75,8 @@ def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architec
     attention_kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs)
     tokenizer = load_tokenizer(*config.model.origin)
     with distributed.wait_without_collective("tokenising"):
-        rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
         prompts = read_prompts(config.evaluation.sample_prompts)
+        rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
         prompt_ids = loader.tokenize_prompts(prompts, tokenizer, config.data)
     layout = collate.choose_layout(config.data, tokenizer.pad_token_id, attention.takes_documents(attention_kernel))
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
