@@ -29,7 +29,7 @@ CHECKPOINT_ERROR = 3
 class Inputs(NamedTuple):
     """What a run reads besides the model, and the attention kernel, on which the layout of batches depends."""
 
-    attention: "str | None"
+    attention_kernel: "str | None"
     tokenizer: "Tokenizer"
     batches: "Batches"
     evaluation: "Evaluation"
@@ -72,19 +72,20 @@ def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architec
     from superoffload.model.tokenizer import load_tokenizer
     from superoffload.training.evaluation import Evaluation, read_prompts
 
-    kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs)
+    attention_kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs)
     tokenizer = load_tokenizer(*config.model.origin)
     with distributed.wait_without_collective("tokenising"):
-        rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
         prompts = read_prompts(config.evaluation.sample_prompts)
+        rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
         prompt_ids = loader.tokenize_prompts(prompts, tokenizer, config.data)
-    layout = collate.choose_layout(config.data, tokenizer.pad_token_id, attention.takes_documents(kernel))
+    layout = collate.choose_layout(config.data, tokenizer.pad_token_id, attention.takes_documents(attention_kernel))
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(rows, layout, config.training, **ranks)
     held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
     for line in batches.statistics().short_lines():
         log.logger.info("%s", line)
-    return Inputs(kernel, tokenizer, batches, Evaluation(held_out, prompt_ids, config.evaluation.eval_steps))
+    evaluation = Evaluation(held_out, prompt_ids, config.evaluation.eval_steps)
+    return Inputs(attention_kernel, tokenizer, batches, evaluation)
 
 
 def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, checkpoints: "list[Source]") -> bool:
@@ -98,13 +99,13 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
     from superoffload.training.run_control import RunControl
 
     config, ds_config = merged.config, merged.ds_config
-    kernel, tokenizer, batches, evaluation = inputs
-    rows = vocabulary.rows_needed(config.model, architecture.config, tokenizer, *evaluation.ids(batches))
+    attention_kernel, tokenizer, batches, evaluation = inputs
+    embedding_rows = vocabulary.rows_needed(config.model, architecture.config, tokenizer, *evaluation.ids(batches))
 
     source = resume.first_intact(config, checkpoints)
     progress = Progress(**resume.progress_of(source))
     batches.start_at(progress.step, progress.epoch, progress.packs_in_epoch)
-    model = load.load_model(config.model, architecture, ds_config, kernel, rows)
+    model = load.load_model(config.model, architecture, ds_config, attention_kernel, embedding_rows)
     model_engine = engine.create(model, resume.with_checkpoint_format(ds_config, source), config, batches.total_steps)
     isolation.check(model_engine, batches.layout)
     loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)

@@ -273,11 +273,13 @@ set +m
 while kill -0 "$launcher" 2>/dev/null; do sleep 0.2 || true; done # a trap would interrupt `wait`, whose status is then lost
 status=0
 wait "$launcher" || status=$?
+left_alone=$(ranks)
 while [[ -n $(ranks) ]]; do sleep 0.2 || true; done # a scheduler signals the launcher too, which then exits before its ranks
 ((signals == 0)) || kill -s TERM -- "-$launcher" 2>/dev/null || true # children of the ranks, such as tokenising workers
 trap - USR1 TERM INT HUP
 # A shell reports a signal as 128 more, and DeepSpeed's launcher as 256 less. If a rank is killed, the status can also be
-# that of another rank, which has lost its connection, or 0 if the launcher itself is; the kernel's count tells.
+# that of another rank, which has lost its connection; the kernel's count tells. `deepspeed` starts the launcher of the
+# ranks, and reports 0 if that is killed. Otherwise that launcher ends with 0 only after its ranks.
 kills=$(($(oom_kills) - kills_before))
 if ((signals == 0)); then
     case "$status" in
@@ -285,6 +287,10 @@ if ((signals == 0)); then
         135 | 249) explain 7 "$kills" ;;
         *) ((kills == 0)) || explain 9 "$kills" ;;
     esac
+    if ((status == 0)) && [[ -n $left_alone ]]; then
+        echo "DeepSpeed's launcher was killed, and its ranks went on alone: the log says how they ended." >&2
+        status=137
+    fi
 fi
 # A recipe may define `afterwards`, which runs after a complete run.
 if ((status == 0 && signals == 0)) && declare -F afterwards >/dev/null; then afterwards; fi

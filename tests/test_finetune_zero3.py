@@ -146,6 +146,10 @@ def test_two_nodes_without_ssh(model_folder: Path, rows_file: Path, tmp_path: Pa
             "--model_name no/such-model: not a local path, and the hub cannot be reached",
         ),
         (["--dataset_name", "./none.json"], "--dataset_name ./none.json: no such file or folder"),
+        (
+            ["--dataset_name", "./none.json", "--sample_prompts", "./no.txt"],
+            "--sample_prompts ./no.txt: cannot be read",
+        ),
         (["--output_dir", "/proc/none/at/all"], "--output_dir /proc/none/at/all: cannot be written"),
     ],
 )

@@ -63,6 +63,18 @@ def test_no_other_end_is_explained(status: int, stand_in: Path) -> None:
     assert (result.returncode, result.stderr) == (status, "")
 
 
+def test_a_killed_launcher_is_no_complete_run(stand_in: Path) -> None:
+    """`deepspeed` exits with 0 if its launcher is killed; the ranks, which it started, go on."""
+    program(stand_in / "rank", 'sleep 1; touch "$SEEN"')
+    program(stand_in / "deepspeed", f"{stand_in}/rank --local_rank=0 & sleep 0.2")
+    script = changed("llama-8b", stand_in.parent, "LOG_INTERVAL=1", "LOG_INTERVAL=1; afterwards() { echo scored; }")
+    result = call(script, stand_in, "superoffload")
+    assert result.returncode == 137
+    assert (stand_in.parent / "seen").exists()
+    assert result.stderr.startswith("DeepSpeed's launcher was killed, and its ranks went on alone")
+    assert "scored" not in result.stdout
+
+
 def function_of(name: str, folder: Path) -> str:
     """Return a function of _launch.sh that looks for /proc and /sys in a folder."""
     text = (SCRIPTS / "_launch.sh").read_text()

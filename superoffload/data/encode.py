@@ -2,7 +2,7 @@
 
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from superoffload.config import DataSettings
@@ -12,6 +12,7 @@ from superoffload.errors import UserError
 from superoffload.protocols import Tokenizer
 
 IGNORED = -100  # the label of a token that is not a target
+CHARACTERS_AT_A_TIME = 2**20  # tokenised together: a fast tokenizer holds about 300 bytes per token until it is done
 VERSION = 5  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
 
 # The Alpaca template.
@@ -167,10 +168,10 @@ class Encoder:
         """
         written = [self._write(conversation) for conversation in conversations]
         in_segments = [text for text in written if isinstance(text, _Segments)]
-        openings = iter(self._tokenize([text for row in in_segments for text, _ in row.texts[:1]], special=True))
-        others = iter(self._tokenize([text for row in in_segments for text, _ in row.texts[1:]]))
+        openings = self._tokenize([text for row in in_segments for text, _ in row.texts[:1]], special=True)
+        others = self._tokenize([text for row in in_segments for text, _ in row.texts[1:]])
         rendered = [text.found.text for text in written if isinstance(text, _Rendered)]
-        covering = iter(self._tokenize_with_offsets(rendered))
+        covering = self._tokenize_with_offsets(rendered)
         result: list[Encoded | BadRow] = []
         for row in written:
             try:
@@ -214,11 +215,11 @@ class Encoder:
             text = plain_segments(turns)[0][0]
         else:
             rendered = self._jinja.render(turns.turns[:1], ask=True)
-            return self._tokenize([rendered])[0]
+            return next(self._tokenize([rendered]))
         return self._first_ids(text)
 
     def _first_ids(self, text: str) -> list[int]:
-        return self._opening(self._tokenize([text], special=True)[0])
+        return self._opening(next(self._tokenize([text], special=True)))
 
     def _opening(self, ids: list[int]) -> list[int]:
         """Return the tokens of the start of a row: with the beginning-of-sequence token once, and without an end."""
@@ -226,21 +227,24 @@ class Encoder:
             ids = ids[1:]
         return ids[:-1] if ids and ids[-1] == self._eos else ids
 
-    def _tokenize(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        """Return the tokens of each text, with `special` those that the tokenizer adds to a text of its own accord."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self._tokenizer(
-            texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
-        )["input_ids"]
-        return ids
+    def _tokenize(self, texts: list[str], special: bool = False) -> Iterator[list[int]]:
+        """Yield the tokens of each text, with `special` those that the tokenizer adds to a text of its own accord."""
+        for part in _parts(texts):
+            yield from self._tokenizer(
+                part, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
+            )["input_ids"]
 
-    def _tokenize_with_offsets(self, texts: list[str]) -> Iterable[tuple[list[int], list[tuple[int, int]]]]:
-        """Return the tokens of each text, and the characters that each of them covers."""
-        if not texts:
-            return ()
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    def _tokenize_with_offsets(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Yield the tokens of each text, and the characters that each of them covers."""
+        for part in _parts(texts):
+            encoded = self._tokenizer(
+                part,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=True,
+            )
+            yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _plain(self, turns: Chat) -> "_Segments":
         unwritten = _beside_plain(turns)
@@ -317,6 +321,20 @@ class Encoder:
         decoded = self._decode(ids, skip_special_tokens=False)
         if text not in decoded and _loosely(text) not in _loosely(decoded):
             raise BadRow(f"the tokenizer cannot write what the assistant says: it becomes {decoded[:200]!r}")
+
+
+def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts in lists to tokenise together; one that is long comes with few others, or alone."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        if part and size + len(text) > CHARACTERS_AT_A_TIME:
+            yield part
+            part, size = [], 0
+        part.append(text)
+        size += len(text)
+    if part:
+        yield part
 
 
 def _loosely(text: str) -> str:

@@ -26,5 +26,5 @@ def disk_bytes(shape: Shape, job: Job) -> int:
 
     checkpoint/save.py removes an old checkpoint only when the new one is complete.
     """
-    checkpoints = checkpoint_bytes(shape, job) * (max(1, job.kept) + 1) if job.saves else 0
+    checkpoints = checkpoint_bytes(shape, job) * (job.kept + 1) if job.saves else 0
     return checkpoints + (export_bytes(shape) if job.exports else 0)

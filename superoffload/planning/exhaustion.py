@@ -57,14 +57,16 @@ def explained(forecast: Forecast | None, output_dir: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        what = kind(error)
+    except (MemoryError, OSError, RuntimeError, UserError) as error:
+        # A library's error may have become the user's already, e.g. that of a file of weights that cannot be mapped.
+        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+        what = kind(cause)
         if what is not None:
             logger.debug("Memory ran out here", exc_info=True)
             planned = ["The plan was:", *forecast.lines()] if forecast else ["Memory was not known beforehand."]
-            happened = f"{what.capitalize()} ran out: {first_line(error)}"
+            happened = f"{what.capitalize()} ran out: {first_line(cause)}"
             logger.error("%s", "\n".join([happened, *planned, "", *measured()]))
-            raise MemoryRanOut(_line(what, error, forecast, output_dir)) from error
+            raise MemoryRanOut(_line(what, cause, forecast, output_dir)) from error
         if not distributed.lost_another_rank(error):
             raise
         logger.debug("Another rank has ended", exc_info=True)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from superoffload import distributed
 from superoffload.checkpoint.resume import Source
-from superoffload.config import AUTO
+from superoffload.config import AUTO, CheckpointSettings
 from superoffload.ds_config import Merged, with_offload_ratio
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
@@ -17,9 +17,6 @@ from superoffload.protocols import Model
 
 Found = TypeVar("Found")
 
-# What unusual models, files and drivers make the arithmetic raise; not a reason to refuse a run.
-UNKNOWN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-
 
 def check(
     merged: Merged, skeleton: Model, longest: int, checkpoints: Sequence[Source]
@@ -27,32 +24,45 @@ def check(
     """Choose the ratio if it is `auto`, and stop a run that needs clearly more than there is (collective).
 
     `skeleton` is the model without weights, `longest` the most tokens of a row in a batch, and `checkpoints` those that
-    the run may resume from. Returns the settings and
-    the forecast, None if memory is not known beforehand. Raises `UserError`, on every rank or on none.
+    the run may resume from. Returns the settings, and the forecast, None if memory is not known beforehand. Raises
+    `UserError`, on every rank or on none.
     """
     name, folder = merged.config.model.model_name, merged.config.output.output_dir
     own = _attempt(lambda: (sight.see(folder), shape.of_model(name, skeleton)))
     found = distributed.all_gather_objects(own)
-    forecast = _attempt(lambda: _forecast(merged, found, longest, resumes=bool(checkpoints)))
-    if isinstance(forecast, str):
-        logger.warning("Memory is not known beforehand: %s", forecast)
-        return _with_ratio(merged, 1.0, "because memory is not known beforehand"), None
-    if merged.config.offload.offload_ratio == AUTO:
-        saved = checkpoints[0].manifest["config"].get("offload_ratio") if checkpoints else None
-        planned = forecast.plan
-        merged = _with_ratio(merged, *ratio.auto(planned.shape, planned.job, planned.capacity.device, saved))
-        forecast = _forecast(merged, found, longest, resumes=bool(checkpoints))
+    saved = checkpoints[0].manifest["config"].get("offload_ratio") if checkpoints else None
+    planned = _attempt(lambda: _planned(merged, found, longest, saved, resumes=bool(checkpoints)))
+    if isinstance(planned, str):
+        logger.warning("Memory is not known beforehand: %s", planned)
+        chosen = (1.0, "because memory is not known beforehand") if saved is None else (saved, "as in the checkpoint")
+        return _with_ratio(merged, *chosen), None
+    merged, forecast = planned
     _judge(forecast, stops=merged.config.offload.preflight)
     return merged, forecast
 
 
 def _attempt(look: Callable[[], Found]) -> Found | str:
-    """Return what `look` returns, or what went wrong: the preflight must not stop a run because of its own error."""
+    """Return what `look` returns, or what went wrong: the preflight must not stop a run because of its own error.
+
+    Any error counts, because one that only this rank has would leave the others waiting for it.
+    """
     try:
         return look()
-    except UNKNOWN as error:
+    except Exception as error:  # noqa: BLE001 - unusual models, files and drivers raise errors of any kind
         logger.debug("The preflight failed", exc_info=True)
         return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _planned(
+    merged: Merged, found: Sequence[Any], longest: int, saved: float | None, *, resumes: bool
+) -> tuple[Merged, Forecast]:
+    """Choose the ratio if it is `auto`, `saved` being the checkpoint's, and plan the run with it."""
+    forecast = _forecast(merged, found, longest, resumes=resumes)
+    if merged.config.offload.offload_ratio != AUTO:
+        return merged, forecast
+    whole = forecast.plan
+    merged = _with_ratio(merged, *ratio.auto(whole.shape, whole.job, whole.capacity.device, saved))
+    return merged, _forecast(merged, found, longest, resumes=resumes)
 
 
 def _forecast(merged: Merged, found: Sequence[Any], longest: int, *, resumes: bool) -> Forecast:
@@ -68,11 +78,19 @@ def _forecast(merged: Merged, found: Sequence[Any], longest: int, *, resumes: bo
         job.of(merged.config, merged.ds_config, len(sights), per_node),
         length=longest,
         on_cpu=there.device is None,
-        pinned_rounding=job.rounds_pinned_memory(),
+        pinned_rounding=any(seen.pinned_rounding for seen in sights),
+        kept=_kept(merged.config.checkpoint, sights),
     )
     hardware = speed.hardware(devices[0] if devices else None, None, per_node, None)
     made = plan.make(shapes[0], asked, there, hardware)
     return Forecast(plan=made, packed=merged.config.data.packs, resumes=resumes)
+
+
+def _kept(checkpoint: CheckpointSettings, sights: Sequence[sight.Sight]) -> int:
+    """Return how many checkpoints there are when the last one is written: a run that saves only then adds no other."""
+    if checkpoint.save_steps or checkpoint.save_minutes:
+        return checkpoint.keep_checkpoints
+    return min(checkpoint.keep_checkpoints, max(seen.checkpoints for seen in sights))
 
 
 def _with_ratio(merged: Merged, chosen: float, why: str) -> Merged:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from superoffload import distributed
 from superoffload.checkpoint import manifest
-from superoffload.planning import machine
+from superoffload.planning import job, machine
 from superoffload.planning.device import CONTEXT_BYTES, NCCL_BYTES
 from superoffload.planning.remedies import Capacity
 
@@ -18,13 +18,16 @@ class Sight:
     """What one rank sees, in bytes.
 
     held_bytes: host memory of its own, such as its libraries'. disk_bytes: free where the output folder is, or taken
-    by checkpoints in it, which make room for new ones.
+    by checkpoints in it, which make room for new ones. checkpoints: the number of those. pinned_rounding: torch rounds
+    pinned memory up in this rank's environment, which may be another on each machine.
     """
 
     host_name: str
     machine: machine.Machine
     held_bytes: int
     disk_bytes: int
+    checkpoints: int
+    pinned_rounding: bool
 
 
 def see(output_dir: str) -> Sight:
@@ -36,12 +39,15 @@ def see(output_dir: str) -> Sight:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     own = machine.meminfo("\n".join(line for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem"))))
     folder = Path(output_dir)
-    saved = [path for tag in manifest.complete_checkpoints(folder) for path in tag.iterdir()]
+    saved = manifest.complete_checkpoints(folder)
+    taken = sum(path.stat().st_size for tag in saved for path in tag.iterdir())
     return Sight(
         host_name=socket.gethostname(),
         machine=machine.look(devices=(machine.current_device(),) if on_gpu else ()),
         held_bytes=sum(own.values()),
-        disk_bytes=machine.disk_free_bytes(folder) + sum(path.stat().st_size for path in saved),
+        disk_bytes=machine.disk_free_bytes(folder) + taken,
+        checkpoints=len(saved),
+        pinned_rounding=job.rounds_pinned_memory(),
     )
 
 

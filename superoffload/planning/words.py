@@ -108,7 +108,7 @@ def _disk(plan: Plan) -> Iterator[str]:
     need, free = plan.budget, plan.capacity.disk
     text = f"Disk: a checkpoint has {gib(need.checkpoint)} GiB"
     if need.disk:
-        text += f"; the run needs {gib(need.disk)} GiB free, with --keep_checkpoints {plan.job.kept}"
+        text += f"; the run needs {gib(need.disk)} GiB free, for {plan.job.kept + 1} at a time (--keep_checkpoints)"
     else:
         text += "; this run saves none (--save_checkpoint, --save_steps)"
     if free is not None:

@@ -96,6 +96,27 @@ def test_rows_encoded_together_are_those_encoded_alone(tokenizer: Tokenizer, tem
     assert encode.encode([]) == []
 
 
+@pytest.mark.parametrize("template", ["plain", "tokenizer"])
+def test_of_long_rows_few_are_tokenised_together(
+    tokenizer: Tokenizer, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = CHATML
+    sizes: list[list[int]] = []
+
+    def counted(texts: list[str], **options: Any) -> Any:
+        sizes.append([len(text) for text in texts])
+        return tokenizer(texts, **options)
+
+    encode = encoder(tokenizer, template)
+    rows: list[Conversation] = [Pair("hi", "", "there " * count) for count in (1, 2, 200, 3, 100, 1)]
+    whole = encode.encode(rows)
+    monkeypatch.setattr(encode, "_tokenizer", counted)
+    monkeypatch.setattr("superoffload.data.encode.CHARACTERS_AT_A_TIME", 500)
+    assert encode.encode(rows) == whole
+    assert max(len(part) for part in sizes) > 1
+    assert all(len(part) == 1 or sum(part) <= 500 for part in sizes)
+
+
 def test_answer_follows_the_prompts_own_tokens(tokenizer: Tokenizer) -> None:
     pair = Pair("hello", "", "hi")
     encoded = encoder(tokenizer)(pair)

@@ -153,6 +153,21 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.unit
+def test_an_error_of_the_user_stays_unless_memory_is_its_cause(tmp_path: Path) -> None:
+    def fail(cause: Exception | None) -> None:
+        with exhaustion.explained(None, str(tmp_path)):
+            raise UserError("--model_name m: no such file") from cause
+
+    for other in (None, OSError(errno.ENOENT, "No such file or directory")):
+        with pytest.raises(UserError, match="^--model_name m: no such file$") as caught:
+            fail(other)
+        assert caught.value.status == 2
+    with pytest.raises(exhaustion.MemoryRanOut, match="^host memory ran out") as ran_out:
+        fail(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert ran_out.value.status == 4
+
+
+@pytest.mark.unit
 def test_a_rank_that_loses_another_waits_to_be_ended_and_then_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

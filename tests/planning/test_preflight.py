@@ -38,11 +38,24 @@ def settings(**flags: Any) -> Merged:
 
 
 def view(
-    host_name: str = "a", free: float | None = 79, available: float = 480, disk: float = 1000, held: float = 1
+    host_name: str = "a",
+    free: float | None = 79,
+    available: float = 480,
+    disk: float = 1000,
+    held: float = 1,
+    checkpoints: int = 0,
+    rounding: bool = False,
 ) -> Sight:
     devices = () if free is None else (Device(name="d", total_bytes=80 * GIB, free_bytes=int(free * GIB)),)
     machine = replace(EMPTY_HOST, devices=devices, host_available_bytes=int(available * GIB))
-    return Sight(host_name=host_name, machine=machine, held_bytes=int(held * GIB), disk_bytes=int(disk * GIB))
+    return Sight(
+        host_name=host_name,
+        machine=machine,
+        held_bytes=int(held * GIB),
+        disk_bytes=int(disk * GIB),
+        checkpoints=checkpoints,
+        pinned_rounding=rounding,
+    )
 
 
 def asked(**flags: Any) -> Job:
@@ -182,6 +195,45 @@ def test_nothing_that_the_preflight_does_not_understand_stops_a_run(
         assert caplog.messages[0] == f"Memory is not known beforehand: LookupError: {failed}"
 
 
+def test_an_error_of_any_kind_in_the_arithmetic_stops_no_run(
+    check: Check, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(ratio, "auto", fail)
+    merged, found = check(view(), offload_ratio="auto")
+    assert (merged.config.offload.offload_ratio, found) == (1.0, None)
+    assert caplog.messages[0] == "Memory is not known beforehand: AssertionError: Torch not compiled with CUDA enabled"
+    saved: Any = SimpleNamespace(manifest={"config": {"offload_ratio": 0.9}})
+    merged, _ = check(view(), offload_ratio="auto", checkpoints=[saved])
+    assert merged.config.offload.offload_ratio == 0.9
+
+
+def test_a_run_that_saves_at_its_end_needs_no_space_for_more_checkpoints(check: Check) -> None:
+    _, first = check(view(), save_checkpoint=True)
+    assert first is not None
+    one = first.plan.budget.checkpoint
+    assert first.plan.budget.disk == one
+    check(view(disk=1.1 * one / GIB), save_checkpoint=True)
+    for there, most in ((1, 2), (2, 3), (7, 3)):
+        _, again = check(view(), view(checkpoints=there), save_checkpoint=True)
+        assert again is not None
+        assert again.plan.budget.disk == most * one
+    for often in ({"save_steps": 100}, {"save_minutes": 1.0}):
+        _, many = check(view(), save_checkpoint=True, **often)
+        assert many is not None
+        assert many.plan.budget.disk == 3 * one
+
+
+def test_ranks_whose_allocators_differ_come_to_the_same_result(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ("", "pinned_max_round_threshold_mb:64"):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", options)
+        _, found = check(view(), view("b", rounding=True))
+        assert found is not None
+        assert found.plan.job.pinned_rounding
+
+
 def test_the_ratio_of_auto_is_that_of_the_settings_and_of_the_ds_config(
     check: Check, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -239,4 +291,6 @@ def test_a_rank_sees_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sight.see(str(tmp_path)).machine.devices == (device,)
     with (make_checkpoint(tmp_path, 3, 1.0) / "big").open("wb") as file:
         file.truncate(2**41)  # takes no space
-    assert sight.see(str(tmp_path)).disk_bytes > 2**41
+    found = sight.see(str(tmp_path))
+    assert found.disk_bytes > 2**41
+    assert found.checkpoints == 1
