@@ -18,7 +18,7 @@ class Job:
     ratio: share of the optimizer's sub-groups on the host. sub_group, bucket: in elements.
     max_live, prefetch, reuse: of gathered parameters, in elements: how many there may be before no more are fetched
         ahead, how many are fetched ahead, and how soon one must be needed again to be kept.
-    saves: a checkpoint is written; kept: how many complete ones are kept.
+    saves: a checkpoint is written; kept: how many complete ones may be there meanwhile, 0 if only one is ever written.
     sum_bytes: of an element of DeepSpeed's sums of gradients. on_cpu: there is no device, so the host holds its part.
     pinned_rounding: torch rounds pinned memory of any size up to a power of two, as without the recipes' options.
     divided: the batch of all ranks that a recipe's script divides among them; 0 where `batch` was given.
@@ -88,7 +88,7 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         offload_params=config.offload.offload_params,
         pin_memory=offload.get("pin_memory", False),
         saves=bool(checkpoint.save_checkpoint or checkpoint.save_steps or checkpoint.save_minutes),
-        kept=checkpoint.keep_checkpoints,
+        kept=checkpoint.keep_checkpoints if checkpoint.save_steps or checkpoint.save_minutes else 0,
         exports=checkpoint.export,
         packed=config.data.packs,
         max_live=zero.get("stage3_max_live_parameters", MAX_LIVE),
