@@ -220,7 +220,7 @@ def test_the_nearest_miss_is_said(capsys: Capture) -> None:
 def test_disk_is_checked_where_the_output_folder_is_given(
     capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--recipe", "llama-8b", "--save_checkpoint", "--keep_checkpoints", "5", *BIG)
+    arguments = ("--recipe", "llama-8b", "--save_steps", "100", "--keep_checkpoints", "5", *BIG)
     assert as_json(capsys, *arguments)["capacity"]["disk"] is None
     monkeypatch.setattr(machine, "disk_free_bytes", lambda folder: 400 * GIB if folder == tmp_path else 0)
     found = as_json(capsys, *arguments, "--output_dir", str(tmp_path))
