@@ -10,7 +10,8 @@ import click
 
 from superoffload import cli, config, ds_config
 from superoffload.errors import UserError
-from superoffload.planning import job, machine, plan, ratio, recipes, remedies, shape, speed, words
+from superoffload.planning import machine, plan, ratio, recipes, remedies, speed, words
+from superoffload.planning.budget import job, shape
 
 # The flags of a run that memory or time depend on; of the other groups, all.
 MODEL = (

@@ -15,7 +15,7 @@ from typing import Any
 from superoffload.errors import first_line
 from superoffload.planning import machine
 from superoffload.planning.checks import cores, devices, memory, network, operators, software, storage
-from superoffload.planning.finding import Check, Finding, Surroundings, Verdict
+from superoffload.planning.checks.finding import Check, Finding, Surroundings, Verdict
 from superoffload.planning.machine import Machine, Rates
 
 CHECKS: Mapping[str, Check] = {

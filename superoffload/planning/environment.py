@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from superoffload.planning import nvidia
+from superoffload.planning.checks.finding import public, size
 from superoffload.planning.checks.software import installed_version, requirements
-from superoffload.planning.finding import public, size
 from superoffload.planning.machine import look
 
 Report = dict[str, dict[str, str]]

@@ -6,11 +6,12 @@ python -m superoffload.planning.fits
 import sys
 
 from superoffload import config, ds_config
-from superoffload.planning import job, recipes, shape
-from superoffload.planning.job import Job
-from superoffload.planning.memory import budget
+from superoffload.planning import recipes
+from superoffload.planning.budget import job, shape
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.memory import budget
+from superoffload.planning.budget.shape import Shape
 from superoffload.planning.remedies import Capacity, Search
-from superoffload.planning.shape import Shape
 from superoffload.planning.words import GIB
 
 DEVICES = (80, 96, 141)  # GB, what the names of devices promise; they have a little more

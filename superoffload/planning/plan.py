@@ -6,10 +6,10 @@ Imports no torch. `words.py` says it, `picture.py` draws it.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from superoffload.planning.job import Job
-from superoffload.planning.memory import Budget, budget, deepspeed_estimate
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.memory import Budget, budget, deepspeed_estimate
+from superoffload.planning.budget.shape import Shape
 from superoffload.planning.remedies import Capacity, Remedy, Search
-from superoffload.planning.shape import Shape
 from superoffload.planning.speed import Hardware, StepTime, in_mode, step_time
 
 MODES = ("superoffload", "zerooffload")

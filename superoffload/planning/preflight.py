@@ -11,7 +11,8 @@ from superoffload.config import AUTO, CheckpointSettings
 from superoffload.ds_config import Merged, with_offload_ratio
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
-from superoffload.planning import job, plan, ratio, shape, sight, speed
+from superoffload.planning import plan, ratio, sight, speed
+from superoffload.planning.budget import job, shape
 from superoffload.planning.forecast import Forecast
 from superoffload.protocols import Model
 

@@ -3,11 +3,11 @@
 import math
 from dataclasses import replace
 
-from superoffload.planning.device import on_device, sub_groups
+from superoffload.planning.budget.device import on_device, sub_groups
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.memory import budget
+from superoffload.planning.budget.shape import Shape
 from superoffload.planning.forecast import MARGIN
-from superoffload.planning.job import Job
-from superoffload.planning.memory import budget
-from superoffload.planning.shape import Shape
 
 STEPS = 100
 

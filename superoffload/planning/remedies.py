@@ -6,9 +6,9 @@ from functools import lru_cache
 from math import ceil, floor
 from typing import Any
 
-from superoffload.planning.job import Job
-from superoffload.planning.memory import Budget, budget
-from superoffload.planning.shape import Shape
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.memory import Budget, budget
+from superoffload.planning.budget.shape import Shape
 
 LENGTH_STEP = 256
 MOST_BATCH, MOST_LENGTH = 4096, 2**20

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from superoffload import distributed
 from superoffload.checkpoint import manifest
-from superoffload.planning import job, machine
-from superoffload.planning.device import CONTEXT_BYTES, NCCL_BYTES
+from superoffload.planning import machine
+from superoffload.planning.budget import job
+from superoffload.planning.budget.device import CONTEXT_BYTES, NCCL_BYTES
 from superoffload.planning.remedies import Capacity
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from superoffload.model.flops import hardware_flops, model_flops
-from superoffload.planning.device import on_device, sub_groups
-from superoffload.planning.job import Job
+from superoffload.planning.budget.device import on_device, sub_groups
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape
 from superoffload.planning.machine import Rates
-from superoffload.planning.shape import Shape
 
 # Dense bf16 FLOP/s and the usual link to the host, by a part of the device's name; the first match counts. From
 # NVIDIA's data sheets, without sparsity.

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 
-from superoffload.planning.host import memlock_bytes, shm_bytes
+from superoffload.planning.budget.host import memlock_bytes, shm_bytes
+from superoffload.planning.budget.memory import Budget, budget, deepspeed_estimate
 from superoffload.planning.machine import Machine
-from superoffload.planning.memory import Budget, budget, deepspeed_estimate
 from superoffload.planning.plan import Plan
 from superoffload.planning.remedies import Capacity, Remedy
 from superoffload.planning.speed import LINKS, SHARE_OF_PEAK, SHARE_OF_PRODUCT, step_time

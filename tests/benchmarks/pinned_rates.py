@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from superoffload.planning.link import TO_DEVICE, TO_HOST, measure
+from superoffload.planning.checks.link import TO_DEVICE, TO_HOST, measure
 
 HERE = Path(__file__).resolve().parent
 

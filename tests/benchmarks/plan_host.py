@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from superoffload.planning import disk
+from superoffload.planning.budget import disk
 from tests.helpers.host_memory import described, follow, predicted
 from tests.helpers.models import write_model, write_rows
 from tests.helpers.ranks import REPOSITORY
@@ -102,8 +102,9 @@ def report(cases: list[dict[str, Any]]) -> str:
         "the prediction is above the measurement. Steady is the median over the steps, the others are peaks.",
         "",
         "Two kinds of numbers were taken from these runs: the memory of each process, from the smallest model, and the",
-        "freed memory that the C library keeps where the CPU is the device (`FREED_BYTES` in `planning/host.py`). The",
-        "latter is up to 6 bytes per parameter and differs from run to run; it does not exist with a device.",
+        "freed memory that the C library keeps where the CPU is the device (`FREED_BYTES` in",
+        "`planning/budget/host.py`). The latter is up to 6 bytes per parameter and differs from run to run; it does",
+        "not exist with a device.",
         "",
         "| case | " + " | ".join(phases) + " |",
         "| --- " * (len(phases) + 1) + "|",

@@ -2,15 +2,15 @@
 
     python -m tests.helpers.builtin_shapes
 
-writes superoffload/planning/shapes.json. A test compares the file with the models, and their numbers of parameters with
-those that their authors publish.
+writes superoffload/planning/budget/shapes.json. A test compares the file with the models, and their numbers of
+parameters with those that their authors publish.
 """
 
 import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from superoffload.planning.shape import BUILT_IN, Shape, of_model
+from superoffload.planning.budget.shape import BUILT_IN, Shape, of_model
 
 TIED = {"tie_word_embeddings": True}
 

@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask
 
 from superoffload.model import head
-from superoffload.planning.device import NORM_PIECE
-from superoffload.planning.job import Job
+from superoffload.planning.budget.device import NORM_PIECE
+from superoffload.planning.budget.job import Job
 from tests.helpers.builtin_shapes import skeleton
 
 COUNTED, MASKED = "counted", "counted_masked"

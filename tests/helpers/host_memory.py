@@ -11,9 +11,9 @@ from pathlib import Path
 
 from superoffload import cli, ds_config
 from superoffload.model import architecture, load
-from superoffload.planning import host, job, shape
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape
+from superoffload.planning.budget import host, job, shape
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape
 from tests.helpers.ranks import REPOSITORY, environment, free_port
 
 POLL_S = 0.1

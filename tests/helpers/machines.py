@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from superoffload.planning.finding import GIB, Surroundings
+from superoffload.planning.checks.finding import GIB, Surroundings
 from superoffload.planning.machine import Device, Machine
 
 MEMINFO = """MemTotal:       131072000 kB

@@ -5,9 +5,10 @@ from typing import Any
 
 from superoffload import config, ds_config
 from superoffload.model.flops import ModelShape
-from superoffload.planning import fits, job
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape, built_in
+from superoffload.planning import fits
+from superoffload.planning.budget import job
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape, built_in
 
 
 def plain_shape(**changes: Any) -> Shape:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from superoffload import cli, ds_config
-from superoffload.planning import job
-from superoffload.planning.job import Job
+from superoffload.planning.budget import job
+from superoffload.planning.budget.job import Job
 from tests.helpers.recipes import RECIPES, script_of
 
 ALPACA_LENGTH = 1024  # tokens; about the longest row of the recipes' data set

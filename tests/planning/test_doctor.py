@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from superoffload import commands
 from superoffload.planning import doctor, machine
 from superoffload.planning.checks import storage
-from superoffload.planning.finding import Finding, Surroundings, Verdict, size
+from superoffload.planning.checks.finding import Finding, Surroundings, Verdict, size
 from tests.helpers import machines
 from tests.helpers.ranks import REPOSITORY
 

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from superoffload import commands
 from superoffload.planning import environment
-from superoffload.planning.finding import public
+from superoffload.planning.checks.finding import public
 from tests.helpers.ranks import REPOSITORY
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from superoffload.planning import cgroup, machine
-from superoffload.planning.finding import GIB
+from superoffload.planning.checks.finding import GIB
 from superoffload.planning.machine import Rates
 from tests.helpers import machines
 

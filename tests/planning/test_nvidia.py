@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from superoffload.planning import machine, nvidia
-from superoffload.planning.finding import GIB
+from superoffload.planning.checks.finding import GIB
 from superoffload.planning.machine import Device
 from tests.helpers import machines
 

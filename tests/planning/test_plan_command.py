@@ -16,7 +16,8 @@ from superoffload import cli, ds_config
 from superoffload.commands import group
 from superoffload.commands import plan as plan_command
 from superoffload.errors import UserError
-from superoffload.planning import job, machine, recipes, speed, words
+from superoffload.planning import machine, recipes, speed, words
+from superoffload.planning.budget import job
 from superoffload.planning.machine import Device, Machine, Rates
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.recipes import call, changed, script_of

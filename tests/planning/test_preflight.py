@@ -10,14 +10,15 @@ import pytest
 from superoffload import config, distributed
 from superoffload.ds_config import Merged, merge_flags, read_ds_config
 from superoffload.errors import UserError
-from superoffload.planning import job, preflight, ratio, sight
-from superoffload.planning.device import on_device, sub_groups
+from superoffload.planning import preflight, ratio, sight
+from superoffload.planning.budget import job
+from superoffload.planning.budget.device import on_device, sub_groups
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.memory import budget
+from superoffload.planning.budget.shape import built_in
 from superoffload.planning.forecast import GIB, Forecast
-from superoffload.planning.job import Job
 from superoffload.planning.machine import Device, Machine
-from superoffload.planning.memory import budget
 from superoffload.planning.remedies import Search
-from superoffload.planning.shape import built_in
 from superoffload.planning.sight import Sight
 from tests.helpers.runs import make_checkpoint
 
@@ -129,7 +130,7 @@ def check(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
         caplog.clear()
         nothing: Any = None
         monkeypatch.setattr(sight, "see", lambda folder: view())
-        monkeypatch.setattr("superoffload.planning.shape.of_model", lambda name, skeleton: SHAPE)
+        monkeypatch.setattr("superoffload.planning.budget.shape.of_model", lambda name, skeleton: SHAPE)
         ranks = [(each, SHAPE) if isinstance(each, Sight) else each for each in found]
         monkeypatch.setattr(distributed, "all_gather_objects", lambda own: ranks)
         merged = settings(**flags)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from superoffload.planning.device import device_bytes
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape, built_in
+from superoffload.planning.budget.device import device_bytes
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape, built_in
 from tests.benchmarks import plan_device
 from tests.benchmarks.plan_device import DEVICE_BYTES
 from tests.helpers import documents

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from superoffload.planning.job import Job
-from superoffload.planning.memory import budget
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.memory import budget
 from superoffload.planning.remedies import LENGTH_STEP, Capacity, Remedy, Search
 from tests.helpers.planning import recipe
 

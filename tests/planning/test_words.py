@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from superoffload.planning import plan, speed, words
-from superoffload.planning.memory import budget
+from superoffload.planning.budget.memory import budget
 from superoffload.planning.remedies import Capacity, Remedy
 from tests.helpers.planning import recipe
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from superoffload.offload.shared.affinity import Cores, Seat, Siblings, parse_list, share_of_rank
 from superoffload.planning import cgroup, nvidia
-from superoffload.planning.finding import Finding, Surroundings
+from superoffload.planning.checks.finding import Finding, Surroundings
 from superoffload.planning.machine import Node, numa_nodes
 
 

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from superoffload.planning import child, nvidia
-from superoffload.planning.finding import Finding, Surroundings, gb_per_s, size, skipped
+from superoffload.planning import nvidia
+from superoffload.planning.checks import child
+from superoffload.planning.checks.finding import Finding, Surroundings, gb_per_s, size, skipped
 from superoffload.planning.machine import Machine, Node, numa_nodes
 from superoffload.planning.speed import LINKS
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from superoffload.planning import cgroup
-from superoffload.planning.finding import Finding, Surroundings, size
+from superoffload.planning.checks.finding import Finding, Surroundings, size
 from superoffload.planning.machine import Machine, meminfo
 
 # DeepSpeed's ranks on CPUs share a buffer of 69 MB each (see superoffload/distributed.py); NCCL's segments are smaller.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from superoffload.planning.finding import Finding, Surroundings, public
+from superoffload.planning.checks.finding import Finding, Surroundings, public
 
 if TYPE_CHECKING:
     from superoffload.hub import Answer

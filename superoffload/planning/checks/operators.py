@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from superoffload.errors import first_line
-from superoffload.planning import child, nvidia
-from superoffload.planning.child import Outcome
-from superoffload.planning.finding import Finding, Surroundings, gb_per_s, pip, skipped
+from superoffload.planning import nvidia
+from superoffload.planning.checks import child
+from superoffload.planning.checks.child import Outcome
+from superoffload.planning.checks.finding import Finding, Surroundings, gb_per_s, pip, skipped
 
 ADAM_BYTES = 28
 """Memory traffic of a step for each parameter in fp32: parameter, gradient and moments are read, all but the gradient

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from superoffload.planning import child, nvidia
-from superoffload.planning.finding import Finding, Surroundings, pip
+from superoffload.planning import nvidia
+from superoffload.planning.checks import child
+from superoffload.planning.checks.finding import Finding, Surroundings, pip
 
 DRIVER, TOOLKIT = r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", r"release (\d+\.\d+)"  # nvidia-smi, nvcc
 SHOWN = ("torch", "deepspeed", "transformers")

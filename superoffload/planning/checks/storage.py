@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from superoffload.planning.finding import Finding, Surroundings, gb_per_s, size
+from superoffload.planning.checks.finding import Finding, Surroundings, gb_per_s, size
 from superoffload.planning.machine import disk_free_bytes, existing
 
 WRITTEN_BYTES = 128 * 2**20

@@ -5,7 +5,7 @@ import pytest
 
 from superoffload.planning import nvidia
 from superoffload.planning.checks import devices
-from superoffload.planning.child import Outcome
+from superoffload.planning.checks.child import Outcome
 from superoffload.planning.machine import Machine, numa_nodes
 from tests.helpers import machines
 
@@ -99,7 +99,7 @@ def test_link(result: dict[str, Any], pcie: nvidia.Pcie | None, coherent: bool, 
 
 def test_the_link_is_measured_with_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = Outcome(results=[measured(55, 53)], failure=None)
-    monkeypatch.setattr("superoffload.planning.child.run", lambda part: outcome)
+    monkeypatch.setattr("superoffload.planning.checks.child.run", lambda part: outcome)
     monkeypatch.setattr(nvidia, "pcie", lambda: PCIE5)
     around = machines.around(tmp_path, machines.device())
     around.measured["adam_parameters_per_s"] = 2e9
@@ -117,7 +117,7 @@ def test_the_link_is_measured_with_a_device(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_measurement_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = Outcome(results=[], failure="torch.OutOfMemoryError: CUDA out of memory")
-    monkeypatch.setattr("superoffload.planning.child.run", lambda part: outcome)
+    monkeypatch.setattr("superoffload.planning.checks.child.run", lambda part: outcome)
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         list(devices.link(machines.around(tmp_path, machines.device())))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from superoffload.planning.checks import memory
-from superoffload.planning.finding import GIB, Finding
+from superoffload.planning.checks.finding import GIB, Finding
 from superoffload.planning.machine import Machine
 from tests.helpers import machines
 

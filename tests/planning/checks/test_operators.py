@@ -9,10 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
-from superoffload.planning import child, finding
-from superoffload.planning.checks import operators
-from superoffload.planning.child import Outcome
-from superoffload.planning.finding import Finding
+from superoffload.planning.checks import child, finding, operators
+from superoffload.planning.checks.child import Outcome
+from superoffload.planning.checks.finding import Finding
 from tests.helpers import machines
 from tests.helpers.ranks import REPOSITORY
 
@@ -97,7 +96,7 @@ def test_an_operator_that_fails_is_broken_and_the_fused_kernel_only_slow() -> No
     assert [line.verdict for line in found] == ["broken", "slow", "good"]
     assert found[0].found.startswith("cpu_adam fails, so runs cannot start: /torch/extension.h:5:10: fatal error")
     assert "apt-get install python3-dev" in found[0].fix
-    assert "-m superoffload.planning.measure operators" in found[1].fix
+    assert "-m superoffload.planning.checks.measure operators" in found[1].fix
 
 
 @pytest.mark.unit

@@ -6,8 +6,8 @@ from packaging.requirements import Requirement
 
 from superoffload.offload import install
 from superoffload.planning.checks import software
+from superoffload.planning.checks.child import Outcome
 from superoffload.planning.checks.software import Cuda
-from superoffload.planning.child import Outcome
 from tests.helpers import machines
 
 pytestmark = pytest.mark.unit
@@ -126,10 +126,10 @@ def test_attention_is_tried_on_a_device_only(tmp_path: Path, monkeypatch: pytest
     (found,) = software.attention(machines.around(tmp_path))
     assert "without a GPU" in found.found
     outcome = Outcome(results=[{"flash": "No module named 'flash_attn'"}, {"varlen": "no"}], failure=None)
-    monkeypatch.setattr("superoffload.planning.child.run", lambda part: outcome)
+    monkeypatch.setattr("superoffload.planning.checks.child.run", lambda part: outcome)
     (found,) = software.attention(machines.around(tmp_path, machines.device()))
     assert found.verdict == "slow"
     dead = Outcome(results=[], failure="killed by SIGSEGV")
-    monkeypatch.setattr("superoffload.planning.child.run", lambda part: dead)
+    monkeypatch.setattr("superoffload.planning.checks.child.run", lambda part: dead)
     with pytest.raises(RuntimeError, match="SIGSEGV"):
         list(software.attention(machines.around(tmp_path, machines.device())))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from superoffload.planning.checks import storage
-from superoffload.planning.finding import GIB
+from superoffload.planning.checks.finding import GIB
 from tests.helpers import machines
 
 pytestmark = pytest.mark.unit

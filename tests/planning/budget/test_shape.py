@@ -10,7 +10,7 @@ import transformers
 
 from superoffload.errors import UserError
 from superoffload.model import architecture
-from superoffload.planning import shape
+from superoffload.planning.budget import shape
 from tests.helpers import builtin_shapes
 from tests.helpers.families import FAMILIES
 from tests.helpers.models import SIZES, write_model

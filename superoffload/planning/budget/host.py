@@ -6,9 +6,9 @@ loaded, checkpoints and tokenised rows are mapped or streamed, and the system dr
 
 from collections import Counter
 
-from superoffload.planning.device import on_device, sub_groups
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape
+from superoffload.planning.budget.device import on_device, sub_groups
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape
 
 MIB = 2**20
 # Private memory of the processes, measured with a model of 0.1 million parameters on the CPU, with Python 3.11, torch

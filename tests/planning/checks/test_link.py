@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from superoffload.planning import link
+from superoffload.planning.checks import link
 
 
 def test_the_measurement_can_be_rehearsed_without_a_device() -> None:
@@ -13,7 +13,7 @@ def test_the_measurement_can_be_rehearsed_without_a_device() -> None:
 
 
 def test_the_rates_of_a_device_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    from superoffload.planning import measure
+    from superoffload.planning.checks import measure
 
     measure.device_rates("cpu", numel=1 << 16, side=64)
     lines = [json.loads(line.removeprefix("RESULT ")) for line in capsys.readouterr().out.splitlines()]

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from superoffload.model.flops import ModelShape
-from superoffload.planning import host
-from superoffload.planning.disk import checkpoint_bytes, convert_bytes, disk_bytes
-from superoffload.planning.host import host_bytes, host_peaks, memlock_bytes, shm_bytes
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape
+from superoffload.planning.budget import host
+from superoffload.planning.budget.disk import checkpoint_bytes, convert_bytes, disk_bytes
+from superoffload.planning.budget.host import host_bytes, host_peaks, memlock_bytes, shm_bytes
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape
 
 pytestmark = pytest.mark.unit
 

@@ -6,7 +6,7 @@ DeepSpeed's own function. Not checked: CUDA's context, buffers of the communicat
 
 from functools import lru_cache
 
-from superoffload.planning.activations import (
+from superoffload.planning.budget.activations import (
     kept_bytes,
     layer_bytes,
     layer_gradient_bytes,
@@ -15,8 +15,8 @@ from superoffload.planning.activations import (
     mlp_bytes,
     states_bytes,
 )
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape
 
 GIB = 2**30
 CONTEXT_BYTES, NCCL_BYTES = GIB, GIB  # CUDA context, kernels and workspaces; buffers of the communication

@@ -1,8 +1,8 @@
 """Shape and job -> bytes on disk. Pure arithmetic; imports no torch."""
 
-from superoffload.planning.device import sub_groups
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape
+from superoffload.planning.budget.device import sub_groups
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape
 
 
 def checkpoint_bytes(shape: Shape, job: Job) -> int:

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from superoffload.planning.device import device_bytes
-from superoffload.planning.disk import checkpoint_bytes, disk_bytes
-from superoffload.planning.host import host_bytes, host_peaks
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape
+from superoffload.planning.budget.device import device_bytes
+from superoffload.planning.budget.disk import checkpoint_bytes, disk_bytes
+from superoffload.planning.budget.host import host_bytes, host_peaks
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape
 
 BUFFER_FACTOR = 1.5  # additional_buffer_factor, DeepSpeed's default
 

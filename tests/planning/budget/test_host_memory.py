@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from superoffload.planning.host import host_bytes
+from superoffload.planning.budget.host import host_bytes
 from tests.benchmarks.plan_host import LIMIT, SIZES, error, flags_of, name_of, run_case
 from tests.helpers.host_memory import described
 from tests.helpers.models import write_model, write_rows

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from superoffload.planning import shape
-from superoffload.planning.device import held_elements
+from superoffload.planning.budget import shape
+from superoffload.planning.budget.device import held_elements
 from tests.benchmarks.plan_device import PLAIN
 from tests.helpers import gathered
 from tests.helpers.models import make_model

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODULE = "superoffload.planning.measure"
+MODULE = "superoffload.planning.checks.measure"
 PREFIX = "RESULT "
 TIMEOUT_S = 900.0
 """Compiling all operators takes two minutes on slow cores, and waiting for the lock of a killed build three."""

@@ -16,8 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from superoffload.errors import first_line
 from superoffload.offload import operators
 from superoffload.offload.worker import fused
-from superoffload.planning import link as device_link
-from superoffload.planning.child import PREFIX
+from superoffload.planning.checks import link as device_link
+from superoffload.planning.checks.child import PREFIX
 from superoffload.planning.machine import look
 
 ADAM_NUMEL = 1 << 26

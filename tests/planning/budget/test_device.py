@@ -10,8 +10,15 @@ from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from superoffload.model import head
-from superoffload.planning import activations, memory, shape
-from superoffload.planning.device import device_bytes, gathered_elements, held_elements, moments, on_device, sub_groups
+from superoffload.planning.budget import activations, memory, shape
+from superoffload.planning.budget.device import (
+    device_bytes,
+    gathered_elements,
+    held_elements,
+    moments,
+    on_device,
+    sub_groups,
+)
 from tests.benchmarks import plan_device
 from tests.benchmarks.plan_device import GIB, PLAIN, Case
 from tests.helpers import builtin_shapes

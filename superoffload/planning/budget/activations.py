@@ -7,8 +7,8 @@ are targets. Packs attend with a flash kernel, whose sizes do not depend on the 
 a mask, with which torch takes another kernel.
 """
 
-from superoffload.planning.job import Job
-from superoffload.planning.shape import Shape
+from superoffload.planning.budget.job import Job
+from superoffload.planning.budget.shape import Shape
 
 TILE = 2**24  # logits that the chunked loss holds at a time: model/head.py, TILE
 TILE_BYTES = 10 * TILE  # a tile in float32 and in bf16, and a product with the weight in float32: head._Tiles

@@ -1,0 +1,1 @@
+"""The memory of a run, from the shape of its model and its settings: pure arithmetic; imports no torch."""
