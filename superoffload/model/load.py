@@ -93,6 +93,7 @@ def load_model(
     `UserError` if weights are missing, damaged or not finite, or the architecture is unknown.
     """
     skeleton = described.skeleton
+    unused = {name for name, parameter in skeleton.named_parameters() if not parameter.requires_grad}
     files = weights.find(settings.model_name, settings.revision)
     tensors = weights.describe(settings.model_name, files)
     options = _options(settings, ds_config, attention)
@@ -100,7 +101,7 @@ def load_model(
         options["quantization_config"] = quantized
         logger.info("%s weights are dequantized to %s", quantized.quant_method.upper(), dtype_name(ds_config))
     else:
-        weights.check(settings.model_name, skeleton, tensors, settings.init_missing)
+        weights.check(settings.model_name, skeleton, tensors, settings.init_missing)  # replaces its parameters
     hide_bars_of_transformers()
     # transformers keeps only a weak reference, so the model holds it for as long as it lives.
     keep_alive = HfDeepSpeedConfig(ds_config)
@@ -117,7 +118,7 @@ def load_model(
     weights.check_finite(settings.model_name, model)
     if embedding_rows:
         vocabulary.grow(model, embedding_rows, ds_config)
-    _freeze(model, {name for name, parameter in skeleton.named_parameters() if not parameter.requires_grad})
+    _freeze(model, unused)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)
