@@ -50,7 +50,7 @@ def test_help_and_usage_errors_import_no_heavy_library(words: list[str], status:
 
 def test_the_memory_of_a_known_model_is_computed_without_a_heavy_library() -> None:
     program = (
-        "import sys; from superoffload.planning import job, memory, shape; shape.built_in('llama-70b'); "
+        "import sys; from superoffload.planning.budget import job, memory, shape; shape.built_in('llama-70b'); "
         f"print(sorted(({HEAVY} | {{'pydantic'}}) & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -95,6 +95,15 @@ class _Loader:
         return load(Path(path), trusted=self._trusted)
 
 
+def _member(kind: Any, name: str) -> Any:
+    """Stand in for `getattr`, by which Python 3.11.0 to 3.11.3 pickles a member of an enumeration."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if kind is not ZeroStageEnum:
+        raise pickle.UnpicklingError(f"getattr of {kind!r}, which no checkpoint of this program does")
+    return ZeroStageEnum[name]
+
+
 def _allowed_types() -> list[Any]:
     """List what DeepSpeed's files name besides tensors: its loss scaler, its ZeRO stage, and NumPy's RNG state."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -102,7 +111,7 @@ def _allowed_types() -> list[Any]:
 
     rebuild = np.zeros(0).__reduce__()[0]
     return [
-        DynamicLossScaler, LossScaler, ZeroStageEnum,
+        DynamicLossScaler, LossScaler, ZeroStageEnum, (_member, "builtins.getattr"),
         np.ndarray, np.dtype, type(np.dtype(np.uint32)),
         (rebuild, "numpy._core.multiarray._reconstruct"), (rebuild, "numpy.core.multiarray._reconstruct"),
     ]  # fmt: skip

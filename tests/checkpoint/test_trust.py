@@ -100,6 +100,27 @@ def test_what_checkpoints_hold_is_allowed(tmp_path: Path) -> None:
     assert loaded["numpy"] == state["numpy"] and (loaded["legacy"][1] == state["legacy"][1]).all()
 
 
+class ByGetattr:
+    """Is pickled as an attribute of something."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.kind, self.name)
+
+
+@pytest.mark.unit
+def test_getattr_reads_the_zero_stage_and_nothing_else(tmp_path: Path) -> None:
+    """Python 3.11.2, that of Debian 12, pickles members of enumerations so."""
+    torch.save({"stage": ByGetattr(ZeroStageEnum, "weights")}, tmp_path / "x.pt")
+    assert trust.load(tmp_path / "x.pt") == {"stage": ZeroStageEnum.weights}
+    for kind, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "__init_subclass__"), (LossScaler, "__init__")):
+        torch.save({"stage": ByGetattr(kind, name)}, tmp_path / "y.pt")
+        with pytest.raises(UserError, match="y.pt: "):
+            trust.load(tmp_path / "y.pt")
+
+
 @pytest.mark.unit
 def test_names_and_links_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "out", 3, 1.0)

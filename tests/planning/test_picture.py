@@ -11,8 +11,6 @@ from superoffload.planning.plan import Plan
 from superoffload.planning.remedies import Capacity
 from tests.helpers.planning import recipe
 
-pytestmark = pytest.mark.unit
-
 GIB = 2**30
 
 
@@ -24,6 +22,7 @@ def example() -> Plan:
     )
 
 
+# Not marked `unit`: on its first import ever, matplotlib runs fc-list to find the fonts.
 def test_parts_sums_and_capacities_are_labelled(example: Plan) -> None:
     pytest.importorskip("matplotlib")
     left, right = picture.figure(example).axes
@@ -52,6 +51,7 @@ def test_a_png_is_written(example: Plan, tmp_path: Path) -> None:
         picture.draw(example, tmp_path / "missing" / "plan.png")
 
 
+@pytest.mark.unit
 def test_without_matplotlib_the_extra_is_named(example: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
