@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ TIMEOUT_S = 900.0
 """Compiling all operators takes two minutes on slow cores, and waiting for the lock of a killed build three."""
 GRACE_S = 5.0
 """Time in which a process that is told to end cleans up."""
+KILL_ROUNDS = 3
 
 _COMMAND = (sys.executable, "-P", "-m", MODULE)
-_IMPORT_ROOT = str(Path(__file__).resolve().parents[2])
+_IMPORT_ROOT = str(Path(__file__).resolve().parents[3])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,18 +64,31 @@ def run(part: str, environment: Mapping[str, str] | None = None, timeout_s: floa
 def _end(process: subprocess.Popen[str]) -> None:
     """End a process and all that it started; a build removes its lock if it can.
 
-    The session does not hold them all: ninja starts each compiler in a process group of its own.
+    ninja starts each compiler in a process group of its own, but all are in the session of `process`. One that stayed
+    would keep the pipes open, on whose end the caller waits.
     """
-    import psutil  # here, so that a missing package is a finding of `versions`
-
-    started = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGTERM)  # measure.py cleans up, and ninja ends its compilers
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)  # measure.py cleans up, and ninja ends its compilers
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
     process.kill()
-    for child in started:
-        with contextlib.suppress(psutil.Error):  # it has ended
-            child.kill()
+    for _ in range(KILL_ROUNDS):  # one that is being started escapes the first
+        for pid in _session(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _session(leader: int) -> list[int]:
+    """Return the processes of a session."""
+    import psutil  # here, so that a missing package is a finding of `versions`
+
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == leader:
+                found.append(pid)
+    return found
 
 
 def _failure(status: int, errors: str) -> str:

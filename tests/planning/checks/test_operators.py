@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
+import setuptools  # type: ignore[import-untyped]  # noqa: F401 - before anything imports distutils, which it replaces
 
 from superoffload.planning.checks import child, finding, operators
 from superoffload.planning.checks.child import Outcome
@@ -194,6 +195,7 @@ def test_ctrl_c_during_a_build_leaves_no_compiler_and_no_lock(tmp_path: Path) ->
         [sys.executable, "-m", "superoffload.commands", "doctor", "--output_dir", str(tmp_path)],
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(folder), "HF_HUB_OFFLINE": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
     )  # fmt: skip
     try:
         while not (note.is_file() and note.read_text().strip()):
