@@ -1,5 +1,7 @@
 """Errors meant for the user, and how a library's error becomes one."""
 
+import subprocess
+
 
 class UserError(Exception):
     """One line that says what is wrong, with which value, and what to do.
@@ -12,6 +14,13 @@ class UserError(Exception):
 
 class BadRow(Exception):
     """What is wrong with one row, without its number, which the caller adds."""
+
+
+# What libraries and the files of an unusual system make code raise; for checks that must not end what they are part of.
+FAILURES = (
+    UserError, subprocess.SubprocessError, ArithmeticError, AssertionError, AttributeError, EOFError, ImportError,
+    LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def first_line(error: BaseException) -> str:

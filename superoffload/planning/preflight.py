@@ -9,7 +9,7 @@ from superoffload import distributed
 from superoffload.checkpoint.resume import Source
 from superoffload.config import AUTO, CheckpointSettings
 from superoffload.ds_config import Merged, with_offload_ratio
-from superoffload.errors import UserError, first_line
+from superoffload.errors import FAILURES, UserError, first_line
 from superoffload.log import logger
 from superoffload.planning import plan, ratio, sight, speed
 from superoffload.planning.budget import job, shape
@@ -45,11 +45,11 @@ def check(
 def _attempt(look: Callable[[], Found]) -> Found | str:
     """Return what `look` returns, or what went wrong: the preflight must not stop a run because of its own error.
 
-    Any error counts, because one that only this rank has would leave the others waiting for it.
+    An error that only this rank has becomes a value, because the others wait for what it found.
     """
     try:
         return look()
-    except Exception as error:  # noqa: BLE001 - unusual models, files and drivers raise errors of any kind
+    except FAILURES as error:
         logger.debug("The preflight failed", exc_info=True)
         return f"{type(error).__name__}: {first_line(error)}"
 
@@ -113,5 +113,5 @@ def _judge(forecast: Forecast, *, stops: bool) -> None:
     if stops:
         raise UserError(
             f"--model_name {forecast.plan.shape.name}: this run needs more than there is: "
-            f"{', '.join(map(str, over))}; {forecast.advice()}; --no_preflight goes on all the same"
+            f"{', '.join(map(str, over))}; {forecast.advice()}; --no_preflight runs it anyway"
         )

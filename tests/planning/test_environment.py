@@ -20,7 +20,7 @@ def test_secrets_are_named_and_not_shown() -> None:
         "HF_ENDPOINT": "https://user:secret4@hub.example/x",
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": "0,1",
-        "HOME": "/home/ada",
+        "HOME": "/users/ada",
         "WANDB_HTTP_HEADERS": "secret6",
         "AWS_SECRET_ACCESS_KEY": "secret5",
         "HTTPS_PROXY": "http://user:secret7@proxy",
@@ -52,12 +52,12 @@ def test_secrets_are_named_and_not_shown() -> None:
         ("hf_abcdefghijklmnopqrstuv", "..."),
         ("hf_home", "hf_home"),
         ("0123456789abcdef0123456789abcdef01234567", "..."),
-        ("/home/ada/cache:/home/ada", "~/cache:~"),
-        ("/home/adam/cache:/data/home/ada", "/home/adam/cache:/data/home/ada"),
+        ("/users/ada/cache:/users/ada", "~/cache:~"),
+        ("/users/adam/cache:/data/users/ada", "/users/adam/cache:/data/users/ada"),
     ],
 )
 def test_values_name_no_secret_and_no_person(monkeypatch: pytest.MonkeyPatch, value: str, shown: str) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("HOME", "/users/ada")
     assert public(value) == shown
 
 

@@ -1,4 +1,4 @@
-"""The preflight of real runs: all ranks stop together before any weight is read, or go on if told to."""
+"""The preflight of real runs: all ranks stop together before any weight is read, or start anyway if told to."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_a_run_that_cannot_fit_stops_before_it_reads_weights(
     assert result.returncode == 2, result.stderr[-3000:]
     (line,) = [line for line in result.stderr.splitlines() if "Error: " in line]
     assert line.startswith(f"Error: --model_name {huge_model}: this run needs more than there is: host ")
-    assert line.endswith("; --no_preflight goes on all the same")
+    assert line.endswith("; --no_preflight runs it anyway")
     assert "One machine's host memory, GiB" in result.stderr
     assert "--offload_ratio auto: 1.0, because there is no GPU" in result.stderr
     assert "Traceback" not in result.stderr

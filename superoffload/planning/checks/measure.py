@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from superoffload.errors import first_line
+from superoffload.errors import FAILURES, first_line
 from superoffload.offload import operators
 from superoffload.offload.worker import fused
 from superoffload.planning.checks import link as device_link
@@ -48,7 +48,7 @@ def _attempt(name: str, load: Callable[..., Any]) -> None:
     try:
         with operators.compiled(name):
             load(verbose=False)
-    except Exception as error:  # noqa: BLE001  a compiler, a linker or a loader may fail in any way
+    except FAILURES as error:  # of the compiler, the linker or the loader
         sys.stderr.write(f"{error}\n")  # for a person who runs this by hand
         report(operator=name, error=str(error) or type(error).__name__)
     else:
@@ -102,7 +102,7 @@ def attention() -> None:
     """Load flash-attn, and try torch's kernel for packs."""
     try:
         importlib.import_module("flash_attn")
-    except Exception as error:  # noqa: BLE001  an ImportError of its library, or whatever it raises
+    except FAILURES as error:  # of its library, not only of its absence
         report(flash=first_line(error))
     from superoffload.model import attention as kernels  # imports transformers, which the other parts do not need
 

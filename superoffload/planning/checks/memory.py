@@ -155,7 +155,7 @@ def leftovers_finding(found: list[Leftover]) -> Finding:
 
 
 def find_leftovers(root: Path = Path("/")) -> list[Leftover]:
-    """Return the files in /dev/shm that nobody has mapped or open; files that cannot be asked are left out.
+    """Return the files in /dev/shm that no process has mapped or open, leaving out those that cannot be examined.
 
     The superuser is told about the files of all users, others about their own.
     """

@@ -111,7 +111,7 @@ def shm(root: Path, *names: str) -> None:
         machines.put(root, f"dev/shm/{name}", "x" * 10_000)
 
 
-def test_a_file_that_nobody_uses_is_left_over(tmp_path: Path) -> None:
+def test_a_file_that_no_process_uses_is_left_over(tmp_path: Path) -> None:
     shm(tmp_path, "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0", "torch_1_2_3", "nccl-AbC", "deepspeed_used", "mine")
     with (tmp_path / "dev/shm/deepspeed_used").open():
         (found,) = memory.leftovers(machines.around(tmp_path))

@@ -113,7 +113,7 @@ def test_an_operator_that_kills_the_process_is_broken() -> None:
 
 @pytest.mark.unit
 def test_a_folder_that_cannot_be_written_to_is_no_fault_of_the_compiler() -> None:
-    error = "[Errno 30] Read-only file system: '/home/ada/.cache/torch_extensions'"
+    error = "[Errno 30] Read-only file system: '/users/ada/.cache/torch_extensions'"
     (found,) = judge({"started": "cpu_adam"}, {"operator": "cpu_adam", "error": error})
     assert found.fix == "Let TORCH_EXTENSIONS_DIR name a folder that can be written to."
 
