@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers import offload_memory
 from tests.helpers.ranks import REPOSITORY, free_port, rank_environment, run_ranks
@@ -29,8 +30,9 @@ def test_bytes_per_parameter(zero: dict[str, float]) -> None:
     # The trainer's private memory is DeepSpeed's: weights and buckets. For ZeRO-Offload it also holds the sixteen
     # bytes of parameters, gradients and moments, and two of the buffer for gradient accumulation.
     assert ours["trainer_private"] <= zero["trainer_private"] - 18.0 + 1.0
-    # Scratch memory and libraries; a copy of the fp32 state would be at least 100 MiB.
-    assert ours["worker_private_bytes"] < 200 * MIB
+    # Scratch memory and libraries, of which a CUDA build of torch has more; a copy of the fp32 state would be at least
+    # 100 MiB.
+    assert ours["worker_private_bytes"] < (200 if torch.version.cuda is None else 320) * MIB
 
 
 def test_bf16_state_takes_ten_bytes_a_parameter(zero: dict[str, float]) -> None:
