@@ -53,6 +53,7 @@ def main(config: "Config") -> int:
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     engine.check(merged.ds_config, config.offload.deepspeed_config)
     checkpoints = resume.find(config)
+    output_folder.write_settings(config)
     architecture = load.load_architecture(config.model, config.data.max_length)
     inputs = load_inputs(config, merged.ds_config, architecture)
     merged, forecast = preflight.check(merged, architecture.skeleton, inputs.batches.longest, checkpoints)

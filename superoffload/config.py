@@ -4,7 +4,9 @@ This file is the only place that holds a setting's name, type, default, range an
 line from these fields. The field `max_grad_norm` is the flag `--max_grad_norm`.
 """
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
@@ -74,6 +76,20 @@ def parse_columns(text: str | None) -> dict[str, str]:
 def several(value: Any) -> tuple[Any, ...]:
     """Return the values of a setting that takes several, given as a sequence, or as a text that is the only one."""
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number, which may be written as `4e8`, as in DeepSpeed's files; raise ValueError for any other."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number) if "e" in text.lower() or "." in text else int(text)
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """Return `; did you mean NAME?` with the known name that is nearest to a word, empty if none is near."""
+    found = difflib.get_close_matches(str(word).lower(), {name.lower(): name for name in known}, n=1)
+    return f"; did you mean {next(name for name in known if name.lower() == found[0])}?" if found else ""
 
 
 def shown(value: Any) -> str:

@@ -42,9 +42,7 @@ def _show(**values: Any) -> int:
     """
     if values["plot"] is not None and Path(values["plot"]).suffix.lower() != ".png":
         raise UserError(f"--plot {values['plot']}: must be the name of a PNG file, such as plan.png")
-    context = click.get_current_context()
-    source = click.core.ParameterSource.COMMANDLINE
-    explicit = frozenset(name for name in values if context.get_parameter_source(name) is source)
+    explicit = cli.explicit(values)
     asks_devices = not values["gpu_memory"] or not (values["gpus"] or values["recipe"])
     here = machine.look(devices=None if asks_devices else ())  # does not wait for nvidia-smi in vain
     settings, merged, ranks_per_node, ranks = _settings(values, explicit, len(here.devices))
@@ -153,7 +151,7 @@ def _options() -> list[click.Parameter]:
         click.Option(["--json"], is_flag=True, help="Write JSON: sizes in bytes, times in seconds."),
         click.Option(["--plot"], help="Draw the memory to a PNG file; needs matplotlib."),
     ]
-    return [*own, *run]
+    return [cli.config_option(), *own, *run]
 
 
 command = cli.Command("plan", params=_options(), callback=_show, help=_show.__doc__)
