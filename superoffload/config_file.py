@@ -62,7 +62,7 @@ def read(path: str) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         advice = "; indent with spaces" if "\\t" in str(problem) else ""
         raise UserError(f"--config {path}{where}: is not YAML: {problem or first_line(error)}{advice}") from error
-    values = _Reader(path).read(root) if root is not None else {}
+    values = {} if root is None or _is_nothing(root) else _Reader(path).read(root)
     if values.get("deepspeed_config") == settings()["deepspeed_config"][1].default:
         del values["deepspeed_config"]
     return values

@@ -18,6 +18,7 @@ MODEL = (
     "model_name",
     "revision",
     "trust_remote_code",
+    "freeze",
     "attn_implementation",
     "activation_checkpointing",
     "loss_kernel",
@@ -101,9 +102,15 @@ def _divided(recipe: str, ranks: int) -> int:
 
 
 def _shape(model: config.ModelSettings) -> shape.Shape:
-    if model.model_name in shape.built_in_names() and not Path(model.model_name).is_dir():
+    known = model.model_name in shape.built_in_names() and not Path(model.model_name).is_dir()
+    if known and not model.freeze:
         return shape.built_in(model.model_name)
-    return shape.load(*model.origin)
+    if known and "/" not in model.model_name:
+        raise UserError(
+            f"--freeze {config.shown(model.freeze)}: the names of parameters are not known of {model.model_name}; give "
+            "--model_name a folder or a hub id"
+        )
+    return shape.load(*model.origin, model.freeze)
 
 
 def _capacity(values: dict[str, Any], explicit: frozenset[str], here: machine.Machine) -> remedies.Capacity:
