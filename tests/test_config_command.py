@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from superoffload import config_file
+from tests.helpers import documents
 from tests.helpers.ranks import REPOSITORY
 
 
@@ -47,6 +48,25 @@ def test_the_shell_completes(words: list[str], expected: str) -> None:
     assert done.stderr == ""
 
 
+def test_bash_takes_the_completion(tmp_path: Path) -> None:
+    """The line of docs/config_file.md, and then what Bash does at Tab."""
+    program = tmp_path / "superoffload"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from superoffload.commands import main; main()" "$@"\n')
+    program.chmod(0o755)
+    (line,) = [
+        line
+        for block in documents.blocks(documents.read(REPOSITORY / "docs/config_file.md"), "bash")
+        for line in block.splitlines()
+        if line.startswith("eval")
+    ]
+    tab = "COMP_WORDS=(superoffload conf); COMP_CWORD=1; _superoffload_completion superoffload conf superoffload"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", f"{line}\n{tab}\necho ${{COMPREPLY[@]}}"], capture_output=True, text=True, env=environment
+    )
+    assert (done.stdout, done.stderr) == ("config\n", "")
+
+
 def test_misspelt_flags_and_commands_are_near_something() -> None:
     assert "'--max_length'" in superoffload("preview", "--max_lenght", "8").stderr
-    assert "'plan'" in superoffload("paln").stderr
+    assert "'plan'" in superoffload("plam").stderr

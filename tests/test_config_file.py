@@ -91,7 +91,7 @@ def test_json_is_yaml(parsed: Any) -> None:
     [
         ("max_lenght: 8", "line 1: max_lenght: there is no such setting; did you mean max_length?"),
         ("data:\n  max-length: 8", "line 2: max-length: there is no such setting; did you mean max_length?"),
-        ("trainig:\n  lr: 1", "line 2: trainig: there is no such setting; did you mean training?"),
+        ("training_:\n  lr: 1", "line 2: training_: there is no such setting; did you mean training?"),
         ("qqqq: 8", "line 1: qqqq: there is no such setting"),
         ("data:\n  lr: 1e-5", "line 2: data.lr: belongs to the group training; move it there"),
         ("data: 5", "line 1: data: is a group of settings; write them under it, indented"),
