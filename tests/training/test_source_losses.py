@@ -12,7 +12,7 @@ from superoffload.data import loader
 from superoffload.data.collate import Batch, Layout, TargetsBySource, collate, targets_by_source
 from superoffload.data.encode import IGNORED
 from superoffload.model import attention, loss_kernel
-from superoffload.model.head import following, PlainLoss, sums_by_source
+from superoffload.model.head import PlainLoss, following, sums_by_source
 from superoffload.training import evaluation, metrics, tracking
 from superoffload.training.progress import Progress
 from superoffload.training.source_losses import SourceLosses
