@@ -53,9 +53,10 @@ def main(config: "Config") -> int:
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     engine.check(merged.ds_config, config.offload.deepspeed_config)
     checkpoints = resume.find(config)
+    output_folder.write_settings(config)
     architecture = load.load_architecture(config.model, config.data.max_length)
     inputs = load_inputs(config, merged.ds_config, architecture)
-    merged, forecast = preflight.check(merged, architecture.skeleton, inputs.batches.longest, checkpoints)
+    merged, forecast = preflight.check(merged, architecture, inputs.batches.longest, checkpoints)
 
     with exhaustion.explained(forecast, config.output.output_dir):
         failed = fine_tune(merged, architecture, inputs, checkpoints)
@@ -92,7 +93,7 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
     """Load the model, train, save and export (collective); return whether the last save or the export failed."""
     from superoffload import distributed
     from superoffload.checkpoint import resume
-    from superoffload.model import flops, isolation, load, loss_kernel, vocabulary
+    from superoffload.model import flops, head, isolation, load, loss_kernel, neftune, vocabulary
     from superoffload.training import engine, metrics, tracking
     from superoffload.training.progress import Progress
     from superoffload.training.run import Run
@@ -108,7 +109,11 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
     model = load.load_model(config.model, architecture, ds_config, attention_kernel, embedding_rows)
     model_engine = engine.create(model, resume.with_checkpoint_format(ds_config, source), config, batches.total_steps)
     isolation.check(model_engine, batches.layout)
-    loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)
+    objective = head.Objective.of(config.training)
+    loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout, objective)
+    if config.training.neftune_alpha:
+        distributed.seed_rank(config.training.seed)  # the ranks' noise must differ
+        neftune.install(model_engine, config.training.neftune_alpha)
 
     state = resume.restore(model_engine, source, trusted=config.checkpoint.trust_checkpoint) if source else {}
     engine.replay_adam_beta_powers(model_engine)
@@ -119,7 +124,9 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
         tokenizer=tokenizer,
         batches=batches,
         progress=progress,
-        meter=metrics.Meter(config, flops.shape_of(model), state.get("meter"), sources=batches.sources),
+        meter=metrics.Meter(
+            config, flops.shape_of(model, architecture.frozen), state.get("meter"), sources=batches.sources
+        ),
         trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
         evaluation=evaluation,
         control=RunControl(config, distributed.is_rank_0()),

@@ -10,13 +10,13 @@ import string
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, NoReturn
 
 import click
 
-from superoffload import config, launcher
+from superoffload import config, config_file, launcher
 from superoffload.errors import UserError
 
 SILENT_RANK_PATIENCE_S = 5.0
@@ -30,12 +30,9 @@ class WholeNumber(click.ParamType):  # type: ignore[type-arg]  # not generic bef
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the value as an int; fail if it is not a whole number."""
         try:
-            number = float(value)
+            return config.whole_number(str(value))
         except ValueError:
             self.fail(f"{value!r} is not a whole number.", param, ctx)
-        if not number.is_integer():
-            self.fail(f"{value!r} is not a whole number.", param, ctx)
-        return int(number) if "e" in str(value).lower() or "." in str(value) else int(value)
 
 
 class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
@@ -49,6 +46,26 @@ class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
             return config.AUTO if value == config.AUTO else float(value)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]
+    """One of some words; an error names the nearest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """Return what is wrong with a word that is none of them."""
+        message = super().get_invalid_choice_message(value, ctx).rstrip(".")
+        return message + (config.nearest(value, self.choices) or ".")
+
+
+class Switch(click.Option):
+    """A switch that is off by default; `--no_NAME`, which undoes the value of a file, is left out of the help."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the entry of the help."""
+        secondary, self.secondary_opts = self.secondary_opts, []
+        record = super().get_help_record(ctx)
+        self.secondary_opts = secondary
+        return record
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -72,7 +89,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat such a flag before each of its values, which is the form that click knows."""
-        return super().parse_args(ctx, _spread(args))
+        return super().parse_args(ctx, args if ctx.resilient_parsing else _spread(args))
 
 
 class GroupedCommand(Command):
@@ -94,12 +111,12 @@ def option(spec: Field[Any]) -> click.Option:
     kinds: dict[Any, Any] = {
         int: WholeNumber(), float: float, config.NumberOrAuto: NumberOrAuto(), bool: bool, tuple[float, ...]: float
     }  # fmt: skip
-    kind = click.Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
+    kind = Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
     required = spec.default is MISSING
     default: dict[str, Any] = {} if required else {"default": spec.default}  # click counts default=None as a default
-    return click.Option(
-        [f"--{spec.name}/--no_{spec.name}" if spec.type is bool and spec.default is True else f"--{spec.name}"],
+    return (Switch if spec.default is False else click.Option)(
+        [f"--{spec.name}/--no_{spec.name}" if spec.type is bool else f"--{spec.name}"],
         type=kind,
         is_flag=spec.type is bool,
         multiple="several" in spec.metadata,
@@ -108,6 +125,30 @@ def option(spec: Field[Any]) -> click.Option:
         help=spec.metadata["help"] + (f" ({limits})" if limits else ""),
         **default,
     )
+
+
+def config_option() -> click.Option:
+    """Build `--config`: the settings of a file take the place of the defaults, before other flags are read."""
+
+    def read(context: click.Context, _: click.Parameter, path: str | None) -> None:
+        if path is not None:
+            context.default_map = config_file.read(path)
+
+    return click.Option(
+        ["--config"],
+        is_eager=True,
+        expose_value=False,
+        callback=read,
+        metavar="FILE",
+        help="Read settings from a YAML file, such as the config.yaml of another run; flags win.",
+    )
+
+
+def explicit(values: Iterable[str]) -> frozenset[str]:
+    """Return which of the settings were given, as flags or in a file."""
+    context = click.get_current_context()
+    given = {click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP}
+    return frozenset(name for name in values if context.get_parameter_source(name) in given)
 
 
 def _spread(argv: Sequence[str]) -> list[str]:
@@ -147,17 +188,14 @@ def command(action: Callable[[config.Config], Any]) -> click.Command:
     """Build the click command that parses its arguments into a Config and calls `action` with it."""
 
     def callback(**values: Any) -> Any:
-        context = click.get_current_context()
-        source = click.core.ParameterSource.COMMANDLINE
-        explicit = frozenset(name for name in values if context.get_parameter_source(name) is source)
-        return action(config.build(values, explicit))
+        return action(config.build(values, explicit(values)))
 
     options: list[click.Parameter] = [
         option(spec) for group in config.GROUPS.values() for spec in config.settings_of(group)
     ]
     return GroupedCommand(
         "finetune_zero3.py",
-        params=options,
+        params=[config_option(), *options],
         callback=callback,
         help="Fine-tune a language model with DeepSpeed ZeRO-3 and host offload.",
         context_settings={"max_content_width": 110},

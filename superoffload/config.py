@@ -4,7 +4,10 @@ This file is the only place that holds a setting's name, type, default, range an
 line from these fields. The field `max_grad_norm` is the flag `--max_grad_norm`.
 """
 
+import difflib
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
@@ -76,6 +79,20 @@ def several(value: Any) -> tuple[Any, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def whole_number(text: str) -> int:
+    """Read a whole number, which may be written as `4e8`, as in DeepSpeed's files; raise ValueError for any other."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number) if "e" in text.lower() or "." in text else int(text)
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """Return `; did you mean NAME?` with the known name that is nearest to a word, empty if none is near."""
+    found = difflib.get_close_matches(str(word).lower(), {name.lower(): name for name in known}, n=1)
+    return f"; did you mean {next(name for name in known if name.lower() == found[0])}?" if found else ""
+
+
 def shown(value: Any) -> str:
     """Write a value as on the command line; several values, if there are none, as `(none)`."""
     return " ".join(map(str, value)) or "(none)" if isinstance(value, tuple) else str(value)
@@ -122,6 +139,13 @@ class ModelSettings(Settings):
     leaf_module: str | None = setting(
         "Class name of the module that ZeRO-3 fetches as a whole (a sparse MoE block); detected by default.", None
     )
+    freeze: tuple[str, ...] = setting(
+        "Do not train the parameters in whose name one of these regular expressions is found, "
+        r"e.g. embed_tokens 'layers\.[0-7]\.'.",
+        (),
+        several=True,
+        shapes_run=True,
+    )
     activation_checkpointing: bool = setting("Recompute activations during backward to save device memory.", False)
     loss_kernel: str = setting(
         "How to compute the loss: chunked never holds all logits; plain does; auto uses chunked if a test at the start "
@@ -129,6 +153,15 @@ class ModelSettings(Settings):
         "auto",
         choices=("auto", "chunked", "plain"),
     )
+
+    def __post_init__(self) -> None:
+        """Check each value, and that the patterns are regular expressions."""
+        Settings.__post_init__(self)
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"--freeze {pattern}: is not a regular expression ({error})") from error
 
     @property
     def origin(self) -> tuple[str, str | None, bool]:
@@ -255,11 +288,39 @@ class TrainingSettings(Settings):
     lr_scheduler: str = setting(
         "Learning rate schedule after the warm-up.",
         "cosine",
-        choices=("cosine", "linear", "constant"),
+        choices=("cosine", "linear", "constant", "cosine_with_min_lr", "wsd", "inverse_sqrt"),
         shapes_run=True,
     )
     warmup: float = setting(
-        "Fraction of the steps over which the learning rate rises to --lr.", 0.01, minimum=0, maximum=1, shapes_run=True
+        "Steps over which the learning rate rises to --lr: up to 1 a fraction of all, above 1 their number.",
+        0.01,
+        minimum=0,
+        shapes_run=True,
+    )
+    decay: float = setting(
+        "Last steps over which wsd lowers the learning rate: up to 1 a fraction of all, above 1 their number.",
+        0.1,
+        minimum=0,
+        shapes_run=True,
+    )
+    min_lr_ratio: float = setting(
+        "Learning rate at the end of cosine_with_min_lr and wsd, as a fraction of --lr.",
+        0.0,
+        minimum=0,
+        maximum=1,
+        shapes_run=True,
+    )
+    loss: str = setting(
+        "cross_entropy, or dft, which weights each target token's by the probability that the model gives it.",
+        "cross_entropy",
+        choices=("cross_entropy", "dft"),
+        shapes_run=True,
+    )
+    label_smoothing: float = setting(
+        "Share of each target that is spread evenly over the vocabulary.", 0.0, minimum=0, below=1, shapes_run=True
+    )
+    neftune_alpha: float = setting(
+        "Strength of NEFTune's noise on the embeddings in training; 0: none.", 0.0, minimum=0, shapes_run=True
     )
     weight_decay: float = setting(
         "Decoupled weight decay; not applied to norms and biases.", 0.01, minimum=0, maximum=1, shapes_run=True
@@ -281,6 +342,24 @@ class TrainingSettings(Settings):
         5,
         minimum=0,
     )
+
+    def __post_init__(self) -> None:
+        """Check each value, and that no two contradict each other."""
+        Settings.__post_init__(self)
+        for name, steps in (("warmup", self.warmup), ("decay", self.decay)):
+            if steps > 1 and steps % 1:
+                raise UserError(f"--{name} {steps}: above 1 it is a number of steps, and must be a whole number")
+        if self.lr_scheduler == "cosine_with_min_lr" and not self.min_lr_ratio:
+            raise UserError("--lr_scheduler cosine_with_min_lr: needs --min_lr_ratio, such as 0.1")
+        if self.min_lr_ratio and self.lr_scheduler not in ("cosine_with_min_lr", "wsd"):
+            raise UserError(
+                f"--min_lr_ratio {self.min_lr_ratio}: --lr_scheduler {self.lr_scheduler} has none; use "
+                "cosine_with_min_lr or wsd"
+            )
+        if self.loss == "dft" and self.label_smoothing:
+            raise UserError(
+                f"--label_smoothing {self.label_smoothing}: --loss dft is not defined with it; use only one of them"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

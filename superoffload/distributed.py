@@ -220,3 +220,9 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     get_accelerator().manual_seed_all(seed)
+
+
+def seed_rank(seed: int) -> None:
+    """Seed torch's random numbers with another seed on each rank, for what must not be the same on all of them."""
+    torch.manual_seed(seed + rank())
+    get_accelerator().manual_seed_all(seed + rank())

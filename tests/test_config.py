@@ -35,8 +35,8 @@ def test_settings_are_frozen() -> None:
 
 
 def test_construction_checks_the_limits() -> None:
-    with pytest.raises(UserError, match="--warmup 2"):
-        config.TrainingSettings(warmup=2)
+    with pytest.raises(UserError, match="--warmup 2.5"):
+        config.TrainingSettings(warmup=2.5)
     with pytest.raises(UserError, match="--lr inf"):
         config.TrainingSettings(lr=float("inf"))
 

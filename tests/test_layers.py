@@ -28,6 +28,7 @@ ROWS: list[Row] = [
             "errors",
             "protocols",
             "config",
+            "config_file",
             "cli",
             "ds_config",
             "ds_schema",
@@ -71,7 +72,7 @@ LIBRARIES: dict[str, set[str]] = {
         "distributed", "protocols",
         "data.collate",
         "model.architecture", "model.attention", "model.buffers", "model.head", "model.isolation", "model.load",
-        "model.loss_kernel", "model.vocabulary", "model.weights",
+        "model.loss_kernel", "model.neftune", "model.vocabulary", "model.weights",
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
@@ -91,6 +92,7 @@ LIBRARIES: dict[str, set[str]] = {
         "tiny",
     },
     "wandb": {"training.tracking"},
+    "yaml": {"config_file"},
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ ASSIGNMENT = re.compile(r"[A-Z_]+=")
 OTHERS = {
     "source .venv/bin/activate",
     "pre-commit install",
+    'eval "$(_SUPEROFFLOAD_COMPLETE=bash_source superoffload)"',  # tests/test_config_command.py runs it
     "git switch --detach main",
     "git switch -",
     "git tag v0.2.0",
@@ -85,7 +86,10 @@ def test_a_program_exists_and_knows_its_flags(line: str) -> None:
 
 @pytest.mark.unit
 @pytest.mark.parametrize("line", SCRIPT)
-def test_the_script_takes_the_flags(line: str) -> None:
+def test_the_script_takes_the_flags(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example, *_ = documents.blocks(documents.read(REPOSITORY / "docs/config_file.md"), "yaml")
+    (tmp_path / "run.yaml").write_text(example)
+    monkeypatch.chdir(tmp_path)
     _, words = split(line)
     flags = words[words.index("finetune_zero3.py") + 1 :]
     if flags == ["--help"]:

@@ -5,10 +5,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from superoffload import distributed
+from superoffload import config_file, distributed
+from superoffload.checkpoint.manifest import replace_text
+from superoffload.config import Config
 from superoffload.data import mixture
 from superoffload.errors import UserError
 from superoffload.log import logger
+
+CONFIG_FILE = "config.yaml"
 
 
 def prepare(folder: str, inputs: Iterable[tuple[str, str]] = ()) -> int | None:
@@ -61,3 +65,16 @@ def unlock(handle: int | None) -> None:
     """Unlock the output folder at the end of a run."""
     if handle is not None:
         os.close(handle)
+
+
+def write_settings(config: Config) -> None:
+    """Write every setting of the run to `config.yaml` on rank 0, atomically.
+
+    Raises `UserError` if that fails.
+    """
+    if distributed.is_rank_0():
+        path = Path(config.output.output_dir) / CONFIG_FILE
+        try:
+            replace_text(path, config_file.write(config))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); free some space") from error

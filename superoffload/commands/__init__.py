@@ -5,7 +5,7 @@ import sys
 import click
 
 from superoffload import cli
-from superoffload.commands import convert, doctor, env, export, plan, preview, tiny
+from superoffload.commands import config, convert, doctor, env, export, plan, preview, tiny
 from superoffload.errors import UserError
 
 
@@ -16,6 +16,7 @@ from superoffload.errors import UserError
         plan.command,
         doctor.command,
         env.command,
+        config.command,
         convert.command,
         export.command,
         tiny.command,

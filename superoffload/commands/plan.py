@@ -18,6 +18,7 @@ MODEL = (
     "model_name",
     "revision",
     "trust_remote_code",
+    "freeze",
     "attn_implementation",
     "activation_checkpointing",
     "loss_kernel",
@@ -42,9 +43,7 @@ def _show(**values: Any) -> int:
     """
     if values["plot"] is not None and Path(values["plot"]).suffix.lower() != ".png":
         raise UserError(f"--plot {values['plot']}: must be the name of a PNG file, such as plan.png")
-    context = click.get_current_context()
-    source = click.core.ParameterSource.COMMANDLINE
-    explicit = frozenset(name for name in values if context.get_parameter_source(name) is source)
+    explicit = cli.explicit(values)
     asks_devices = not values["gpu_memory"] or not (values["gpus"] or values["recipe"])
     here = machine.look(devices=None if asks_devices else ())  # does not wait for nvidia-smi in vain
     settings, merged, ranks_per_node, ranks = _settings(values, explicit, len(here.devices))
@@ -103,9 +102,15 @@ def _divided(recipe: str, ranks: int) -> int:
 
 
 def _shape(model: config.ModelSettings) -> shape.Shape:
-    if model.model_name in shape.built_in_names() and not Path(model.model_name).is_dir():
+    known = model.model_name in shape.built_in_names() and not Path(model.model_name).is_dir()
+    if known and not model.freeze:
         return shape.built_in(model.model_name)
-    return shape.load(*model.origin)
+    if known and "/" not in model.model_name:
+        raise UserError(
+            f"--freeze {config.shown(model.freeze)}: the names of parameters are not known of {model.model_name}; give "
+            "--model_name a folder or a hub id"
+        )
+    return shape.load(*model.origin, model.freeze)
 
 
 def _capacity(values: dict[str, Any], explicit: frozenset[str], here: machine.Machine) -> remedies.Capacity:
@@ -153,7 +158,7 @@ def _options() -> list[click.Parameter]:
         click.Option(["--json"], is_flag=True, help="Write JSON: sizes in bytes, times in seconds."),
         click.Option(["--plot"], help="Draw the memory to a PNG file; needs matplotlib."),
     ]
-    return [*own, *run]
+    return [cli.config_option(), *own, *run]
 
 
 command = cli.Command("plan", params=_options(), callback=_show, help=_show.__doc__)

@@ -47,6 +47,7 @@ def _options() -> list[click.Parameter]:
         ["-n", "--rows"], type=click.IntRange(min=0), default=3, show_default=True, help="Number of rows to show."
     )
     return [
+        cli.config_option(),
         rows,
         *(
             cli.option(spec)

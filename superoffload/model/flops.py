@@ -23,7 +23,8 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # name
 class ModelShape:
     """What the FLOPs of a model depend on.
 
-    `active_parameters`: parameters multiplied for a token (in a mixture of experts, only those routed to).
+    `active_parameters`: parameters multiplied for a token (in a mixture of experts, only those routed to), frozen ones
+    in proportion to their work.
     `attention_width`: heads times head dimension. `attention_windows`: per layer with attention, the number of
     positions visible to a query, itself included; 0 if it sees all earlier positions.
     """
@@ -43,15 +44,17 @@ def count_parameters(model: Model, trained_only: bool = False) -> int:
     return sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad or not trained_only)
 
 
-def shape_of(model: Model) -> ModelShape:
+def shape_of(model: Model, frozen: frozenset[str] = frozenset()) -> ModelShape:
     """Read from a model what its FLOPs depend on; what a model does not say is left out, with a warning.
 
     Parameters of experts count in proportion to the experts per token. The input embedding is a lookup, not a product:
-    it counts only if it is tied to the output layer. Parameters that are not trained are not used, and do not count.
+    it counts only if it is tied to the output layer. Parameters that are not trained are not used, and do not count,
+    except those named in `frozen`: their own gradient costs nothing, and backward passes through them only if there is
+    a trained parameter before them. Attention counts in full.
     """
     config = model.config.get_text_config()
     try:
-        active = _active_parameters(model, config)
+        active = _active_parameters(model, config, frozen)
         width, windows = _attention_of(config)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         logger.warning("FLOPs count every parameter and no attention, which this model does not describe (%s)", error)
@@ -59,20 +62,20 @@ def shape_of(model: Model) -> ModelShape:
     return ModelShape(active_parameters=active, attention_width=width, attention_windows=windows)
 
 
-def _active_parameters(model: Model, config: Any) -> int:
+def _active_parameters(model: Model, config: Any, frozen: frozenset[str]) -> int:
     experts = next((count for count in (getattr(config, key, None) for key in EXPERT_COUNTS) if count), 0)
     per_token = getattr(config, "num_experts_per_tok", None) or experts
     active_share = min(1.0, per_token / experts) if experts else 1.0
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
-    return int(
-        sum(
-            numel(parameter) * (active_share if ".experts." in name else 1.0)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and (parameter is not embedding or tied)
-        )
-    )
+    total, after_trained = 0.0, False
+    for name, parameter in model.named_parameters():  # in the order of forward
+        after_trained |= parameter.requires_grad
+        work = 1.0 if parameter.requires_grad else (2 / 3 if after_trained else 1 / 3) if name in frozen else 0.0
+        if parameter is not embedding or tied:
+            total += work * numel(parameter) * (active_share if ".experts." in name else 1.0)
+    return int(total)
 
 
 def _attention_of(config: Any) -> tuple[int, tuple[int, ...]]:

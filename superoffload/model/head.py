@@ -1,6 +1,6 @@
 """The loss of causal language modelling, as a sum, so that a step can weight all its target tokens equally.
 
-There are two kernels. `plain_loss` takes the model's logits. `ChunkedLoss` works inside the output head, on the hidden
+There are two kernels. `PlainLoss` takes the model's logits. `ChunkedLoss` works inside the output head, on the hidden
 states of target positions only, and holds one tile of logits at a time, `[targets, part of the vocabulary]`. It keeps
 none of them, but computes each a second time in backward.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from superoffload.config import TrainingSettings
 from superoffload.data.collate import Batch
 from superoffload.data.encode import IGNORED
 from superoffload.protocols import Engine, Model
@@ -27,14 +28,42 @@ Returns float32 `[]`, or `[sources]` for a batch with rows of several sources.
 """
 
 
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What training minimises; evaluation is always the plain cross-entropy.
+
+    label_smoothing: the share of each target that is spread evenly over the vocabulary (arXiv:1512.00567, equation 3).
+    dft: the loss of a target token is weighted by its probability, as a constant (arXiv:2508.05629, equation 9).
+    """
+
+    label_smoothing: float = 0.0
+    dft: bool = False
+
+    @classmethod
+    def of(cls, training: TrainingSettings) -> "Objective":
+        """Return what the settings ask for."""
+        return cls(label_smoothing=training.label_smoothing, dft=training.loss == "dft")
+
+    def weighted(self, losses: torch.Tensor) -> torch.Tensor:
+        """Weight the losses of target tokens, of any shape; a loss of 0 stays 0."""
+        return losses * losses.detach().neg().exp() if self.dft else losses
+
+
+PLAIN = Objective()
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Sum the cross-entropy of the target tokens, float32 `[]`.
 
     `logits` `[batch, length, vocabulary]` of any float type; `labels` int64 `[batch, length]`, -100 for positions that
     are not targets. Position i predicts label i + 1.
     """
     return functional.cross_entropy(
-        logits.flatten(0, 1).float(), following(labels).flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(),
+        following(labels).flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
 
 
@@ -43,18 +72,31 @@ def following(labels: torch.Tensor) -> torch.Tensor:
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def plain_loss(model_engine: Engine, batch: Batch) -> torch.Tensor:
-    """Sum the losses of a micro-batch's target tokens from the model's logits; see `Loss` (collective)."""
-    inputs = batch.on(model_engine.device)
-    labels = inputs.pop("labels")
-    logits = model_engine(**inputs).logits
-    if batch.by_source is None:
-        return summed_loss(logits, labels)
-    every = functional.cross_entropy(
-        logits.flatten(0, 1).float(), following(labels).flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    positions, _ = _targets(batch)
-    return sums_by_source(every.index_select(0, positions.to(every.device, non_blocking=True)), batch)
+class PlainLoss:
+    """Sums the losses of a micro-batch's target tokens from the model's logits."""
+
+    def __init__(self, objective: Objective = PLAIN) -> None:
+        """Take what training minimises."""
+        self._objective = objective
+
+    def __call__(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
+        """Return the sums; see `Loss` (collective)."""
+        objective = self._objective if model_engine.training else PLAIN
+        inputs = batch.on(model_engine.device)
+        labels = inputs.pop("labels")
+        logits = model_engine(**inputs).logits
+        if batch.by_source is None and not objective.dft:
+            return summed_loss(logits, labels, objective.label_smoothing)
+        every = functional.cross_entropy(
+            logits.flatten(0, 1).float(),
+            following(labels).flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=objective.label_smoothing,
+        )
+        positions, _ = _targets(batch)
+        losses = objective.weighted(every.index_select(0, positions.to(every.device, non_blocking=True)))
+        return sums_by_source(losses, batch)
 
 
 def sums_by_source(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -104,9 +146,10 @@ class ChunkedLoss:
     targets and tiles of this rank.
     """
 
-    def __init__(self, transform: Transform) -> None:
-        """Take what the model does to the output of its head."""
+    def __init__(self, transform: Transform, objective: Objective = PLAIN) -> None:
+        """Take what the model does to the output of its head, and what training minimises."""
         self._transform = transform
+        self._objective = objective
 
     def __call__(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
         """Return the sums; see `Loss` (collective)."""
@@ -114,6 +157,7 @@ class ChunkedLoss:
 
     def token_losses(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
         """Return the loss of each target token, float32 `[targets]` (collective)."""
+        objective = self._objective if model_engine.training else PLAIN
         positions, targets = _targets(batch)
         size = model_engine.module.get_output_embeddings().out_features
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < size:
@@ -123,7 +167,10 @@ class ChunkedLoss:
 
         def losses(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
             states = hidden.flatten(0, 1).index_select(0, positions)
-            return token_losses(states, head.weight, head.bias, targets, self._transform)
+            found = token_losses(
+                states, head.weight, head.bias, targets, self._transform, label_smoothing=objective.label_smoothing
+            )
+            return objective.weighted(found)
 
         inputs = batch.on(model_engine.device)
         del inputs["labels"]
@@ -180,13 +227,16 @@ def token_losses(  # noqa: PLR0913
     targets: torch.Tensor,
     transform: Transform = Transform(),
     tile: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return the cross-entropy of each target token, float32 `[targets]`, without holding all logits at once.
 
     `hidden` `[targets, width]`, `weight` `[vocabulary, width]`, `bias` `[vocabulary]`, all of one float type; `targets`
     int64 `[targets]`; `tile` is the number of logits to hold at a time (default `TILE`).
     """
-    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, transform, tile or TILE)  # type: ignore[no-untyped-call]
+    losses: torch.Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, transform, tile or TILE, label_smoothing
+    )
     return losses
 
 
@@ -206,26 +256,32 @@ class _TokenLosses(torch.autograd.Function):
         targets: torch.Tensor,
         transform: Transform,
         tile: int,
+        smoothing: float,
     ) -> torch.Tensor:
         zeros = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         # Finite, because a tile may hold nothing but -inf. sums: of exp(logit - largest).
-        target_logits, largest, sums = zeros, zeros + torch.finfo(torch.float32).min, zeros
+        target_logits, largest, sums, totals = zeros, zeros + torch.finfo(torch.float32).min, zeros, zeros
         tiles = _Tiles(hidden, weight, bias, tile)
         for part in tiles.parts:
             logits = transform.apply_(tiles.head_output(part))
             columns, inside = _columns(targets, part)
             found = logits.gather(1, columns[:, None]).squeeze(1)
             target_logits = torch.where(inside, found, target_logits)
+            totals = totals + logits.sum(dim=1) if smoothing else totals
             before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
             sums = sums * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(dim=1)
         ctx.save_for_backward(hidden, weight, bias, targets, largest, sums)
-        ctx.transform, ctx.tile = transform, tile
-        return sums.log() - (target_logits - largest)
+        ctx.transform, ctx.tile, ctx.smoothing = transform, tile, smoothing
+        losses = sums.log() - (target_logits - largest)
+        if not smoothing:
+            return losses
+        return (1 - smoothing) * losses + smoothing * (sums.log() - (totals / len(weight) - largest))
 
     @staticmethod
     def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, largest, sums = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        smoothing = ctx.smoothing
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_weight = weight.new_empty(weight.shape) if needs_weight else None
         grad_bias = bias.new_empty(bias.shape) if needs_bias else None
@@ -235,7 +291,9 @@ class _TokenLosses(torch.autograd.Function):
             logits, slope = ctx.transform.apply_with_slope_(tiles.head_output(part))
             columns, inside = _columns(targets, part)
             grads = logits.sub_(largest[:, None]).exp_().mul_((grad_losses / sums)[:, None])
-            grads[rows, columns] -= grad_losses.where(inside, 0)
+            grads[rows, columns] -= (grad_losses * (1 - smoothing)).where(inside, 0)
+            if smoothing:
+                grads -= (grad_losses * (smoothing / len(weight)))[:, None]
             grads = tiles.rounded(grads if slope is None else grads.mul_(slope), part)
             del logits, slope  # their memory serves the product
             if grad_hidden is not None:
@@ -247,7 +305,7 @@ class _TokenLosses(torch.autograd.Function):
         del tiles, grads
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class _Tiles:

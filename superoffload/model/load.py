@@ -12,7 +12,7 @@ from superoffload.config import ModelSettings
 from superoffload.ds_config import DsConfig, dtype_name
 from superoffload.errors import UserError
 from superoffload.log import hide_bars_of_transformers, logger
-from superoffload.model import architecture, buffers, quantization, vocabulary, weights
+from superoffload.model import architecture, buffers, freezing, quantization, vocabulary, weights
 from superoffload.model.flops import count_parameters, numel
 from superoffload.model.leaf_modules import SPARSE_BLOCK, class_names, sparse_blocks
 from superoffload.model.tokenizer import check_name, explain, load_tokenizer
@@ -52,22 +52,24 @@ class Architecture:
     """What is known of a model before its weights are read.
 
     config: its configuration. skeleton: the model on the meta device; parameters that are not trained are frozen.
+    frozen: the names of those that are used, but not trained, because of `--freeze`.
     """
 
     config: Any
     skeleton: Model
+    frozen: frozenset[str] = frozenset()
 
 
 def load_architecture(settings: ModelSettings, max_length: int = 0) -> Architecture:
     """Read the configuration of the model and build it without weights, which takes seconds.
 
-    Raises `UserError`, also if `--leaf_module` or `--max_length` does not fit the model.
+    Raises `UserError`, also if `--leaf_module`, `--freeze` or `--max_length` does not fit the model.
     """
     config = load_config(*settings.origin)
     skeleton = architecture.trained_model(config, settings.trust_remote_code)
     check_leaf_module(settings.leaf_module, skeleton)
     architecture.check_positions(skeleton, max_length)
-    return Architecture(config=config, skeleton=skeleton)
+    return Architecture(config=config, skeleton=skeleton, frozen=freezing.freeze(skeleton, settings.freeze))
 
 
 def check_leaf_module(requested: str | None, skeleton: Model) -> None:
@@ -93,7 +95,7 @@ def load_model(
     `UserError` if weights are missing, damaged or not finite, or the architecture is unknown.
     """
     skeleton = described.skeleton
-    unused = {name for name, parameter in skeleton.named_parameters() if not parameter.requires_grad}
+    untrained = {name for name, parameter in skeleton.named_parameters() if not parameter.requires_grad}
     files = weights.find(settings.model_name, settings.revision)
     tensors = weights.describe(settings.model_name, files)
     options = _options(settings, ds_config, attention)
@@ -118,7 +120,8 @@ def load_model(
     weights.check_finite(settings.model_name, model)
     if embedding_rows:
         vocabulary.grow(model, embedding_rows, ds_config)
-    _freeze(model, unused)
+    _freeze(model, untrained - described.frozen)
+    freezing.apply(model, described.frozen)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)

@@ -12,11 +12,13 @@ from superoffload.errors import UserError, first_line
 from superoffload.log import logger
 from superoffload.model.head import (
     MULTIPLE,
+    PLAIN,
     ChunkedLoss,
     Loss,
+    Objective,
+    PlainLoss,
     Transform,
     following,
-    plain_loss,
     replaced_forward,
     token_losses,
 )
@@ -43,22 +45,22 @@ class _Unsuitable(Exception):
     """The chunked kernel would not compute the model's own loss; the message says why."""
 
 
-def choose(requested: str, model_engine: Engine, layout: Layout) -> Loss:
-    """Return the loss kernel for `--loss_kernel` `requested` (collective).
+def choose(requested: str, model_engine: Engine, layout: Layout, objective: Objective = PLAIN) -> Loss:
+    """Return the loss kernel for `--loss_kernel` `requested`, which minimises `objective` in training (collective).
 
     Runs three small forwards: one for the model's own logits, one with known numbers in place of the head's output,
     to see what the model does to them, and one with the chunked kernel. Then runs the kernel backward, on this rank
     alone. Raises `UserError` if `chunked` is requested and does not suit the model.
     """
     if requested == "plain":
-        return plain_loss
+        return PlainLoss(objective)
     was_training = model_engine.training
     model_engine.eval()
     chunked: ChunkedLoss | None = None
     why = "another rank rejected it"
     try:
         with torch.no_grad():
-            chunked = _try(model_engine, _batch(model_engine, layout))
+            chunked = _try(model_engine, _batch(model_engine, layout), objective)
     except _Unsuitable as error:
         why = str(error)
     except _FATAL:
@@ -74,7 +76,7 @@ def choose(requested: str, model_engine: Engine, layout: Layout) -> Loss:
     if requested == "chunked":
         raise UserError(f"--loss_kernel chunked: does not suit {name} ({why}); use auto or plain")
     logger.info("Loss kernel: plain, because chunked does not suit %s (%s)", name, why)
-    return plain_loss
+    return PlainLoss(objective)
 
 
 def _batch(model_engine: Engine, layout: Layout) -> Batch:
@@ -84,8 +86,11 @@ def _batch(model_engine: Engine, layout: Layout) -> Batch:
     return collate([[row] for row in zip(ids, labels, strict=True)], 2, layout)
 
 
-def _try(model_engine: Engine, batch: Batch) -> ChunkedLoss:
-    """Return the chunked kernel if it computes the model's own losses (collective); raises `_Unsuitable`."""
+def _try(model_engine: Engine, batch: Batch, objective: Objective) -> ChunkedLoss:
+    """Return the chunked kernel if it computes the model's own losses (collective); raises `_Unsuitable`.
+
+    Compares the plain cross-entropy, which is what the kernel computes in evaluation, whatever the objective.
+    """
     head = model_engine.module.get_output_embeddings()
     if getattr(type(head), "forward", None) is not torch.nn.Linear.forward:
         raise _Unsuitable(f"its output layer is {type(head).__name__}, not Linear")
@@ -95,14 +100,14 @@ def _try(model_engine: Engine, batch: Batch) -> ChunkedLoss:
     logits = model_engine(**inputs).logits
     if logits.shape != (*labels.shape, head.out_features):
         raise _Unsuitable("its logits are not those of its output layer")
-    chunked = ChunkedLoss(_observe(model_engine, batch, head))
+    chunked = ChunkedLoss(_observe(model_engine, batch, head), objective)
     targets = labels != IGNORED
     expected = torch.nn.functional.cross_entropy(logits[targets].float(), labels[targets], reduction="none")
     # The median: a near-tie between experts that resolves differently affects only a few tokens.
     difference = (chunked.token_losses(model_engine, batch) - expected).abs().sort().values[len(expected) // 2]
     if not difference <= TOLERANCE.get(logits.dtype, HALF_TOLERANCE) * expected.std():
         raise _Unsuitable(f"its losses differ by {float(difference):.2g}")
-    _check_backward(head, logits)
+    _check_backward(head, logits, objective.label_smoothing)
     return chunked
 
 
@@ -119,7 +124,7 @@ def _check_path(model: Model, head: torch.nn.Linear) -> None:
             raise _Unsuitable(f"its output layer lies in {name}, which has parameters of its own")
 
 
-def _check_backward(head: torch.nn.Linear, logits: torch.Tensor) -> None:
+def _check_backward(head: torch.nn.Linear, logits: torch.Tensor, smoothing: float) -> None:
     """Run the kernel backward on small tensors like the head's, over several tiles, so that it fails now if it does.
 
     Nothing is communicated. The kernels that a device has for this are first needed in a step otherwise.
@@ -131,7 +136,8 @@ def _check_backward(head: torch.nn.Linear, logits: torch.Tensor) -> None:
         bias = None if head.bias is None else weight.new_zeros(rows).requires_grad_()
         targets = torch.arange(count, device=logits.device)
         with torch.enable_grad():
-            token_losses(hidden, weight, bias, targets, tile=MULTIPLE).sum().backward()  # type: ignore[no-untyped-call]
+            losses = token_losses(hidden, weight, bias, targets, tile=MULTIPLE, label_smoothing=smoothing)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _observe(model_engine: Engine, batch: Batch, head: torch.nn.Linear) -> Transform:

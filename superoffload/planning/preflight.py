@@ -11,25 +11,25 @@ from superoffload.config import AUTO, CheckpointSettings
 from superoffload.ds_config import Merged, with_offload_ratio
 from superoffload.errors import FAILURES, UserError, first_line
 from superoffload.log import logger
+from superoffload.model.load import Architecture
 from superoffload.planning import plan, ratio, sight, speed
 from superoffload.planning.budget import job, shape
 from superoffload.planning.forecast import Forecast
-from superoffload.protocols import Model
 
 Found = TypeVar("Found")
 
 
 def check(
-    merged: Merged, skeleton: Model, longest: int, checkpoints: Sequence[Source]
+    merged: Merged, architecture: Architecture, longest: int, checkpoints: Sequence[Source]
 ) -> tuple[Merged, Forecast | None]:
     """Choose the ratio if it is `auto`, and stop a run that needs clearly more than there is (collective).
 
-    `skeleton` is the model without weights, `longest` the most tokens of a row in a batch, and `checkpoints` those that
-    the run may resume from. Returns the settings, and the forecast, None if memory is not known beforehand. Raises
+    `architecture` is the model without weights, `longest` the most tokens of a row in a batch, and `checkpoints` those
+    that the run may resume from. Returns the settings, and the forecast, None if memory is not known beforehand. Raises
     `UserError`, on every rank or on none.
     """
     name, folder = merged.config.model.model_name, merged.config.output.output_dir
-    own = _attempt(lambda: (sight.see(folder), shape.of_model(name, skeleton)))
+    own = _attempt(lambda: (sight.see(folder), shape.of_model(name, architecture.skeleton, architecture.frozen)))
     found = distributed.all_gather_objects(own)
     saved = checkpoints[0].manifest["config"].get("offload_ratio") if checkpoints else None
     planned = _attempt(lambda: _planned(merged, found, longest, saved, resumes=bool(checkpoints)))

@@ -58,14 +58,12 @@ def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int) 
             weight_decay=training.weight_decay,
             fp32_optimizer_states=not has_bf16_state(ds_config),
         )
-    warmup = schedule.warmup_steps(total_steps, training.warmup)
+    course = schedule.of(training, total_steps)
 
     def lr_scheduler(base: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         # DeepSpeed steps sub-groups without calling base.step; torch would warn that the schedule runs ahead of it.
         base._opt_called = True  # type: ignore[attr-defined]
-        return torch.optim.lr_scheduler.LambdaLR(
-            base, lambda step: schedule.factor(training.lr_scheduler, step, warmup, total_steps)
-        )
+        return torch.optim.lr_scheduler.LambdaLR(base, lambda step: course.factor(step))
 
     with installed(offload_settings(config)):
         engine: Engine

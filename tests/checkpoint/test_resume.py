@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from superoffload import config
 from superoffload.checkpoint import output_folder, resume
 from superoffload.errors import UserError
+from superoffload.export import weights
 from superoffload.training import schedule
 from tests.helpers.forked import Launched, launch
 from tests.helpers.models import write_model
@@ -29,11 +31,13 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
     ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    steps = ["--max_steps", "12"]  # packs of 128 tokens, clipped and accumulated
+    options = ["--neftune_alpha", "1", "--label_smoothing", "0.05", "--freeze", r"layers\.0\.mlp"]
+    steps = ["--max_steps", "12", *options]  # packs of 128 tokens, clipped and accumulated
     assert launch(ranks, *flags(model_folder, rows_file, whole, *steps, "--save_checkpoint")).returncode == 0
     first = launch(ranks, *flags(model_folder, rows_file, parts, *steps, "--save_steps", "5", "--bench_steps", "7"))
     assert first.returncode == 0, first.stderr[-3000:]
-    second = launch(ranks, *flags(model_folder, rows_file, parts, *steps, "--save_checkpoint"))
+    settings = str(parts / "config.yaml")  # the second run repeats the first, but for what flags change
+    second = launch(ranks, "--config", settings, "--save_steps", "0", "--bench_steps", "0", "--save_checkpoint")
     assert second.returncode == 0, second.stderr[-3000:]
     assert f"Resuming from {parts / 'global_step5'}: step 5" in second.stderr
 
@@ -42,6 +46,16 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
     assert min(norms) < 1.75 < max(norms)  # some steps are clipped, some are not
     assert logged(parts) == logged(whole)
     assert_equal_states(whole, parts)
+    assert_frozen_weights_are_exported(whole, model_folder, tmp_path / "exported")
+
+
+def assert_frozen_weights_are_exported(out: Path, model: Path, target: Path) -> None:
+    """Compare an export with the model that training started from: the frozen weights are the same, others are not."""
+    weights.export(out, target)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, target))
+    same = {name for name, tensor in after.items() if torch.equal(tensor, before[name].bfloat16())}
+    assert after.keys() == before.keys()
+    assert same == {name for name in after if "layers.0.mlp" in name} and same
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
@@ -298,7 +312,7 @@ def resume_with_new_values(model: str, out: str, mode: str) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["superoffload", "zerooffload"])
 def test_new_values_hold_from_the_first_resumed_step(mode: str, model_folder: Path, tmp_path: Path) -> None:
     (found,) = run_ranks(1, resume_with_new_values, str(model_folder), str(tmp_path), mode)
-    expected = [4e-3 * schedule.factor("linear", step, 5, 10) for step in (2, 3, 4)]
+    expected = [4e-3 * schedule.Schedule(kind="linear", warmup=5, total=10).factor(step) for step in (2, 3, 4)]
     assert found["rates"] == [[rate] * 2 for rate in expected]
     assert found["decays"] == [0.1, 0.0]
     assert found["steps"] == {4}

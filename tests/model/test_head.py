@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from superoffload.model import head
-from superoffload.model.head import Transform, summed_loss, token_losses
+from superoffload.model.head import Objective, Transform, summed_loss, token_losses
 from tests.helpers.models import make_model
 
 pytestmark = pytest.mark.unit
@@ -219,3 +219,62 @@ def test_a_tile_may_hold_nothing_but_minus_infinity() -> None:
     losses = token_losses(hidden, weight, bias, targets, tile=1)
     assert losses.isfinite().all()
     torch.testing.assert_close(losses, functional.cross_entropy(hidden @ weight.t() + bias, targets, reduction="none"))
+
+
+def smoothed(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    transform: Transform,
+    share: float,
+) -> torch.Tensor:
+    """Return the losses of transformers' LabelSmoother (trainer_pt_utils.py), for each token."""
+    logits = functional.linear(hidden, weight, bias) * transform.scale
+    if transform.softcap is not None:
+        logits = torch.tanh(logits / transform.softcap) * transform.softcap
+    negative = -logits.log_softmax(dim=-1)
+    return (1 - share) * negative.gather(1, targets[:, None]).squeeze(1) + share * negative.mean(dim=-1)
+
+
+@pytest.mark.parametrize("tile", [2000, 10**9], ids=["tiles", "one tile"])
+@pytest.mark.parametrize("transform", [Transform(), Transform(0.125), Transform(0.5, 5.0)], ids=["", "scale", "cap"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("objective", [Objective(label_smoothing=0.3), Objective(dft=True)], ids=["smoothing", "dft"])
+def test_objectives_have_the_loss_and_gradients_of_their_formula(
+    objective: Objective, bias: bool, transform: Transform, tile: int
+) -> None:
+    """In float64 by autograd: smoothing as in transformers, DFT as -sg(p) log p (arXiv:2508.05629, equation 9)."""
+    inputs, targets = make_inputs(torch.float32, 1.0, bias=bias)
+    incoming = torch.linspace(0.5, 2.0, len(targets))
+
+    def of_formula(tensors: list[torch.Tensor]) -> torch.Tensor:
+        hidden, weight, *rest = tensors
+        losses = smoothed(hidden, weight, rest[0] if rest else None, targets, transform, objective.label_smoothing)
+        return (-losses).exp().detach() * losses if objective.dft else losses
+
+    def of_kernel(tensors: list[torch.Tensor]) -> torch.Tensor:
+        hidden, weight, *rest = tensors
+        share = objective.label_smoothing
+        return objective.weighted(
+            token_losses(hidden, weight, rest[0] if rest else None, targets, transform, tile, label_smoothing=share)
+        )
+
+    def run(function: Callable[[list[torch.Tensor]], torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        losses = function(tensors)
+        return [losses.detach(), *torch.autograd.grad((losses * incoming.to(dtype)).sum(), tensors)]
+
+    for ours, exact in zip(run(of_kernel, torch.float32), run(of_formula, torch.float64), strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < 2e-6
+
+
+def test_objectives_of_the_plain_sum_are_those_of_transformers_and_of_the_formula() -> None:
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    logits, labels = torch.randn(2, 9, 40), torch.randint(0, 40, (2, 9))
+    labels[0, :4] = -100
+    targets = int((labels[:, 1:] != -100).sum())
+    theirs = LabelSmoother(epsilon=0.2)({"logits": logits}, labels, shift_labels=True)
+    assert float(summed_loss(logits, labels, 0.2)) == pytest.approx(float(theirs) * targets, rel=1e-5)
+    assert Objective(dft=True).weighted(torch.tensor([0.0, 2.0])).tolist() == pytest.approx([0, 2 * 0.1353353])

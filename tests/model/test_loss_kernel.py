@@ -3,15 +3,16 @@
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from superoffload import distributed
-from superoffload.data.collate import Layout, collate
+from superoffload.data.collate import Layout, collate, targets_by_source
 from superoffload.errors import UserError
 from superoffload.model import attention, head, loss_kernel
-from superoffload.model.head import ChunkedLoss, Transform, plain_loss
+from superoffload.model.head import ChunkedLoss, Objective, PlainLoss, Transform
 from tests.helpers.packs import DOCUMENTS, PACKED, PADDED, VARLEN, make_engine, tiny
 
 pytestmark = pytest.mark.unit
@@ -43,7 +44,7 @@ def loss_and_gradients(engine: Any, loss: Any, layout: Layout) -> tuple[float, d
 
 
 def assert_equal_to_plain(engine: Any, loss: Any, layout: Layout, tolerance: float) -> None:
-    expected, expected_gradients = loss_and_gradients(engine, plain_loss, layout)
+    expected, expected_gradients = loss_and_gradients(engine, PlainLoss(), layout)
     found, gradients = loss_and_gradients(engine, loss, layout)
     assert found == pytest.approx(expected, rel=1e-6 if tolerance < 1e-4 else 1e-4)
     assert gradients.keys() == expected_gradients.keys()
@@ -67,6 +68,50 @@ def test_suitable_models(kind: str, dtype: torch.dtype, tolerance: float, layout
     assert_equal_to_plain(engine, loss, layout, tolerance)
     assert "forward" not in vars(engine.module.get_output_embeddings())
     assert not engine.module._forward_hooks
+
+
+OBJECTIVES = [Objective(label_smoothing=0.2), Objective(dft=True)]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["smoothing", "dft"])
+@pytest.mark.parametrize("kind", ["gemma2", "phi"])
+def test_both_kernels_minimise_the_objective_in_training_and_evaluate_the_cross_entropy(
+    kind: str, objective: Objective
+) -> None:
+    engine = make_engine(tiny(kind, "eager", **SUITABLE[kind][0]))
+    with torch.no_grad():
+        engine.module.get_output_embeddings().weight *= 20  # far from an even distribution, which smoothing keeps
+    engine.train()
+    plain, chunked = PlainLoss(objective), loss_kernel.choose("chunked", engine, PACKED, objective)
+    expected, expected_gradients = loss_and_gradients(engine, plain, PACKED)
+    found, gradients = loss_and_gradients(engine, chunked, PACKED)
+    cross_entropy, other_gradients = loss_and_gradients(engine, PlainLoss(), PACKED)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found != pytest.approx(cross_entropy, rel=1e-5)
+    for name, gradient in gradients.items():
+        size = expected_gradients[name].norm()
+        assert (gradient - expected_gradients[name]).norm() <= 3e-6 * size + 1e-7, name
+    assert any(
+        (gradients[name] - other_gradients[name]).norm() > 0.01 * other_gradients[name].norm() for name in gradients
+    )
+    engine.eval()
+    for loss in (plain, chunked):
+        assert loss_and_gradients(engine, loss, PACKED)[0] == pytest.approx(cross_entropy, rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["smoothing", "dft"])
+def test_the_losses_of_sources_are_parts_of_the_objective(objective: Objective) -> None:
+    engine = make_engine(tiny("llama"))
+    engine.train()
+    packs = [DOCUMENTS[:2], DOCUMENTS[2:]]
+    whole = collate(packs, 2, PACKED)
+    targets = np.array([int((labels[1:] != -100).sum()) for _, labels in DOCUMENTS])
+    sources = np.arange(len(DOCUMENTS)) % 2
+    batch = collate(packs, 2, PACKED, targets_by_source(sources, targets, 2))
+    for loss in (PlainLoss(objective), ChunkedLoss(Transform(), objective)):
+        found = loss(engine, batch)
+        assert found.shape == (2,)
+        assert found.sum().item() == pytest.approx(loss(engine, whole).item(), rel=1e-6)
 
 
 def test_packs_that_the_attention_takes_apart() -> None:
@@ -151,7 +196,7 @@ def test_a_model_that_it_does_not_suit_falls_back_with_one_line(kind: str, caplo
     engine.train()
     before = {name: dict(vars(module)) for name, module in engine.named_modules()}
     with caplog.at_level(logging.INFO, "superoffload"):
-        assert loss_kernel.choose("auto", engine, PADDED) is plain_loss
+        assert isinstance(loss_kernel.choose("auto", engine, PADDED), PlainLoss)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("Loss kernel: plain, because chunked does not suit ")
     assert why in line and "\n" not in line
@@ -161,7 +206,7 @@ def test_a_model_that_it_does_not_suit_falls_back_with_one_line(kind: str, caplo
 
 
 def test_plain_runs_nothing() -> None:
-    assert loss_kernel.choose("plain", make_engine(torch.nn.Identity()), PADDED) is plain_loss
+    assert isinstance(loss_kernel.choose("plain", make_engine(torch.nn.Identity()), PADDED), PlainLoss)
 
 
 def test_random_numbers_stay_as_they_are() -> None:
@@ -174,7 +219,7 @@ def test_random_numbers_stay_as_they_are() -> None:
 def test_another_ranks_rejection_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(distributed, "all_ranks_ok", lambda ok: False)
     with caplog.at_level(logging.INFO, "superoffload"):
-        assert loss_kernel.choose("auto", make_engine(tiny("llama")), PADDED) is plain_loss
+        assert isinstance(loss_kernel.choose("auto", make_engine(tiny("llama")), PADDED), PlainLoss)
     assert "another rank rejected it" in caplog.text
 
 
@@ -197,7 +242,7 @@ def test_a_backward_that_fails_is_found_at_the_start(
 
     monkeypatch.setattr(head, "_float32_product", fail)
     with caplog.at_level(logging.INFO, "superoffload"):
-        assert loss_kernel.choose("auto", make_engine(tiny("llama")), PADDED) is plain_loss
+        assert isinstance(loss_kernel.choose("auto", make_engine(tiny("llama")), PADDED), PlainLoss)
     assert "no kernel for this device" in caplog.text
 
 
@@ -205,7 +250,7 @@ def test_parameters_between_the_model_and_its_head_are_refused(caplog: pytest.Lo
     model = Wrapped(lambda logits: logits)
     model.inner.scale = torch.nn.Parameter(torch.ones(1))
     with caplog.at_level(logging.INFO, "superoffload"):
-        assert loss_kernel.choose("auto", make_engine(model), PADDED) is plain_loss
+        assert isinstance(loss_kernel.choose("auto", make_engine(model), PADDED), PlainLoss)
     assert "its output layer lies in inner, which has parameters of its own" in caplog.text
 
 

@@ -128,9 +128,9 @@ def check(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
         *found: Any, checkpoints: Any = (), longest: int | None = None, **flags: Any
     ) -> tuple[Merged, Forecast | None]:
         caplog.clear()
-        nothing: Any = None
+        nothing: Any = SimpleNamespace(skeleton=None, frozen=frozenset())
         monkeypatch.setattr(sight, "see", lambda folder: view())
-        monkeypatch.setattr("superoffload.planning.budget.shape.of_model", lambda name, skeleton: SHAPE)
+        monkeypatch.setattr("superoffload.planning.budget.shape.of_model", lambda *known: SHAPE)
         ranks = [(each, SHAPE) if isinstance(each, Sight) else each for each in found]
         monkeypatch.setattr(distributed, "all_gather_objects", lambda own: ranks)
         merged = settings(**flags)

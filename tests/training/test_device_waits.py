@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 import finetune_zero3
 from superoffload import config, distributed
 from superoffload.data.collate import Batch, TargetsBySource
-from superoffload.model.head import plain_loss
+from superoffload.model.head import PlainLoss
 from superoffload.training import metrics, tracking
 from superoffload.training.progress import Progress
 from superoffload.training.run import Run
@@ -99,6 +99,7 @@ class Engine:
     """A model of one table, without an optimizer."""
 
     device = torch.device("cpu")
+    training = True
 
     def __init__(self) -> None:
         self.weight = torch.zeros(8, 8, requires_grad=True)
@@ -165,7 +166,7 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
         trackers=tracking.Trackers([]),
         evaluation=evaluation,
         control=control,
-        loss=plain_loss,
+        loss=PlainLoss(),
     )
     device = Device(monkeypatch)
     finetune_zero3.train(run)

@@ -175,7 +175,7 @@ def test_the_optimizer_steps_with_the_schedule(kind: str, model_folder: Path, ro
     values = {"model_name": str(model_folder), "dataset_name": str(rows_file), "batch_size": 4, "lr_scheduler": kind,
               "warmup": 0.3, "lr": 2e-3}  # fmt: skip
     ((logged, used),) = run_ranks(1, learning_rates, values, FP32)
-    expected = [2e-3 * schedule.factor(kind, step, 3, 10) for step in range(10)]
+    expected = [2e-3 * schedule.Schedule(kind=kind, warmup=3, total=10).factor(step) for step in range(10)]
     assert logged == pytest.approx(expected)
     per_step = len(used) // 10
     assert per_step >= 2  # one call per sub-group: decayed and not

@@ -13,7 +13,7 @@ from superoffload.data.collate import Batch, Layout, collate
 from superoffload.data.encode import IGNORED
 from superoffload.ds_config import merge_flags
 from superoffload.model import head, load, loss_kernel
-from superoffload.model.head import ChunkedLoss, Loss, plain_loss
+from superoffload.model.head import ChunkedLoss, Loss, PlainLoss
 from superoffload.protocols import Engine
 from superoffload.training import engine
 from tests.helpers.forked import launch
@@ -141,7 +141,7 @@ def fallback(folder: str) -> tuple[bool, list[float], list[float]]:
             model_engine.backward(loss_sum * 0.01)
             model_engine.step()
             losses.append(loss_sum.item())
-    return loss is plain_loss, before, after
+    return isinstance(loss, PlainLoss), before, after
 
 
 def test_training_goes_well_after_a_model_has_rejected_the_kernel(model_folder: Path) -> None:

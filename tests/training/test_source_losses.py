@@ -12,7 +12,7 @@ from superoffload.data import loader
 from superoffload.data.collate import Batch, Layout, TargetsBySource, collate, targets_by_source
 from superoffload.data.encode import IGNORED
 from superoffload.model import attention, loss_kernel
-from superoffload.model.head import following, plain_loss, sums_by_source
+from superoffload.model.head import PlainLoss, following, sums_by_source
 from superoffload.training import evaluation, metrics, tracking
 from superoffload.training.progress import Progress
 from superoffload.training.source_losses import SourceLosses
@@ -42,7 +42,7 @@ def test_both_kernels_sum_the_losses_of_each_source(
     loss = loss_kernel.choose(kernel, engine, layout)
     reference = make_engine(tiny("llama", "eager"))
     with torch.no_grad():
-        alone = [float(plain_loss(reference, collate([[document]], 1, PADDED))) for document in DOCUMENTS]
+        alone = [float(PlainLoss()(reference, collate([[document]], 1, PADDED))) for document in DOCUMENTS]
     losses: Any = loss(engine, batch_of(layout, SOURCES))
     expected = [alone[1] + alone[2], alone[0], alone[3], 0.0]
     assert losses.dtype == torch.float32

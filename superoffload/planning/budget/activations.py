@@ -103,7 +103,7 @@ def loss_bytes(shape: Shape, job: Job) -> int:
 
     Chunked: a tile, and in backward the gradient of the head's weight and of the states, the latter in float32
     (model/head.py, _TokenLosses). Plain: the log-softmax, its gradient and that of the logits, each float32
-    `[tokens, vocabulary]` (model/head.py, plain_loss); then the gradient of the head's weight beside that of the
+    `[tokens, vocabulary]` (model/head.py, PlainLoss); then the gradient of the head's weight beside that of the
     logits.
     """
     states = states_bytes(shape, job)

@@ -1,7 +1,7 @@
 """The shape of a model: what the memory and the time of training it depend on. Imports no torch by itself."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -97,13 +97,15 @@ def _expand(items: Iterable[int | list[Any]]) -> list[int]:
     return result
 
 
-def load(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Shape:
+def load(name: str, revision: str | None = None, trust_remote_code: bool = False, freeze: Sequence[str] = ()) -> Shape:
     """Read the shape of the model in a folder or on the hub, from its configuration alone.
+
+    `freeze` are the patterns of `--freeze`.
 
     Of a model that is wrapped around a text model, what text does not reach is frozen, as in training. Raises
     `UserError` if there is no such model.
     """
-    from superoffload.model import architecture
+    from superoffload.model import architecture, freezing
     from superoffload.model.load import load_config
 
     skeleton = architecture.empty_model(load_config(name, revision, trust_remote_code), trust_remote_code)
@@ -111,14 +113,20 @@ def load(name: str, revision: str | None = None, trust_remote_code: bool = False
         unused = architecture.unused_parameters(skeleton)
         for path, parameter in skeleton.named_parameters():
             parameter.requires_grad_(path not in unused)
-    return of_model(name, skeleton)
+    return of_model(name, skeleton, freezing.freeze(skeleton, freeze))
 
 
-def of_model(name: str, skeleton: Model) -> Shape:
-    """Read the shape of a model on the meta device; what its configuration does not say is read from its weights."""
+def of_model(name: str, skeleton: Model, frozen: frozenset[str] = frozenset()) -> Shape:
+    """Read the shape of a model on the meta device; what its configuration does not say is read from its weights.
+
+    `frozen` names the parameters that are used, but not trained.
+    """
+    used = {
+        id(parameter) for path, parameter in skeleton.named_parameters() if parameter.requires_grad or path in frozen
+    }
     config: Any = skeleton.config.get_text_config()
     sizes = tuple(tuple(numel(p) for p in group["params"]) for group in parameter_groups(skeleton, 0.01))
-    layers = _layers(skeleton)
+    layers = _layers(skeleton, used)
     embedding = skeleton.get_input_embeddings().weight
     output = getattr(skeleton.get_output_embeddings(), "weight", embedding)
     paths = [path for path, _ in skeleton.named_parameters()]
@@ -129,8 +137,8 @@ def of_model(name: str, skeleton: Model) -> Shape:
         groups=sizes,
         frozen=sum(numel(p) for p in skeleton.parameters() if not p.requires_grad),
         layers=len(layers),
-        layer=max(map(_trained, layers), default=0),
-        unit=_unit(skeleton, sizes),
+        layer=max((_gathered(layer, used) for layer in layers), default=0),
+        unit=_unit(skeleton, used),
         hidden=hidden,
         intermediate=_intermediate(config, layers),
         heads=heads,
@@ -142,24 +150,25 @@ def of_model(name: str, skeleton: Model) -> Shape:
         experts_per_token=_experts(config),
         head_norms=any(path.endswith(HEAD_NORMS) for path in paths),
         sinks=any(path.endswith(".sinks") for path in paths),
-        flops=shape_of(skeleton),
+        flops=shape_of(skeleton, frozen),
     )
 
 
-def _layers(skeleton: Model) -> list[Any]:
-    """Return the decoder layers: the list of modules with the most trained parameters."""
+def _layers(skeleton: Model, used: set[int]) -> list[Any]:
+    """Return the decoder layers: the list of modules with the most parameters in use."""
     lists = [list(module) for module in skeleton.modules() if type(module).__name__ == "ModuleList"]  # type: ignore[call-overload]
-    return max(lists, key=lambda layers: sum(map(_trained, layers)), default=[])
+    return max(lists, key=lambda layers: sum(_gathered(layer, used) for layer in layers), default=[])
 
 
-def _trained(module: Any) -> int:
-    return sum(numel(parameter) for parameter in module.parameters() if parameter.requires_grad)
+def _gathered(module: Any, used: set[int]) -> int:
+    """Return the elements of a module's parameters that are in use, which are gathered when it runs."""
+    return sum(numel(parameter) for parameter in module.parameters() if id(parameter) in used)
 
 
-def _unit(skeleton: Model, sizes: tuple[tuple[int, ...], ...]) -> int:
+def _unit(skeleton: Model, used: set[int]) -> int:
     blocks = sparse_blocks(skeleton)
-    leaves = [_trained(module) for module in skeleton.modules() if type(module).__name__ in blocks]
-    return max(*leaves, *(numel for group in sizes for numel in group), 0, 0)
+    leaves = [_gathered(module, used) for module in skeleton.modules() if type(module).__name__ in blocks]
+    return max(*leaves, *(numel(parameter) for parameter in skeleton.parameters() if id(parameter) in used), 0, 0)
 
 
 def _number(config: Any, *names: str) -> int:
