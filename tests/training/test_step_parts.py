@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from superoffload import distributed
 from superoffload.training.step_parts import StepParts
 
 pytestmark = pytest.mark.unit
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.unit
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace the clock by one that is set by hand."""
     hands = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(distributed.time, "perf_counter", lambda: hands.now)
+    monkeypatch.setattr("superoffload.distributed.time.perf_counter", lambda: hands.now)
     return hands
 
 
