@@ -98,6 +98,7 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
     from superoffload.training.progress import Progress
     from superoffload.training.run import Run
     from superoffload.training.run_control import RunControl
+    from superoffload.training.step_parts import StepParts
 
     config, ds_config = merged.config, merged.ds_config
     attention_kernel, tokenizer, batches, evaluation = inputs
@@ -125,7 +126,11 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
         batches=batches,
         progress=progress,
         meter=metrics.Meter(
-            config, flops.shape_of(model, architecture.frozen), state.get("meter"), sources=batches.sources
+            config,
+            flops.shape_of(model, architecture.frozen),
+            state.get("meter"),
+            sources=batches.sources,
+            parts=StepParts(model_engine),
         ),
         trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
         evaluation=evaluation,
@@ -156,7 +161,7 @@ def train(run: "Run") -> None:
     with log.progress_bar(run.last_step, progress.step) as bar:
         run.meter.start()
         while progress.step < run.last_step and not run.stopped:
-            for micro_batches in batches.epoch(progress.epoch, progress.packs_in_epoch):
+            for micro_batches in run.meter.parts.waiting_for(batches.epoch(progress.epoch, progress.packs_in_epoch)):
                 lr = run.engine.get_lr()[0]
                 counts, votes = train_step(run, micro_batches)
                 progress.advance(counts.tokens, batches.packs_per_step)
@@ -193,16 +198,19 @@ def train_step(run: "Run", micro_batches: "Sequence[Batch]") -> "tuple[StepCount
     from superoffload import distributed
     from superoffload.training import step
 
-    engine = run.engine
+    engine, parts = run.engine, run.meter.parts
     # DeepSpeed divides the loss by the number of micro-batches and averages gradients over the ranks.
     undo_averaging = run.config.training.gradient_accumulation_steps * distributed.world_size()
     sums = step.sum_over_ranks(micro_batches, run.meter.bad_loss)
     for batch in micro_batches:
         losses = run.loss(engine, batch)
+        parts.mark("loss")
         engine.backward(losses.sum() * (undo_averaging / sums.target_tokens).float())
+        parts.mark("backward")
         if batch is micro_batches[-1]:
             votes = step.VoteSums(run.control.votes())
         engine.step()
+        parts.mark("optimizer")
         run.meter.add(batch, losses.detach())
     run.meter.end_step()
     return sums.read(), votes.read()

@@ -89,7 +89,13 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat such a flag before each of its values, which is the form that click knows."""
-        return super().parse_args(ctx, args if ctx.resilient_parsing else _spread(args))
+        several = {
+            flag
+            for option in self.params
+            if isinstance(option, click.Option) and option.multiple
+            for flag in option.opts
+        }
+        return super().parse_args(ctx, args if ctx.resilient_parsing else _spread(args, several))
 
 
 class GroupedCommand(Command):
@@ -151,18 +157,12 @@ def explicit(values: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in values if context.get_parameter_source(name) in given)
 
 
-def _spread(argv: Sequence[str]) -> list[str]:
+def _spread(argv: Sequence[str], several: set[str]) -> list[str]:
     """Repeat a flag that takes several values: `--wandb_tags a b` becomes `--wandb_tags a --wandb_tags b`.
 
     If such a flag is given twice, the values of its last occurrence count, as for every other flag. Raises `UserError`
     if it has no value.
     """
-    several = {
-        f"--{spec.name}"
-        for group in config.GROUPS.values()
-        for spec in config.settings_of(group)
-        if "several" in spec.metadata
-    }
     result: list[str] = []
     given: dict[str, list[str]] = {}
     open_flag = ""

@@ -151,6 +151,26 @@ class HostCopy:
         return self._values.tolist()
 
 
+class Mark:
+    """A moment: on the CPU now; on another device, when it has done everything that was queued before."""
+
+    def __init__(self) -> None:
+        """Queue the mark, without waiting for it."""
+        self._event: Any = None
+        if get_accelerator().is_synchronized_device():
+            self._at_s = time.perf_counter()
+        else:
+            self._event = get_accelerator().Event(enable_timing=True)
+            self._event.record()
+
+    def seconds_until(self, later: "Mark") -> float:
+        """Return the time between two marks in seconds, once the device has reached the later one."""
+        if self._event is None:
+            return later._at_s - self._at_s
+        later._event.synchronize()
+        return float(self._event.elapsed_time(later._event)) / 1000
+
+
 def barrier() -> None:
     """Wait for all ranks (collective)."""
     comm.barrier()

@@ -43,7 +43,9 @@ ROWS: list[Row] = [
     [{"export"}],
     [{"training"}, {"tiny"}],
     [{"planning"}],
-    [{"commands"}, {"finetune_zero3"}],
+    [{"finetune_zero3"}],
+    [{"bench"}],
+    [{"commands"}],
 ]
 # SuperOffload is a package of its own: it imports nothing from its parent, and has an order of its own.
 OFFLOAD_ROWS: list[Row] = [
@@ -60,11 +62,12 @@ LIBRARIES: dict[str, set[str]] = {
         "model.attention", "model.load", "model.vocabulary",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save", "checkpoint.trust",
         "training.engine",
+        "bench.alternatives",
         "planning.checks.measure",
         "offload.install", "offload.zero3",
     },
     "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.weights"},
-    "matplotlib": {"planning.picture"},
+    "matplotlib": {"planning.picture", "bench.picture"},
     "pyarrow": {"data.files", "data.sources"},
     "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},
@@ -77,6 +80,7 @@ LIBRARIES: dict[str, set[str]] = {
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
         "tiny",
+        "bench.ruler",
         "planning.checks.link", "planning.checks.measure", "planning.checks.software",
         "planning.environment", "planning.exhaustion", "planning.machine",
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.binding",

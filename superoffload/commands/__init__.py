@@ -5,13 +5,14 @@ import sys
 import click
 
 from superoffload import cli
-from superoffload.commands import config, convert, doctor, env, export, plan, preview, tiny
+from superoffload.commands import bench, config, convert, doctor, env, export, plan, preview, tiny
 from superoffload.errors import UserError
 
 
 @click.group(
     context_settings={"max_content_width": 110},
     commands=[
+        bench.command,
         preview.command,
         plan.command,
         doctor.command,

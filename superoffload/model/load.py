@@ -94,8 +94,7 @@ def load_model(
     of `attention.choose`. The embedding and the output layer get `embedding_rows` rows, if they have fewer. Raises
     `UserError` if weights are missing, damaged or not finite, or the architecture is unknown.
     """
-    skeleton = described.skeleton
-    untrained = {name for name, parameter in skeleton.named_parameters() if not parameter.requires_grad}
+    skeleton, untrained = described.skeleton, _untrained(described)
     files = weights.find(settings.model_name, settings.revision)
     tensors = weights.describe(settings.model_name, files)
     options = _options(settings, ds_config, attention)
@@ -115,18 +114,44 @@ def load_model(
         lists = (found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
         weights.report(settings.model_name, *lists, settings.init_missing)
     model.hf_deepspeed_config = keep_alive
-    model.config.use_cache = False
-    buffers.restore_precision(model, options["dtype"])
     weights.check_finite(settings.model_name, model)
     if embedding_rows:
         vocabulary.grow(model, embedding_rows, ds_config)
-    _freeze(model, untrained - described.frozen)
+    _make_ready(settings, model, untrained, options["dtype"])
     freezing.apply(model, described.frozen)
+    _log(settings.model_name + weights.commit_of(files), model, dtype_name(ds_config))
+    return model  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def random_model(settings: ModelSettings, described: Architecture, ds_config: DsConfig, attention: str | None) -> Model:
+    """Build a model with random weights, without reading any; else as `load_model` (collective)."""
+    options = _options(settings, ds_config, attention)
+    keep_alive = HfDeepSpeedConfig(ds_config)
+    model = transformers.AutoModelForCausalLM.from_config(
+        described.config,
+        **{key: value for key, value in options.items() if key not in ("revision", "output_loading_info")},
+    )
+    model.hf_deepspeed_config = keep_alive
+    _make_ready(settings, model, _untrained(described), options["dtype"])
+    freezing.apply(model, described.frozen)
+    _log(f"{settings.model_name} with random weights", model, dtype_name(ds_config))
+    return model  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def _untrained(described: Architecture) -> set[str]:
+    """Name the parameters that text does not reach."""
+    parameters = described.skeleton.named_parameters()
+    return {name for name, parameter in parameters if not parameter.requires_grad} - described.frozen
+
+
+def _make_ready(settings: ModelSettings, model: Any, untrained: set[str], dtype: torch.dtype) -> None:
+    """Set what a model that has its weights needs for training."""
+    model.config.use_cache = False
+    buffers.restore_precision(model, dtype)
+    _freeze(model, untrained)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)
-    _log(settings.model_name + weights.commit_of(files), model, dtype_name(ds_config))
-    return model  # type: ignore[no-any-return]  # transformers is untyped
 
 
 def _options(settings: ModelSettings, ds_config: DsConfig, attention: str | None) -> dict[str, Any]:

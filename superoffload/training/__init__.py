@@ -5,6 +5,7 @@
 * engine: optimizer, schedule and DeepSpeed's engine
 * step: what one optimizer step holds, counted over all ranks
 * metrics: the numbers of a step and the summary of a run
+* step_parts: where the time of a step goes
 * source_losses: the loss of each source
 * tracking: metrics.jsonl and Weights & Biases
 * evaluation: held-out loss, and answers to prompts

@@ -1,6 +1,7 @@
 """Build the optimizer, its schedule and DeepSpeed's engine."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -45,8 +46,11 @@ def check(ds_config: DsConfig, name: str) -> None:
         raise UserError(f"--deepspeed_config {name}: DeepSpeed does not accept it: {first_line(error)}") from error
 
 
-def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int) -> Engine:
-    """Wrap the partitioned model in DeepSpeed's engine, with AdamW on the host and the schedule (collective)."""
+def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int, *, stock: bool = False) -> Engine:
+    """Wrap the partitioned model in DeepSpeed's engine, with AdamW on the host and the schedule (collective).
+
+    `stock`: with DeepSpeed's own SuperOffload, for comparison.
+    """
     training = config.training
     groups = parameter_groups(model, training.weight_decay)
     with compiled("cpu_adam"):
@@ -65,7 +69,7 @@ def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int) 
         base._opt_called = True  # type: ignore[attr-defined]
         return torch.optim.lr_scheduler.LambdaLR(base, lambda step: course.factor(step))
 
-    with installed(offload_settings(config)):
+    with nullcontext() if stock else installed(offload_settings(config)):
         engine: Engine
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
     logger.info("Optimizer: %s", _name(engine.optimizer))

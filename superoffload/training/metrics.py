@@ -20,6 +20,7 @@ from superoffload.log import logger
 from superoffload.model.flops import ModelShape, hardware_flops, model_flops
 from superoffload.training.progress import Progress, Saved
 from superoffload.training.source_losses import SourceLosses
+from superoffload.training.step_parts import StepParts
 from superoffload.training.tracking import to_json
 
 GIB = 2**30
@@ -39,7 +40,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """A logged step; loss and rates cover the steps since the previous logged one."""
+    """A logged step; loss, rates and parts cover the steps since the previous logged one.
+
+    parts: seconds per step on rank 0, by the names of `StepParts`.
+    """
 
     step: int
     epoch: float
@@ -47,6 +51,7 @@ class StepMetrics:
     lr: float
     grad_norm: float
     rates: Rates
+    parts: dict[str, float] = field(default_factory=dict)
     by_source: dict[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
@@ -65,8 +70,8 @@ class StepMetrics:
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers by name, as in `metrics.jsonl`."""
         values = asdict(self)
-        rates, by_source = values.pop("rates"), values.pop("by_source")
-        return {**values, **rates, **by_source}
+        rates, parts, by_source = (values.pop(name) for name in ("rates", "parts", "by_source"))
+        return {**values, **rates, **{f"{part}_s": seconds for part, seconds in parts.items()}, **by_source}
 
 
 @dataclass(slots=True)
@@ -93,18 +98,20 @@ class Meter:
     host's clock follows the device, because offloading waits for each step's gradients.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the clock is a test's
         self,
         config: Config,
         shape: ModelShape,
         state: dict[str, Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sources: Sequence[str] = (),
+        parts: StepParts | None = None,
     ) -> None:
         """Start counting; `state` is the result of `state()` of the run being resumed, whose log interval continues.
 
-        `sources` are the labels of the sources if there are several.
+        `sources` are the labels of the sources if there are several. `parts` divides the time of a step.
         """
+        self.parts = parts or StepParts()
         self._recomputed = config.model.activation_checkpointing
         self._shape = shape
         self._clock = clock
@@ -134,6 +141,7 @@ class Meter:
     def start(self) -> None:
         """Start the clock of the next step."""
         self._mark = self._clock()
+        self.parts.start()
 
     def add(self, batch: Batch, losses: torch.Tensor) -> None:
         """Count one micro-batch and the losses of its target tokens, summed as `Loss` returns them, detached."""
@@ -153,6 +161,7 @@ class Meter:
         now = self._clock()
         self._current.steps, self._current.time_s = 1, now - self._mark
         self._mark = now
+        self.parts.end_step()
         self._steps.append(self._current)
         self._interval.add(self._current)
         self._current = _Work()
@@ -163,6 +172,7 @@ class Meter:
             self._interval, torch.cat([self._loss_sum[None], self._by_source.take()])
         )
         self.last_loss = loss_sum / targets
+        steps = self._interval.steps
         self._interval = _Work()
         self._loss_sum.zero_()
         return StepMetrics(
@@ -172,6 +182,7 @@ class Meter:
             lr=lr,
             grad_norm=grad_norm,
             rates=rates,
+            parts={part: seconds / steps for part, seconds in self.parts.take().items()},
             by_source=self._by_source.numbers(by_source),
         )
 

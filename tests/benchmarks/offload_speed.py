@@ -140,23 +140,10 @@ def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
         with installed():
             return initialize()
     if mode == "stock":
+        from superoffload.bench.alternatives import let_stock_run_without_cuda
+
         let_stock_run_without_cuda()
     return initialize()
-
-
-def let_stock_run_without_cuda() -> None:
-    """Disable the CUDA check of DeepSpeed's own class and give it a stream, in this process."""
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.superoffload import superoffload_stage3
-
-    if get_accelerator().device_name() != "cuda":
-        superoffload_stage3._validate_superoffload_accelerator = lambda: None
-
-        class Stream:
-            def synchronize(self) -> None:
-                return
-
-        get_accelerator().current_stream = lambda device_index=None: Stream()
 
 
 class Bench:

@@ -155,9 +155,11 @@ def entry(shape: Shape, hub_ids: tuple[str, ...]) -> dict[str, Any]:
     """Return what the file holds about a model."""
     values = {field.name: getattr(shape, field.name) for field in fields(shape)}
     flops = asdict(shape.flops)
+    _, kind, settings, _ = MODELS[shape.name]
     return {
         **values,
         "hub_ids": list(hub_ids),
+        "config": {"model_type": kind, **settings},
         "groups": [compressed(group) for group in shape.groups],
         "flops": {**flops, "attention_windows": compressed(flops["attention_windows"])},
     }

@@ -77,8 +77,9 @@ class Device:
 
         return made
 
-    def make_event(self) -> Any:
-        return SimpleNamespace(record=lambda: None, synchronize=self.arrive)
+    def make_event(self, enable_timing: bool = False) -> Any:
+        arrive = (lambda: None) if enable_timing else self.arrive  # a mark of time is read once it has been passed
+        return SimpleNamespace(record=lambda: None, synchronize=arrive, elapsed_time=lambda later: 1.0)
 
     def arrive(self) -> None:
         while self.arriving:

@@ -50,7 +50,8 @@ class Statistics:
     the norm was known before their turn. stepped_on_request: steps without an accepted speculation.
     steps, clipped_steps, discarded_rounds: rounds by their end.
     wait_s: the trainer's exposed wait for new weights in step(). commit_wait_s: its wait, during backward or
-    before a read, for the commits of the last step. busy_s: work in the optimizer process, by kind of reply.
+    before a read, for the commits of the last step. upload_s: copies of new weights to the device for which the
+    trainer waited in step(); 0 on an accelerator with streams. busy_s: work in the optimizer process, by kind of reply.
     """
 
     speculated: int = 0
@@ -64,4 +65,5 @@ class Statistics:
     discarded_rounds: int = 0
     wait_s: float = 0.0
     commit_wait_s: float = 0.0
+    upload_s: float = 0.0
     busy_s: dict[str, float] = field(default_factory=dict)

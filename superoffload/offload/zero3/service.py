@@ -124,7 +124,9 @@ class OptimizerService:
     @property
     def statistics(self) -> Statistics:
         """Return counts and times since the start; they remain available after close()."""
-        return self._coordinator.statistics if self._coordinator is not None else self._last_statistics
+        found = self._coordinator.statistics if self._coordinator is not None else self._last_statistics
+        found.upload_s = self.transfers.upload_s
+        return found
 
     def flush(self) -> None:
         """Wait until fp32 parameters and moments are those after the last step(), and all copies have ended."""

@@ -6,6 +6,7 @@ that has arrived shows that the weights uploaded before it no longer use their s
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ class Transfers:
         self._downloads: deque[Any] = deque()
         self._uploads: dict[int, Any] = {}
         self._uploads_begun: Any = None
+        self.upload_s = 0.0
+        """Time in which uploads have been waited for so far, in seconds; 0 with streams."""
 
     @property
     def asynchronous(self) -> bool:
@@ -65,7 +68,9 @@ class Transfers:
     def uploading(self, sub_group: int) -> Iterator[None]:
         """Queue what the block copies to the device; wait_for_uploads waits for it."""
         if self._stream is None:
+            began = time.perf_counter()
             yield
+            self.upload_s += time.perf_counter() - began
             return
         with get_accelerator().stream(self._stream):
             yield

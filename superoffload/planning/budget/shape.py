@@ -83,6 +83,14 @@ def built_in(name: str) -> Shape:
     return Shape(**rest, groups=groups, flops=ModelShape(**flops))
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """Return what config.json says about a well-known model, as far as memory and time depend on it.
+
+    Raises KeyError for any other name.
+    """
+    return dict(_entries()[name]["config"])
+
+
 def _entries() -> dict[str, dict[str, Any]]:
     entries = json.loads(BUILT_IN.read_text(encoding="utf-8"))
     named = {entry["name"]: entry for entry in entries}

@@ -53,7 +53,7 @@ def run(part: str, environment: Mapping[str, str] | None = None, timeout_s: floa
         failure = f"not finished after {timeout_s:.0f} s"
     finally:
         if process.poll() is None:
-            _end(process)
+            end(process)
             output, errors = process.communicate()
     if failure is None and process.returncode:
         failure = _failure(process.returncode, errors)
@@ -61,7 +61,7 @@ def run(part: str, environment: Mapping[str, str] | None = None, timeout_s: floa
     return Outcome(results=[json.loads(line) for line in lines], failure=failure)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End a process and all that it started; a build removes its lock if it can.
 
     ninja starts each compiler in a process group of its own, but all are in the session of `process`. One that stayed

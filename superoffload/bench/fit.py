@@ -1,0 +1,40 @@
+"""Whether all configurations fit into memory together. Imports no torch by itself."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from superoffload.bench.grid import Order
+from superoffload.config import build
+from superoffload.ds_config import merge_flags, read_ds_config
+from superoffload.planning import machine
+from superoffload.planning.budget import job, memory
+from superoffload.planning.budget.shape import Shape
+
+GIB = 2**30
+SHARE = 0.85
+"""How much of what is available may be planned for: the arithmetic may be off."""
+
+
+def reason_to_be_alone(orders: Sequence[Order], shape: Shape, ranks: int, here: machine.Machine) -> str | None:
+    """Return why the configurations cannot all be in memory at once; None if they can.
+
+    Raises `UserError` if the settings of one contradict each other.
+    """
+    needs = [_need(order, shape, ranks, on_cpu=not here.devices) for order in orders]
+    if len(needs) == 1:
+        return None
+    devices = [device.free_bytes for device in here.devices]
+    places = (
+        ("device", sum(need.device_peak for need in needs), min(devices, default=None)),
+        ("host", sum(need.host_peak for need in needs), here.host_available_bytes),
+    )
+    for place, needed, there in places:
+        if there is not None and needed > SHARE * there:
+            return f"together they need {needed / GIB:.1f} GiB of {place} memory, {there / GIB:.1f} GiB are free"
+    return None
+
+
+def _need(order: Order, shape: Shape, ranks: int, *, on_cpu: bool) -> memory.Budget:
+    config = build(order.flags, frozenset(order.flags))
+    merged = merge_flags(read_ds_config(config), config, ranks)
+    return memory.budget(shape, replace(job.of(merged.config, merged.ds_config, ranks, ranks), on_cpu=on_cpu))

@@ -1,0 +1,112 @@
+"""`superoffload bench`: real configurations of a tiny shape."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from superoffload import commands
+from superoffload.bench.grid import STOCK
+from superoffload.errors import UserError
+from superoffload.training.step_parts import PARTS
+
+TINY = ("--layers", "2", "--hidden", "64", "--vocabulary", "512", "--max_length", "128", "--batch_size", "2")
+SHORT = ("--rounds", "2", "--steps", "1", "--warmup_steps", "2")
+
+
+def bench(*words: str) -> Any:
+    return commands.group.main(["bench", *words], prog_name="superoffload", standalone_mode=False)
+
+
+def configurations(folder: Path) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in json.loads((folder / "bench.json").read_text())["configurations"]}
+
+
+def test_two_configurations_take_turns_through_the_code_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one fails, and the first one goes on."""
+    pytest.importorskip("matplotlib")
+    kernels = ("--attn_implementation", "auto", "flash_attention_2")
+    assert bench(*TINY, *SHORT, *kernels, "--out", str(tmp_path)) == 1
+    ran, failed = configurations(tmp_path).values()
+    assert failed["failure"].startswith("--attn_implementation flash_attention_2: the package flash-attn")
+    assert ran["failure"] is None and ran["optimizer"] == "SharedMemorySuperOffload"
+    assert (ran["attention"], ran["loss"], ran["steps"], len(ran["turns"])) == ("sdpa_varlen", "chunked", 2, 2)
+    assert list(ran["parts_s"]) == [*PARTS, "rest"]
+    assert all(seconds > 0 for part, seconds in ran["parts_s"].items() if part != "rest")
+    for turn in ran["turns"]:
+        assert 0 <= turn["step_time_s"] - sum(turn["parts"].values()) < 0.5 * turn["step_time_s"]
+        assert 0 < turn["target_tokens_per_s"] < turn["tokens_per_s"]
+    assert ran["peak_host_bytes"] > 2**27 and ran["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    text = (tmp_path / "bench.md").read_text()
+    assert capsys.readouterr().out == text and text.startswith("# Benchmark\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.md", "bench.json", "bench.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_and_the_alternatives_in_the_same_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tmp_path / "before"
+    flags = (*TINY, *SHORT, "--gpus", "2", "--no_picture")
+    assert bench(*flags, "--alone", "--mode", "zerooffload", "superoffload", "--out", str(before)) == 0
+    after = tmp_path / "after"
+    more = ("--against", "deepspeed", "upstream-shape", "--compare", str(before / "bench.json"))
+    assert bench(*flags, *more, "--out", str(after)) == 0
+    found = list(configurations(after).values())
+    assert [one["settings"]["mode"] for one in found] == ["superoffload", STOCK, "superoffload"]
+    assert [one["optimizer"] for one in found[:2]] == ["SharedMemorySuperOffload", "SuperOffloadOptimizer_Stage3"]
+    assert found[2]["settings"]["layout"] == "max_length" and found[2]["padding_share"] > 0
+    text = (after / "bench.md").read_text()
+    assert "DeepSpeed's SuperOffload requires CUDA" in text and "taking turns" in text
+    assert "zerooffload: only in the benchmark before" in text and "The machine's bf16 matrix product" in text
+    assert "one configuration after the other (--alone)" in (before / "bench.md").read_text()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "--model_name: no model is given"),
+        (("--shape", "llama-8b", "--layers", "2"), "--shape and --layers: give only one model"),
+        (("--shape", "llama-9b"), "--shape llama-9b: not a known shape; .* llama-1b, llama-3b"),
+        (("--layers", "2"), "--layers: a shape by hand needs at least --layers and --hidden"),
+        (("--layers", "2", "--hidden", "60", "--heads", "7"), "--heads 7: must divide --hidden 60"),
+        (
+            ("--shape", "llama-1b", "--dataset_name", "rows.jsonl"),
+            "--dataset_name rows.jsonl: its rows need a tokenizer",
+        ),
+        ((*TINY, "--max_length", "4"), "--max_length 4: must be 8 <= value"),
+        ((*TINY, "--batch_size", "0", "1"), "--batch_size 0: must be 1 <= value"),
+        ((*TINY, "--compare", "missing.json"), "--compare missing.json: cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line(words: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("superoffload.planning.machine.look", lambda **_: Machine())
+    with pytest.raises(UserError, match=expected):
+        bench(*words)
+
+
+class Machine:
+    """A machine without devices."""
+
+    devices = ()
+
+
+@pytest.mark.unit
+def test_another_file_than_a_report_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match="not the bench.json of a benchmark"):
+        bench(*TINY, "--compare", str(path))
+
+
+@pytest.mark.unit
+def test_without_matplotlib_the_picture_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--out: the picture needs matplotlib"):
+        bench(*TINY, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
