@@ -6,7 +6,6 @@ for recomputation of activations, which the other program does not do either.
 
 import argparse
 import json
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +28,7 @@ def main() -> None:
 
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
     class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         """Notes when training began and when each step ended."""
@@ -99,4 +98,4 @@ def isolated(trainer: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -86,7 +86,7 @@ def train_with_trl(python: Path, work: Path, options: argparse.Namespace) -> dic
     env = {"PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": str(options.threads)}
     if python != Path(sys.executable):  # nothing from this environment
         env |= {"PYTHONPATH": "", "TORCH_EXTENSIONS_DIR": str(python.parents[1] / "operators")}
-    done = run(command, whole_runs.TIMEOUT_S, **env)
+    done = run(command, whole_runs.TIMEOUT_S, None, **env)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
