@@ -87,14 +87,15 @@ def isolated(trainer: Any) -> bool:
     """Return whether the second document of a pack stays the same when the first one changes."""
     import torch
 
-    model = trainer.model_wrapped.eval()
-    logits = []
+    decoder = trainer.model_wrapped.module.eval().get_decoder()  # without the head, for which TRL has its own forward
+    hidden = []
     for first in (list(range(2, 18)), list(range(3, 19))):
         ids = [*first, *range(20, 36)]
         batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [16, 16]}])
+        del batch["labels"]
         with torch.no_grad():
-            logits.append(model(**{**batch, "use_cache": False}).logits[0, 16:])
-    return bool(torch.equal(*logits))
+            hidden.append(decoder(**batch, use_cache=False).last_hidden_state[0, 16:])
+    return bool(torch.equal(*hidden))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
         "command": f"python tests/benchmarks/{script} --data {options.data.name}"
-        + "".join(f" --{n} {getattr(options, n)}" for n in ("rounds", "steps", "hidden", "layers", "max_length")),
+        + "".join(
+            f" --{n} {getattr(options, n)}" for n in ("rounds", "steps", "hidden", "layers", "max_length", "batch_size")
+        ),
         "model": shape_of(options).describe(),
         "rounds": options.rounds,
         "steps": options.steps,
