@@ -2,14 +2,13 @@
 
     python tests/benchmarks/packing_speed.py --data alpaca_en_demo.json
 
-The two speeds come from the program under its launcher, one run after the other: a random Llama of hidden size
+The two speeds come from whole runs of the program under its launcher, which take turns: a random Llama of hidden size
 512 and 8 layers, max_length 2048, batch size 4. Writes packing_speed.md and packing_speed.json.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -19,58 +18,35 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.helpers.ranks import launch
+from tests.benchmarks import whole_runs
+from tests.benchmarks.rounds import Bar, bars_table, ratio, spread, turns, write
 
-MAX_LENGTH = 2048
-LLAMA: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": MAX_LENGTH,
-    "eos_token_id": 0,
-    "bos_token_id": None,
-}
+BAR = 15.0
+PADDING = {"packing": (), "padding_max_length": ("--padding", "max_length")}
+CURVE_LENGTH = 1024
+CURVE_SHAPE = whole_runs.Shape(hidden=128, layers=2, max_length=CURVE_LENGTH, batch_size=1)
 GIB = 2**30
 
 
-def write_model(folder: Path, data: Path) -> None:
-    """Write a random Llama and a byte-pair tokenizer trained on the rows."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=LLAMA["vocab_size"],
-        special_tokens=["<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    rows = json.loads(data.read_text(encoding="utf-8"))
-    inner.train_from_iterator([text for row in rows for text in row.values()], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>").save_pretrained(str(folder))
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**LLAMA)).to(torch.bfloat16).save_pretrained(str(folder))
-
-
-def speed(model: Path, data: Path, options: argparse.Namespace, *flags: str) -> dict[str, Any]:
-    """Train a few steps under the launcher and return the run's summary."""
-    with tempfile.TemporaryDirectory() as output:
-        done = launch(
-            1,
-            *("--model_name", str(model), "--dataset_name", str(data), "--output_dir", output),
-            *("--max_length", str(MAX_LENGTH), "--batch_size", "4", "--bench_steps", str(options.steps)),
-            *("--warmup_steps", "2", "--deepspeed_config", options.deepspeed_config, *flags),
-            timeout_s=1800,
-            OMP_NUM_THREADS=str(options.threads),
-        )
-        if done.returncode:
-            sys.exit(done.stderr[-3000:])
-        return dict(json.loads((Path(output) / "summary.json").read_text(encoding="utf-8")))
+def speed(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train packed and padded in turns; return their step times and rates, one per round, and their last summaries."""
+    shape = whole_runs.shape_of(options)
+    rows = whole_runs.tokenised(model, options.data, shape.max_length)
+    targets = {name: whole_runs.targets_per_step(rows, shape, packs=not flags) for name, flags in PADDING.items()}
+    times: dict[str, list[float]] = {name: [] for name in PADDING}
+    summaries: dict[str, Any] = {}
+    for name in turns(list(PADDING), options.rounds):
+        timed = whole_runs.train(model, options, *PADDING[name], ds_config=options.deepspeed_config)
+        times[name].append(timed.step_time_s)
+        summaries[name] = timed.summary
+        print(f"{name}: {timed.step_time_s:.2f} s a step", file=sys.stderr, flush=True)
+    rates = {name: [targets[name] / time_s for time_s in times[name]] for name in PADDING}
+    return {
+        "targets_per_step": targets,
+        "step_times_s": times,
+        "target_tokens_per_s": rates,
+        "summaries": summaries,
+    }
 
 
 def curves(model: Path, data: Path, steps: int) -> dict[str, Any]:
@@ -98,13 +74,12 @@ def _curve(model: Path, data: Path, steps: int, packs: bool) -> list[tuple[float
     from superoffload.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
-    rows, _ = loader.load(tokenizer, DataSettings(dataset_name=(str(data),), max_length=1024), 0)
-    layout = Layout(packs=True, full_length=False, max_length=1024, pad_token_id=0)
+    rows, _ = loader.load(tokenizer, DataSettings(dataset_name=(str(data),), max_length=CURVE_LENGTH), 0)
+    layout = Layout(packs=True, full_length=False, max_length=CURVE_LENGTH, pad_token_id=0)
     batches = loader.Batches(rows, layout, TrainingSettings(), rank=0, world_size=1)
     members, bounds = batches.packs.rows(rows.lengths), batches.packs.bounds
     torch.manual_seed(0)
-    small = {**LLAMA, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    network = LlamaForCausalLM(LlamaConfig(**{**small, "num_key_value_heads": 4}))
+    network = LlamaForCausalLM(LlamaConfig(**CURVE_SHAPE.llama()))
     network.config.use_cache = False
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     result = []
@@ -113,7 +88,7 @@ def _curve(model: Path, data: Path, steps: int, packs: bool) -> list[tuple[float
         if packs:
             batch = collate([documents], 1, layout)
         else:
-            single = Layout(packs=False, full_length=False, max_length=1024, pad_token_id=0)
+            single = Layout(packs=False, full_length=False, max_length=CURVE_LENGTH, pad_token_id=0)
             batch = collate([[row] for row in documents], len(documents), single)
         inputs = batch.on("cpu")
         labels = inputs.pop("labels")
@@ -125,23 +100,24 @@ def _curve(model: Path, data: Path, steps: int, packs: bool) -> list[tuple[float
     return result
 
 
-def memory(model: Path, data: Path, count: int) -> dict[str, Any]:
+def memory(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Tokenise and pack many rows in a process of its own, and return the peak growth of its memory."""
     with tempfile.TemporaryDirectory() as folder:
         many = Path(folder) / "rows.json"
         rng = random.Random(0)
-        rows = json.loads(data.read_text(encoding="utf-8"))
+        rows = json.loads(options.data.read_text(encoding="utf-8"))
         pool = [word for row in rows for text in row.values() for word in text.split()]
-        likes = [rng.choice(rows) for _ in range(count)]
+        likes = [rng.choice(rows) for _ in range(options.rows)]
         made = [{k: " ".join(rng.choices(pool, k=len(v.split()))) for k, v in like.items()} for like in likes]
         many.write_text(json.dumps(made), encoding="utf-8")
         command = [sys.executable, __file__, "--data", str(many), "--only_memory", str(model)]
+        command += ["--max_length", str(options.max_length)]
         env = {**os.environ, "HF_DATASETS_CACHE": str(Path(folder) / "cache")}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env, timeout=1800)
-        return {"rows": count, "file_bytes": many.stat().st_size, **json.loads(done.stdout.splitlines()[-1])}
+        return {"rows": options.rows, "file_bytes": many.stat().st_size, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def measure_memory(model: str, data: str) -> dict[str, Any]:
+def measure_memory(model: str, data: str, max_length: int) -> dict[str, Any]:
     """Prepare everything for training in this process; return its memory before and the peak growth, in bytes."""
     import resource
     import time
@@ -156,7 +132,7 @@ def measure_memory(model: str, data: str) -> dict[str, Any]:
     tokenizer("warm")
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    settings = DataSettings(dataset_name=(data,), max_length=MAX_LENGTH)
+    settings = DataSettings(dataset_name=(data,), max_length=max_length)
     rows, _ = loader.load(tokenizer, settings, 0)
     layout = collate.choose_layout(settings, 0, False)
     batches = loader.Batches(rows, layout, TrainingSettings(batch_size=4), rank=0, world_size=1)
@@ -173,27 +149,32 @@ def measure_memory(model: str, data: str) -> dict[str, Any]:
     }
 
 
-def report(found: dict[str, Any]) -> str:
-    """Write the measurements as Markdown."""
-    lines = [
-        "# Packing",
-        "",
-        f"{found['machine']}. Llama of hidden size {LLAMA['hidden_size']} and {LLAMA['num_hidden_layers']} layers, "
-        f"max_length {MAX_LENGTH}, batch size 4, bf16, {found['steps']} steps each (without the first two).",
-        "",
-        "| rows | target tokens/s | tokens/s | padding | median step |",
+def bar_of(found: dict[str, Any]) -> Bar:
+    """Return how packing compares with padding."""
+    rates = found["target_tokens_per_s"]
+    compared = ratio(rates["packing"], rates["padding_max_length"])
+    return Bar(what="target tokens/s, packing / padding to max_length", limit=BAR, found=compared)
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """Write the measurements as lines of Markdown."""
+    lines = whole_runs.heading("Packing", found)
+    lines += [
+        *whole_runs.method(found),
+        "| rows | target tokens/s | step in seconds | target tokens in a step | padding |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name in ("packing", "padding_max_length"):
-        run = found[name]
+    for name in PADDING:
+        rates, times = spread(found["target_tokens_per_s"][name]), spread(found["step_times_s"][name])
         lines.append(
-            f"| {name} | {run['target_tokens_per_s']:.0f} | {run['tokens_per_s']:.0f} | "
-            f"{run['padding_share']:.1%} | {run['median_step_time_s']:.2f} s |"
+            f"| {name} | {rates.show('.0f')} | {times.show('.2f')} | {found['targets_per_step'][name]:.0f} | "
+            f"{found['summaries'][name]['padding_share']:.1%} |"
         )
     curve, grown = found["curves"], found["memory"]
-    lines += [
+    return [
+        *lines,
         "",
-        f"Packing trains **{found['ratio']:.1f} times** as many target tokens per second.",
+        *bars_table([bar_of(found)]),
         "",
         f"Losses of packed and padded training on the same rows, with the same target tokens in each of "
         f"{curve['steps']} steps (fp32): from {curve['first_loss']:.4f} to {curve['last_loss']:.4f}, "
@@ -202,43 +183,29 @@ def report(found: dict[str, Any]) -> str:
         f"{grown['rows']:,} synthetic rows of the same lengths ({grown['tokens']:,} tokens, {grown['packs']:,} packs "
         f"{grown['fill']:.2%} full): tokenised, packed and ready in {grown['time_s']:.0f} s, memory grown by "
         f"{grown['growth_bytes'] / GIB:.2f} GiB at its peak.",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def main() -> None:
     """Run all measurements and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="Alpaca rows, such as alpaca_en_demo.json")
-    parser.add_argument("--steps", type=int, default=8)
+    parser = whole_runs.parser(__doc__, rounds=3, steps=3)
     parser.add_argument("--curve_steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=52_000)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--deepspeed_config", default=str(Path(__file__).parents[2] / "configs" / "zerooffload.json"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--deepspeed_config", type=Path, default=whole_runs.ds_config_of("zerooffload"))
     parser.add_argument("--only_memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.data = options.data.resolve()
     if options.only_memory:
-        print(json.dumps(measure_memory(options.only_memory, str(options.data))))
+        print(json.dumps(measure_memory(options.only_memory, str(options.data), options.max_length)))
         return
-    data = options.data.resolve()
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder)
-        write_model(model, data)
-        found: dict[str, Any] = {
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {options.threads} threads",
-            "steps": options.steps,
-            "packing": speed(model, data, options),
-            "padding_max_length": speed(model, data, options, "--padding", "max_length"),
-        }
-        found["ratio"] = found["packing"]["target_tokens_per_s"] / found["padding_max_length"]["target_tokens_per_s"]
-        found["curves"] = curves(model, data, options.curve_steps)
-        found["memory"] = memory(model, data, options.rows)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "packing_speed.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    (options.results / "packing_speed.md").write_text(report(found), encoding="utf-8")
-    print(report(found))
+    with whole_runs.work_folder() as work:
+        model = whole_runs.write_model(work / "model", options.data, whole_runs.shape_of(options))
+        found = whole_runs.circumstances("packing_speed.py", options)
+        found |= speed(model, options)
+        found["curves"] = curves(model, options.data, options.curve_steps)
+        found["memory"] = memory(model, options)
+    found["bars"] = [bar_of(found).as_dict()]
+    write(options.results, "packing_speed", found, report(found))
 
 
 if __name__ == "__main__":
