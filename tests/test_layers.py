@@ -70,7 +70,7 @@ LIBRARIES: dict[str, set[str]] = {
     "torch": {
         "distributed", "protocols",
         "data.collate",
-        "model.architecture", "model.attention", "model.buffers", "model.head", "model.isolation", "model.load",
+        "model.architecture", "model.attention", "model.buffers", "model.flash_cpu", "model.head", "model.isolation", "model.load",
         "model.loss_kernel", "model.vocabulary", "model.weights",
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.weights",
