@@ -16,6 +16,7 @@ from superoffload.config import ModelSettings
 from superoffload.ds_config import DsConfig, dtype_name
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
+from superoffload.model import flash_cpu
 from superoffload.protocols import Model
 
 try:
@@ -155,16 +156,27 @@ def attend_at_once(module: torch.nn.Module, *states: Any, **options: Any) -> tup
 
 def _problem_of_call(module: torch.nn.Module, states: Any, options: dict[str, Any]) -> str | None:
     """Return what the kernel cannot express of a call, None if it can; reads no values of tensors."""
+    unusual = _unusual(module, options)
+    if unusual:
+        return unusual
     query, key, value = states[:3]
-    size, causal = query.shape[-1], options.get("is_causal")
+    size = query.shape[-1]
     checks = (
-        (bool(options.get("dropout")), "dropout"),
-        *((options.get(name) is not None, name) for name in SDPA_ONLY),
-        (not (getattr(module, "is_causal", True) if causal is None else causal), "attention that is not causal"),
         (query.dtype not in (torch.bfloat16, torch.float16), f"{query.dtype}"),
         (not query.dtype == key.dtype == value.dtype, "several dtypes"),
         (size != value.shape[-1], f"heads of {size} and {value.shape[-1]}"),
         (_refuses_heads(size), f"heads of {size}"),
+    )
+    return next((what for holds, what in checks if holds), None)
+
+
+def _unusual(module: torch.nn.Module, options: dict[str, Any]) -> str | None:
+    """Return what a call asks for beyond causal attention within a window, None if nothing."""
+    causal = options.get("is_causal")
+    checks = (
+        (bool(options.get("dropout")), "dropout"),
+        *((options.get(name) is not None, name) for name in SDPA_ONLY),
+        (not (getattr(module, "is_causal", True) if causal is None else causal), "attention that is not causal"),
     )
     return next((what for holds, what in checks if holds), None)
 
@@ -180,28 +192,28 @@ def _say(module: str, problem: str) -> None:
 
 
 def attend(module: torch.nn.Module, *states: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    """Attend within each document of a pack: transformers' sdpa once per document, without a mask over the pack.
+    """Attend within each document of a pack, one document at a time, without a mask over the pack.
 
     `states` are query, key and value, `[1, heads, positions, width]`, and a mask, which is None. `options` must hold
     `document_lengths`, ints whose sum is the number of positions, and may hold `sliding_window` (positions). Returns
-    `[1, positions, heads, width]`, as transformers requires.
+    `[1, positions, heads, width]`, as transformers requires. Uses transformers' sdpa, or on the CPU the kernel that
+    sdpa would use there, with faster gradients.
     """
     lengths, sliding_window = options.pop("document_lengths"), options.pop("sliding_window", None)
+    if flash_cpu.suits(*states[:3]) and _unusual(module, options) is None:
+        return flash_cpu.attend(states[:3], lengths, sliding_window, options.get("scaling")), None
     # Split, not sliced: the gradient of each slice would be as large as the whole pack.
     documents = zip(*(torch.split(state, lengths, dim=2) for state in states[:3]), strict=True)
     attended = [
-        sdpa_attention_forward(module, *document, _window(document[0], sliding_window), **options)[0]
+        sdpa_attention_forward(
+            module,
+            *document,
+            flash_cpu.visible_pairs(document[0].shape[2], sliding_window, document[0].device),
+            **options,
+        )[0]
         for document in documents
     ]
     return torch.cat(attended, dim=1), None
-
-
-def _window(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
-    """Return the visible pairs of a document, bool `[length, length]`; None if plain causal attention is enough."""
-    length = query.shape[2]
-    if not sliding_window or length <= sliding_window:
-        return None
-    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
 
 
 @contextmanager
