@@ -13,11 +13,12 @@ class VerificationError(RuntimeError):
 class OffloadSettings:
     """Choices that affect speed, never results.
 
-    speculate: compute new weights during backward. If off, every sub-group is stepped once the norm is known.
+    speculate: compute new weights during backward. If off, every sub-group is stepped once the norm is known. None
+        measures which is faster where the trainer computes on the same cores, and speculates elsewhere.
     bind_trainer: restrict the trainer to its share of the cores. None decides by accelerator: on a GPU the
         trainer only feeds the device and is bound; on the CPU accelerator its cores *are* the device, so it
         keeps all of them and only the optimizer process is bound.
-    fused: speculate with the kernel of worker/fused.cpp where it applies (bf16 weights, fp32 masters).
+    fused: speculate and step with the kernel of worker/fused.cpp where it applies (bf16 weights, fp32 masters).
     direct_gradients: if a step has one micro-batch, write gradients straight into the shared memory instead
         of through DeepSpeed's accumulation buffer.
     chunk_numel_per_thread: elements that one thread of the optimizer process computes before the process
@@ -27,7 +28,7 @@ class OffloadSettings:
     report_folder: where the samples behind a mismatch are written. verify_error: what is raised then.
     """
 
-    speculate: bool = True
+    speculate: bool | None = None
     bind_trainer: bool | None = None
     fused: bool = True
     direct_gradients: bool = True

@@ -49,6 +49,7 @@ class Statistics:
     speculated, accepted, refused, cancelled: speculations. stepped_in_turn: speculations that became steps because
     the norm was known before their turn. stepped_on_request: steps without an accepted speculation.
     steps, clipped_steps, discarded_rounds: rounds by their end.
+    stepping_rounds: steps in rounds in which the trials had chosen not to speculate (trials.py).
     wait_s: the trainer's exposed wait for new weights in step(). commit_wait_s: its wait, during backward or
     before a read, for the commits of the last step. upload_s: copies of new weights to the device for which the
     trainer waited in step(); 0 on an accelerator with streams. busy_s: work in the optimizer process, by kind of reply.
@@ -63,6 +64,7 @@ class Statistics:
     steps: int = 0
     clipped_steps: int = 0
     discarded_rounds: int = 0
+    stepping_rounds: int = 0
     wait_s: float = 0.0
     commit_wait_s: float = 0.0
     upload_s: float = 0.0

@@ -24,6 +24,7 @@ from typing import Protocol
 from ..shared.bias import ProductHistory
 from ..shared.messages import AdamHyper, Reply, ReplyKind, Task, TaskKind
 from .bookkeeping import Stage, Statistics, Work
+from .trials import SpeculationTrials
 
 _log = getLogger(__name__)
 
@@ -74,6 +75,8 @@ class Coordinator:
         """Called before a decision: returns once every speculation has been sent and every gradient has arrived."""
         self.verify_decision: Callable[[Mapping[int, Task]], bool] | None = None
         """Called with the decided updates before they are sent, and with no commit pending, until it returns False."""
+        self.trials: SpeculationTrials | None = None
+        """Decide whether to speculate; None: always, except after clipped steps."""
         self._round = 0
         self._version = 0
         self._uncommitted: set[int] = set()
@@ -84,6 +87,7 @@ class Coordinator:
         self._decided_factor: float | None = None
         self._decided_hypers: dict[int, AdamHyper] = {}
         self._decided_anchors: dict[int, int] = {}
+        self._speculated_in_round = False
         self._speculative_plan: tuple[dict[int, AdamHyper], dict[int, int]] | None = None
         self._history_after = history
         self._begin_round()
@@ -123,11 +127,12 @@ class Coordinator:
 
     @property
     def worth_speculating(self) -> bool:
-        """Return False while the last steps were all clipped, because speculation would then be wasted.
+        """Return False while the last steps were all clipped, and in rounds in which the trials choose to step.
 
-        The norm is known at every step, speculated or not, so speculation resumes without a trial.
+        The norm is known at every step, speculated or not, so after clipped steps speculation resumes without a trial.
         """
-        return self._clipped_in_a_row < CLIPPED_STEPS_BEFORE_PAUSE
+        chosen = self.trials is None or self.trials.speculate
+        return chosen and self._clipped_in_a_row < CLIPPED_STEPS_BEFORE_PAUSE
 
     # ------------------------------------------------------------------------------ inside step()
 
@@ -195,6 +200,10 @@ class Coordinator:
 
     def end_round(self) -> None:
         """Begin the next round."""
+        if self.trials is not None:
+            chosen, stepped = self.trials.speculate, self._decided_factor is not None
+            self.statistics.stepping_rounds += stepped and not chosen
+            self.trials.end_round(counts=stepped and chosen == self._speculated_in_round)
         self._round += 1
         self._begin_round()
 
@@ -231,6 +240,7 @@ class Coordinator:
         self._work = {}
         self._seen = {i: set() for i in self._order}
         self._decided_factor = None
+        self._speculated_in_round = False
         self._decided_hypers, self._decided_anchors = {}, {}
         self._speculative_plan = None
 
@@ -252,6 +262,7 @@ class Coordinator:
             self._speculative_plan = hypers, self._plan(hypers)[0]
         hypers, anchors = self._speculative_plan
         self._version += 1
+        self._speculated_in_round = True
         work = Work(
             version=self._version,
             hyper=hypers[sub_group],

@@ -22,6 +22,8 @@ from ..shared.state import ArenaLayout
 
 _SEND_BUFFER_BYTES = 1 << 20
 _EXIT_GRACE_S = 5.0
+# A parallel loop of the trainer is as slow as its slowest thread, so none of its threads should wait for a core.
+_NICENESS_ON_SHARED_CORES = 10
 _WORKER_MODULE = f"{__package__.rpartition('.')[0]}.worker.worker"
 _IMPORT_ROOT = str(Path(__file__).resolve().parents[__package__.count(".") + 1])
 
@@ -42,7 +44,9 @@ class WorkerSetup:
     op_name, op_path: the compiled cpu_adam module that the trainer has loaded.
     fused_path: the compiled kernel of worker/fused.py; None to run without it.
     chunk_numel: elements computed between two checks of the socket; a multiple of 1024.
-    niceness: added to the nice value, so that the trainer takes precedence on shared cores.
+    threads_beside_trainer: threads that compute while the trainer does; a step uses all cores.
+    shares_cores: the trainer computes on the same cores. Then it takes precedence, threads that wait sleep, and the
+        replies to several steps are sent together, because each would wake the trainer and stop the next step.
     """
 
     layout: ArenaLayout
@@ -52,7 +56,8 @@ class WorkerSetup:
     fused_path: str | None
     adamw_mode: bool
     chunk_numel: int
-    niceness: int = 0
+    threads_beside_trainer: int
+    shares_cores: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the setup as JSON values, with the process id of the trainer, which is this process."""
@@ -64,7 +69,9 @@ class WorkerSetup:
             "fused_path": self.fused_path,
             "adamw_mode": self.adamw_mode,
             "chunk_numel": self.chunk_numel,
-            "niceness": self.niceness,
+            "threads_beside_trainer": self.threads_beside_trainer,
+            "shares_cores": self.shares_cores,
+            "niceness": _NICENESS_ON_SHARED_CORES if self.shares_cores else 0,
             "trainer_pid": os.getpid(),
         }
 
@@ -89,7 +96,7 @@ class OptimizerProcess:
                 [sys.executable, "-P", "-m", _WORKER_MODULE, *map(str, inherited)],
                 pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
-                env=_environment(len(setup.cores)),
+                env=_environment(len(setup.cores), setup.shares_cores),
             )
         finally:
             theirs.close()
@@ -194,13 +201,14 @@ class OptimizerProcess:
         return error
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """Return the child's environment: its number of threads, no accelerator, the trainer's import path."""
+def _environment(threads: int, shares_cores: bool) -> dict[str, str]:
+    """Return the child's environment: its threads, no accelerator, the trainer's import path."""
     paths = [_IMPORT_ROOT, *(p for p in sys.path if p)]
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        **({"OMP_WAIT_POLICY": "passive"} if shares_cores else {}),
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
     }

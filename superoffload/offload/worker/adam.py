@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from importlib.machinery import ExtensionFileLoader
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from ..shared.bias import as_float32
 from ..shared.messages import AdamHyper, Task, TaskKind
 from ..shared.state import SubGroupState
-from .fused import FusedSpeculation
+from .fused import FusedAdam
 
 _OPTIMIZER_ID = 0
 _SAMPLE_NUMEL = 4096 + 5
@@ -66,20 +67,32 @@ class BetaProducts:
         self._op.adam_update(self._optimizer_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, empty, empty, empty, empty)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Threads:
+    """How many threads compute: during forward and backward, and in a step, for which the trainer waits."""
+
+    beside_trainer: int
+    while_trainer_waits: int
+
+
 class SubGroupAdam:
     """Computes speculations and steps, chunk by chunk, so that what was just written is still in cache."""
 
-    def __init__(self, op: Any, *, adamw_mode: bool, chunk_numel: int) -> None:
-        """Create the compiled op's one object; `adamw_mode` False means L2 instead of decoupled weight decay."""
+    def __init__(self, op: Any, *, adamw_mode: bool, chunk_numel: int, threads: Threads | None = None) -> None:
+        """Create the compiled op's one object; `adamw_mode` False means L2 instead of decoupled weight decay.
+
+        threads: how many to compute with; None leaves torch's number unchanged.
+        """
         op.create_adam(_OPTIMIZER_ID, 1e-3, 0.9, 0.999, 1e-8, 0.0, adamw_mode, False)
         self._op = op
         self._products = BetaProducts(op)
         self._chunk_numel = chunk_numel
+        self._threads = threads
         self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._fused: FusedSpeculation | None = None
+        self._fused: FusedAdam | None = None
 
-    def adopt(self, *kernels: FusedSpeculation) -> bool:
-        """Speculate with the first kernel whose results on a sample equal the op's; return whether there is one.
+    def adopt(self, *kernels: FusedAdam) -> bool:
+        """Use the first kernel whose results on a sample equal the op's; return whether there is one.
 
         Compares parameters and moments in fp32 too: most differences in the last bits do not survive the rounding of
         the sample's weights to bf16.
@@ -90,10 +103,10 @@ class SubGroupAdam:
             speculated, stepped = _sample(), _sample()
             self._fused = kernel
             self.speculate(_SAMPLE_TASK, speculated, lambda: False)
-            written = kernel.step(_SAMPLE_TASK, stepped)
+            self.step(_SAMPLE_TASK, stepped, stage=True)
             if torch.equal(speculated.staging, expected.staging) and all(
-                torch.equal(getattr(stepped, name)[:written], getattr(expected, name)[:written])
-                for name in ("parameters", "exp_avg", "exp_avg_sq")
+                torch.equal(getattr(stepped, field.name), getattr(expected, field.name))
+                for field in fields(SubGroupState)
             ):
                 return True
         self._fused = None
@@ -104,6 +117,7 @@ class SubGroupAdam:
 
         Returns False if `abandoned()` became true between two chunks; the staging region is then undefined.
         """
+        self._use_threads(trainer_waits=False)
         self._products.prepare(task)
         for chunk in self._chunks(state.parameters.numel()):
             if abandoned():
@@ -128,8 +142,10 @@ class SubGroupAdam:
         The gradients stay scaled, as ZeRO-Offload leaves them: a sub-group that receives no gradient in a
         round is stepped with the old ones again.
         """
+        self._use_threads(trainer_waits=stage)
         self._products.prepare(task)
-        for chunk in self._chunks(state.parameters.numel()):
+        done = self._fused.step(task, state, stage=stage) if self._fused and self._fused.serves(state) else 0
+        for chunk in self._chunks(state.parameters.numel(), done):
             gradients = state.gradients[chunk]
             if task.factor != 1.0:
                 gradients.mul_(task.factor)
@@ -154,8 +170,14 @@ class SubGroupAdam:
             *moments,
         )
 
-    def _chunks(self, numel: int) -> list[slice]:
-        return [slice(i, min(i + self._chunk_numel, numel)) for i in range(0, numel, self._chunk_numel)]
+    def _use_threads(self, *, trainer_waits: bool) -> None:
+        if self._threads is not None:
+            number = self._threads.while_trainer_waits if trainer_waits else self._threads.beside_trainer
+            if number != torch.get_num_threads():
+                torch.set_num_threads(number)
+
+    def _chunks(self, numel: int, first: int = 0) -> list[slice]:
+        return [slice(i, min(i + self._chunk_numel, numel)) for i in range(first, numel, self._chunk_numel)]
 
     def _copy(self, name: str, source: torch.Tensor) -> torch.Tensor:
         """Copy `source` to scratch memory that is reused for every chunk; return the copy."""

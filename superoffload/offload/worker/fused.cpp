@@ -1,4 +1,5 @@
-// A speculation in one pass over memory: scale the gradient, apply Adam, and write the resulting bf16 weights.
+// An update in one pass over memory: scale the gradient, apply Adam, and write the resulting bf16 weights; a speculation
+// writes nothing else, a step also the scaled gradient, the parameters and the moments.
 //
 // Every operation and every rounding is that of the vector loop of DeepSpeed's cpu_adam, so the results are equal bit for
 // bit. It has two such loops, which round the moments differently: Step_AVX in csrc/includes/cpu_adam.h, for AVX and NEON,
@@ -90,13 +91,37 @@ void write_staging(const Update& update, int64_t numel, const float* parameters,
     }
 }
 
-template <bool sve>
-void update_in_place(const Update& update, int64_t numel, float* parameters, const float* gradients, float* exp_avg,
-                     float* exp_avg_sq)
+// `scales` and `stages` are constants, so that what they exclude costs neither a branch nor an access in the loop.
+template <bool sve, bool scales, bool stages>
+void update_in_place(const Update& update, int64_t numel, float* parameters, float* gradients, float* exp_avg,
+                     float* exp_avg_sq, uint16_t* staging)
 {
-    const Coefficients c(update);
-    for (int64_t i = 0; i < numel; ++i)
-        parameters[i] = updated<sve>(c, parameters[i], gradients[i] * c.factor, exp_avg[i], exp_avg_sq[i]);
+    const Coefficients shared(update);
+#pragma omp parallel
+    {
+        const Coefficients c = shared;
+#pragma omp for simd schedule(static)
+        for (int64_t i = 0; i < numel; ++i) {
+            const float gradient = scales ? gradients[i] * c.factor : gradients[i];
+            if (scales) gradients[i] = gradient;
+            float m = exp_avg[i], v = exp_avg_sq[i];
+            const float parameter = updated<sve>(c, parameters[i], gradient, m, v);
+            exp_avg[i] = m;
+            exp_avg_sq[i] = v;
+            parameters[i] = parameter;
+            if (stages) staging[i] = bfloat16(parameter);
+        }
+    }
+}
+
+template <bool sve>
+void update_in_place(const Update& update, int64_t numel, float* parameters, float* gradients, float* exp_avg,
+                     float* exp_avg_sq, uint16_t* staging)
+{
+    const bool scales = update.factor != 1.0f;
+    const auto chosen = scales ? (staging ? update_in_place<sve, true, true> : update_in_place<sve, true, false>)
+                               : (staging ? update_in_place<sve, false, true> : update_in_place<sve, false, false>);
+    chosen(update, numel, parameters, gradients, exp_avg, exp_avg_sq, staging);
 }
 
 }  // namespace
@@ -108,10 +133,10 @@ extern "C" void speculate(const Update* update, int64_t numel, const float* para
                                                                staging);
 }
 
-// The same arithmetic, with all of its fp32 results: for the comparison with cpu_adam when the process starts.
-extern "C" void step(const Update* update, int64_t numel, float* parameters, const float* gradients, float* exp_avg,
-                     float* exp_avg_sq)
+// `staging` may be null: then the bf16 weights are not written.
+extern "C" void step(const Update* update, int64_t numel, float* parameters, float* gradients, float* exp_avg,
+                     float* exp_avg_sq, uint16_t* staging)
 {
     (update->sve ? update_in_place<true> : update_in_place<false>)(*update, numel, parameters, gradients, exp_avg,
-                                                                   exp_avg_sq);
+                                                                   exp_avg_sq, staging);
 }

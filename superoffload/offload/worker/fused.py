@@ -1,7 +1,8 @@
-"""Speculate in one pass over memory, with a kernel of this package.
+"""Update in one pass over memory, with a kernel of this package.
 
 DeepSpeed's op works in place: to speculate with it, parameters and moments must first be copied, and the new
-weights then converted. The kernel (fused.cpp) reads each array once. Its results must equal the op's bit for bit.
+weights then converted. A step with it reads and writes the gradients first, to scale them. The kernel (fused.cpp)
+reads each array once. Its results must equal the op's bit for bit.
 The optimizer process checks that on a sample when it starts, for each arithmetic that the kernel has, and does not use
 the kernel if all differ.
 """
@@ -68,11 +69,11 @@ def build() -> str | None:
             return load()
     except (RuntimeError, OSError, ImportError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        _log.warning("The fused kernel cannot be compiled (%s); speculation takes a little longer", why)
+        _log.warning("The fused kernel cannot be compiled (%s); updates take a little longer", why)
         return None
 
 
-class FusedSpeculation:
+class FusedAdam:
     """Calls the compiled kernel, for fp32 masters and moments and bf16 weights."""
 
     def __init__(self, path: str, *, adamw_mode: bool, arithmetic: Arithmetic) -> None:
@@ -94,15 +95,16 @@ class FusedSpeculation:
         tensors = (state.parameters, state.gradients, state.exp_avg, state.exp_avg_sq, state.staging)
         return self._call(self._speculate, task, tensors, chunk)
 
-    def step(self, task: Task, state: SubGroupState) -> int:
-        """Update parameters and moments in place, up to the last whole MULTIPLE; return how many were updated.
+    def step(self, task: Task, state: SubGroupState, *, stage: bool) -> int:
+        """Scale gradients, update parameters and moments in place, up to the last whole MULTIPLE; return how many.
 
-        On one core, and without scaling the stored gradients: for comparisons only.
+        If `stage`, also write the staging region.
         """
         tensors = (state.parameters, state.gradients, state.exp_avg, state.exp_avg_sq)
-        return self._call(self._step, task, tensors, slice(0, state.parameters.numel()))
+        whole = slice(0, state.parameters.numel())
+        return self._call(self._step, task, (*tensors, state.staging if stage else None), whole)
 
-    def _call(self, function: Any, task: Task, tensors: Iterable[torch.Tensor], chunk: slice) -> int:
+    def _call(self, function: Any, task: Task, tensors: Iterable[torch.Tensor | None], chunk: slice) -> int:
         numel: int = (chunk.stop - chunk.start) // MULTIPLE * MULTIPLE
         h = task.hyper
         update = _Update(
@@ -110,6 +112,6 @@ class FusedSpeculation:
             *(h.bias_correction, self._adamw_mode, self.arithmetic is Arithmetic.SVE),
             *(task.anchor_step, task.step),
         )
-        addresses = (ctypes.c_void_p(t.data_ptr() + chunk.start * t.element_size()) for t in tensors)
-        function(ctypes.byref(update), ctypes.c_int64(numel), *addresses)
+        addresses = (None if t is None else t.data_ptr() + chunk.start * t.element_size() for t in tensors)
+        function(ctypes.byref(update), ctypes.c_int64(numel), *map(ctypes.c_void_p, addresses))
         return numel

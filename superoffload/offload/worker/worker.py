@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,11 @@ class Inbox:
                 raise TrainerGone
             self._sort(Task.unpack(record))
 
+    def has_more(self) -> bool:
+        """Return whether another task has arrived. Raises TrainerGone."""
+        self.take_in()
+        return bool(self._queue)
+
     def is_void(self, task: Task) -> bool:
         """Return whether this speculation has been cancelled or dropped."""
         return task.round <= self._dropped_round or task.version <= self._void_version.get(task.sub_group, -1)
@@ -85,6 +91,27 @@ class Inbox:
             self._dropped_round = task.round
         else:
             self._queue.append(task)
+
+
+class Outbox:
+    """Sends replies. On shared cores, holds those to steps back while there is more to do.
+
+    The trainer waits for all steps, and each reply would wake it on a core that the next step uses.
+    """
+
+    def __init__(self, sock: socket.socket, *, holds_steps: bool) -> None:
+        self._sock = sock
+        self._holds_steps = holds_steps
+        self._held: list[bytes] = []
+
+    def add(self, reply: Reply, more: Callable[[], bool]) -> None:
+        """Send a reply and those held back before it, or hold it back; `more` returns whether another task waits."""
+        self._held.append(reply.pack())
+        if self._holds_steps and reply.kind is ReplyKind.STEPPED and more():
+            return
+        for record in self._held:
+            self._sock.send(record)
+        self._held.clear()
 
 
 class Worker:
@@ -132,16 +159,18 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
     import torch
 
     from ..shared.state import Arena, ArenaLayout
-    from .adam import SubGroupAdam, load_op
-    from .fused import Arithmetic, FusedSpeculation
+    from .adam import SubGroupAdam, Threads, load_op
+    from .fused import Arithmetic, FusedAdam
 
     torch.set_num_threads(len(setup["cores"]))
+    threads = Threads(beside_trainer=setup["threads_beside_trainer"], while_trainer_waits=len(setup["cores"]))
+    mode = setup["adamw_mode"]
     try:
         op = load_op(setup["op_name"], setup["op_path"])
         arena = Arena(ArenaLayout.from_json(setup["layout"]), arena_fd)
-        adam = SubGroupAdam(op, adamw_mode=setup["adamw_mode"], chunk_numel=setup["chunk_numel"])
-        path, mode = setup["fused_path"], setup["adamw_mode"]
-        kernels = [FusedSpeculation(path, adamw_mode=mode, arithmetic=a) for a in Arithmetic] if path else []
+        adam = SubGroupAdam(op, adamw_mode=mode, chunk_numel=setup["chunk_numel"], threads=threads)
+        path = setup["fused_path"]
+        kernels = [FusedAdam(path, adamw_mode=mode, arithmetic=a) for a in Arithmetic] if path else []
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sock.send(Reply(kind=ReplyKind.ERROR, text=f"could not start: {error!r}").pack())
         raise
@@ -152,6 +181,7 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
     if kernels and not adam.adopt(*kernels):
         warning = "the fused kernel is not used because its results differ from DeepSpeed's cpu_adam on this CPU"
     sock.send(Reply(kind=ReplyKind.READY, busy_s=time.perf_counter() - started, text=warning).pack())
+    outbox = Outbox(sock, holds_steps=setup["shares_cores"])
     while True:
         task = inbox.next()
         started = time.perf_counter()
@@ -169,7 +199,7 @@ def run(sock: socket.socket, setup: dict[str, Any], arena_fd: int) -> None:
             version=task.version,
             busy_s=time.perf_counter() - started,
         )
-        sock.send(reply.pack())
+        outbox.add(reply, inbox.has_more)
 
 
 def main(arguments: list[str]) -> int:

@@ -164,7 +164,7 @@ class HostGradients:
     def _report_arrivals(self, zero: ZeroOptimizer, params: list[DsParameter]) -> None:
         coordinator = self._service.coordinator
         coordinator.pump()  # notices a dead optimizer process even if nothing has to be waited for
-        speculate = self._settings.speculate and coordinator.worth_speculating
+        speculate = self._settings.speculate is not False and coordinator.worth_speculating
         factor = gradient_factor(zero.loss_scale, zero.clip_grad, None) if speculate else None
         for param in params:
             sub_group = position(zero, param)[0]

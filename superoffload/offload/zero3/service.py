@@ -14,7 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ..settings import OffloadSettings
-from ..shared.affinity import Cores, CoreSplit, Seat, share_of_rank, split_cores
+from ..shared.affinity import CoreSplit, Seat, share_of_rank, split_cores
 from ..shared.bias import ProductHistory
 from ..shared.messages import AdamHyper
 from ..trainer.binding import TRAINER_BINDING, read_siblings
@@ -23,6 +23,7 @@ from ..trainer.coordinator import Coordinator
 from ..trainer.dispatch import EventDispatcher
 from ..trainer.pinning import page_lock, page_unlock
 from ..trainer.process import OptimizerProcess, WorkerSetup
+from ..trainer.trials import SpeculationTrials
 from ..worker import fused
 from .partitions import ArenaPartitions
 from .surface import CpuAdam, ZeroOptimizer
@@ -30,9 +31,6 @@ from .transfers import Transfers
 from .verification import Verification
 
 _log = getLogger(__name__)
-
-# A parallel loop of the trainer is as slow as its slowest thread, so none of its threads should wait for a core.
-_NICENESS_ON_SHARED_CORES = 10
 
 
 class OptimizerService:
@@ -58,7 +56,7 @@ class OptimizerService:
         accelerator = get_accelerator()
         on_cpu = accelerator.device_name() == "cpu"
         bind = self._settings.bind_trainer if self._settings.bind_trainer is not None else not on_cpu
-        setup = self._worker_setup(zero, partitions, self.cores.optimizer, shares_cores=not bind)
+        setup = self._worker_setup(zero, partitions, shares_cores=not bind)
         with startup_phase("starting the optimizer process"), partitions.hand_over() as arena_fd:
             self.process = OptimizerProcess(setup, arena_fd)
         with startup_phase("page-locking"):  # meanwhile, the optimizer process loads its libraries
@@ -79,6 +77,8 @@ class OptimizerService:
             ProductHistory.fresh(*zero.optimizer.defaults["betas"]),
             self._settings.notice_interval_s,
         )
+        if not bind and self._settings.speculate is None:
+            coordinator.trials = SpeculationTrials()
         if dispatcher is not None:
             coordinator.send_speculation = dispatcher.send
             coordinator.settle = lambda: dispatcher.settle(coordinator.pump)
@@ -86,19 +86,23 @@ class OptimizerService:
             coordinator.verify_decision = self.verification.decided
         self._coordinator = coordinator
 
-    def _worker_setup(
-        self, zero: ZeroOptimizer, partitions: ArenaPartitions, cores: Cores, *, shares_cores: bool
-    ) -> WorkerSetup:
+    def _worker_setup(self, zero: ZeroOptimizer, partitions: ArenaPartitions, *, shares_cores: bool) -> WorkerSetup:
+        """Return the setup of the optimizer process.
+
+        Where the trainer computes on the same cores, a step gets all of them, because the trainer waits for it.
+        """
         op = zero.optimizer.ds_opt_adam
+        cores = self.cores.trainer + self.cores.optimizer if shares_cores else self.cores.optimizer
         return WorkerSetup(
             layout=partitions.arena.layout,
-            cores=cores,
+            cores=tuple(sorted(set(cores))),
+            threads_beside_trainer=len(self.cores.optimizer),
             op_name=op.__name__,
             op_path=str(op.__file__),
             fused_path=fused.build() if self._settings.fused and zero.dtype == torch.bfloat16 else None,
             adamw_mode=bool(zero.optimizer.adam_w_mode),
             chunk_numel=self._settings.chunk_numel_per_thread * len(cores),
-            niceness=_NICENESS_ON_SHARED_CORES if shares_cores else 0,
+            shares_cores=shares_cores,
         )
 
     @property

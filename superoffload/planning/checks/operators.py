@@ -22,7 +22,7 @@ FAIR_SHARE = 0.5
 NEEDED = {
     "cpu_adam": "so runs cannot start",
     "deepspeed_shm_comm": "so ranks on CPUs cannot communicate",
-    "superoffload_fused": "so speculation takes a little longer",
+    "superoffload_fused": "so Adam takes longer",
 }
 _ERROR = re.compile(r"error[: ]|undefined (reference|symbol)|cannot find|not found|No such file|No space left", re.I)
 

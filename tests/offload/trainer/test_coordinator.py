@@ -10,6 +10,7 @@ import pytest
 from superoffload.offload.shared.bias import ProductHistory
 from superoffload.offload.shared.messages import AdamHyper, Reply, ReplyKind, Task, TaskKind
 from superoffload.offload.trainer.coordinator import CLIPPED_STEPS_BEFORE_PAUSE, Coordinator
+from superoffload.offload.trainer.trials import SpeculationTrials
 
 pytestmark = pytest.mark.unit
 
@@ -220,3 +221,41 @@ def test_a_step_without_any_backward_steps_everything(setup: Setup) -> None:
 def test_collecting_before_deciding_is_an_error(setup: Setup) -> None:
     with pytest.raises(RuntimeError, match="before decide"):
         setup.coordinator.collect(setup.uploaded.append)
+
+
+class FixedTrials(SpeculationTrials):
+    """Choose as the test says, and record which rounds count."""
+
+    def __init__(self, *chosen: bool) -> None:
+        super().__init__(lambda: 0.0)
+        self.chosen, self.counted = list(chosen), list[bool]()
+
+    @property
+    def speculate(self) -> bool:
+        return self.chosen[len(self.counted)]
+
+    def end_round(self, *, counts: bool) -> None:
+        self.counted.append(counts)
+
+
+def test_trials_choose_whether_a_round_speculates(setup: Setup) -> None:
+    coordinator = setup.coordinator
+    trials = coordinator.trials = FixedTrials(True, False, True, True, True)
+    for speculate in (True, False):
+        assert coordinator.worth_speculating is speculate
+        setup.backward(coordinator.worth_speculating)
+        setup.step()
+    assert coordinator.statistics.stepping_rounds == 1
+    setup.backward()
+    coordinator.discard()  # without a step, its time says nothing
+    setup.backward(speculate=False)
+    setup.step()  # meant to speculate, but clipped steps have paused that
+    assert trials.counted == [True, True, False, False] and coordinator.statistics.stepping_rounds == 1
+
+
+def test_clipped_steps_pause_speculation_that_the_trials_have_chosen(setup: Setup) -> None:
+    setup.coordinator.trials = FixedTrials(*[True] * (CLIPPED_STEPS_BEFORE_PAUSE + 1))
+    for _ in range(CLIPPED_STEPS_BEFORE_PAUSE):
+        setup.backward()
+        setup.step(CLIPPED)
+    assert not setup.coordinator.worth_speculating

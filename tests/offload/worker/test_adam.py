@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -16,7 +17,7 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from superoffload.offload.shared.messages import AdamHyper, Task, TaskKind
 from superoffload.offload.shared.state import SubGroupState
 from superoffload.offload.worker import fused
-from superoffload.offload.worker.adam import _SAMPLE_TASK, SubGroupAdam, _sample
+from superoffload.offload.worker.adam import _SAMPLE_TASK, SubGroupAdam, Threads, _sample
 from tests.helpers.ranks import REPOSITORY
 
 HYPER = AdamHyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
@@ -78,8 +79,8 @@ def kernel() -> str:
     return path
 
 
-def kernels(path: str, adamw_mode: bool) -> list[fused.FusedSpeculation]:
-    return [fused.FusedSpeculation(path, adamw_mode=adamw_mode, arithmetic=a) for a in fused.Arithmetic]
+def kernels(path: str, adamw_mode: bool) -> list[fused.FusedAdam]:
+    return [fused.FusedAdam(path, adamw_mode=adamw_mode, arithmetic=a) for a in fused.Arithmetic]
 
 
 @pytest.mark.parametrize("numel", [1, 16, 1000, 5000])
@@ -106,6 +107,45 @@ def test_the_fused_kernel_gives_the_same_bits(
         assert torch.equal(*staging)
         adam.step(replace(asked, kind=TaskKind.COMMIT), where, stage=False)
         assert torch.equal(staging[0], where.parameters.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("numel", [1, 16, 1000, 5000])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("stage", [True, False])
+@pytest.mark.parametrize("adamw_mode", [True, False])
+def test_a_fused_step_leaves_the_state_that_the_op_leaves(
+    numel: int, factor: float, stage: bool, adamw_mode: bool, kernel: str
+) -> None:
+    op = CPUAdamBuilder().load()
+    plain, adam = (SubGroupAdam(op, adamw_mode=adamw_mode, chunk_numel=1024) for _ in range(2))
+    assert adam.adopt(*kernels(kernel, adamw_mode))
+    stepped, expected = (state(numel, torch.float32, torch.bfloat16) for _ in range(2))
+    asked = task(TaskKind.STEP, factor)
+    plain.step(asked, expected, stage=stage)
+    with mock.patch.object(SubGroupAdam, "_update") as update:
+        adam.step(asked, stepped, stage=stage)
+    assert update.call_count == (numel % 16 > 0)  # the op computes the remainder alone
+    whole = numel // 16 * 16
+    for field in fields(SubGroupState):
+        assert torch.equal(getattr(stepped, field.name)[:whole], getattr(expected, field.name)[:whole]), field.name
+
+
+def test_a_step_uses_all_threads_while_the_trainer_waits() -> None:
+    before = torch.get_num_threads()
+    threads = Threads(beside_trainer=1, while_trainer_waits=2)
+    adam = SubGroupAdam(CPUAdamBuilder().load(), adamw_mode=True, chunk_numel=1024, threads=threads)
+    where, used = state(64, torch.float32, torch.bfloat16), []
+    try:
+        for compute in (
+            lambda: adam.speculate(task(TaskKind.SPECULATE, 1.0), where, lambda: False),
+            lambda: adam.step(task(TaskKind.STEP, 1.0), where, stage=True),
+            lambda: adam.step(task(TaskKind.COMMIT, 1.0), where, stage=False),
+        ):
+            compute()
+            used.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert used == [1, 2, 1]
 
 
 def test_a_kernel_with_different_results_is_not_adopted(kernel: str) -> None:
@@ -176,7 +216,7 @@ def test_the_fused_kernel_gives_the_bits_of_the_sve_loop(
         for one in (where, stepped):
             one.gradients.copy_(torch.randn(numel, generator=generator.manual_seed(step)))
         assert adam.speculate(asked, where, lambda: False)
-        written = sve.step(asked, stepped)
+        written = sve.step(asked, stepped, stage=False)
         adam.step(replace(asked, kind=TaskKind.COMMIT), where, stage=False)
         assert torch.equal(where.staging, where.parameters.to(torch.bfloat16))
         for name in ("parameters", "exp_avg", "exp_avg_sq"):
@@ -189,7 +229,7 @@ def test_the_other_arithmetic_is_told_apart_by_the_state_and_not_by_the_weights_
     _, sve = kernels(kernel, adamw_mode=True)
     speculated, stepped, expected = (_sample() for _ in range(3))
     sve.speculate(_SAMPLE_TASK, speculated, slice(0, 4096))
-    sve.step(_SAMPLE_TASK, stepped)
+    sve.step(_SAMPLE_TASK, stepped, stage=False)
     adam.step(_SAMPLE_TASK, expected, stage=True)
     assert torch.equal(speculated.staging[:4096], expected.staging[:4096])
     assert stepped.exp_avg[:4096].ne(expected.exp_avg[:4096]).float().mean() > 0.1

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from superoffload.offload.shared.messages import ReplyKind, Task, TaskKind
+from superoffload.offload.shared.messages import MAX_RECORD_BYTES, Reply, ReplyKind, Task, TaskKind
 from superoffload.offload.worker import worker
-from superoffload.offload.worker.worker import Inbox, TrainerGone, Worker
+from superoffload.offload.worker.worker import Inbox, Outbox, TrainerGone, Worker
 
 pytestmark = pytest.mark.unit
 
@@ -129,3 +129,40 @@ def test_the_death_of_a_trainer_whose_socket_stays_open_is_noticed(monkeypatch: 
     trainer, optimizer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with trainer, optimizer, pytest.raises(TrainerGone):
         Inbox(optimizer, trainer_pid=-1).next()
+
+
+def received(sock: socket.socket) -> list[tuple[str, int]]:
+    found = []
+    sock.setblocking(False)
+    while True:
+        try:
+            reply = Reply.unpack(sock.recv(MAX_RECORD_BYTES))
+        except BlockingIOError:
+            return found
+        found.append((reply.kind.name, reply.sub_group))
+
+
+@pytest.mark.parametrize("holds_steps", [True, False])
+def test_on_shared_cores_the_trainer_is_woken_once_for_all_steps(
+    ends: tuple[socket.socket, Inbox], holds_steps: bool
+) -> None:
+    trainer, inbox = ends
+    outbox = Outbox(inbox._sock, holds_steps=holds_steps)
+    for sub_group in range(3):
+        send(trainer, TaskKind.STEP, sub_group=sub_group)
+    answered = []
+    for _ in range(3):
+        outbox.add(Reply(kind=ReplyKind.STEPPED, sub_group=inbox.next().sub_group), inbox.has_more)
+        answered.append(received(trainer))
+    one, two, three = (("STEPPED", i) for i in range(3))
+    assert answered == ([[], [], [one, two, three]] if holds_steps else [[one], [two], [three]])
+
+
+@pytest.mark.parametrize("kind", [ReplyKind.SPECULATED, ReplyKind.COMMITTED])
+def test_other_replies_are_sent_immediately_and_bring_what_was_held(
+    ends: tuple[socket.socket, Inbox], kind: ReplyKind
+) -> None:
+    outbox = Outbox(ends[1]._sock, holds_steps=True)
+    outbox.add(Reply(kind=ReplyKind.STEPPED, sub_group=1), lambda: True)
+    outbox.add(Reply(kind=kind, sub_group=2), lambda: True)
+    assert received(ends[0]) == [("STEPPED", 1), (kind.name, 2)]

@@ -69,6 +69,7 @@ def test_a_rank_on_its_third_device_uses_that_device_alone(
     accelerator.set_device(2)
     made = service.OptimizerService(OffloadSettings(bind_trainer=False), 0.5)
     made.start(zero, parts)
+    assert made.coordinator.trials is not None  # both processes use the same cores
     assert started == ["process", "page-locking"]  # the process loads while pages are being locked
     assert locked == [(["G", "S"], "cuda")]
     made.coordinator.settle()
