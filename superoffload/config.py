@@ -136,6 +136,13 @@ class ModelSettings(Settings):
         "auto",
         choices=("auto", "eager", "sdpa", "flash_attention_2"),
     )
+    kernels: str = setting(
+        "Kernels for norms, SwiGLU and rotary embeddings: none uses the model's own; liger those of the package "
+        "liger-kernel, on CUDA; compiled those that torch.compile makes; auto uses liger if it is installed and gives "
+        "the model's own numbers.",
+        "auto",
+        choices=("auto", "none", "liger", "compiled"),
+    )
     leaf_module: str | None = setting(
         "Class name of the module that ZeRO-3 fetches as a whole (a sparse MoE block); detected by default.", None
     )
