@@ -32,6 +32,7 @@ ROWS: list[Row] = [
             "ds_config",
             "ds_schema",
             "log",
+            "run_log",
             "hub",
             "launcher",
             "distributed",
@@ -41,7 +42,7 @@ ROWS: list[Row] = [
     [{"model"}, {"checkpoint"}],
     [{"export"}],
     [{"training"}, {"tiny"}],
-    [{"planning"}],
+    [{"planning"}, {"reporting"}],
     [{"commands"}, {"finetune_zero3"}],
 ]
 # SuperOffload is a package of its own: it imports nothing from its parent, and has an order of its own.
@@ -64,7 +65,9 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.weights"},
     "matplotlib": {"planning.picture"},
+    "mlflow": {"training.trackers.mlflow"},
     "pyarrow": {"data.files", "data.sources"},
+    "rich": {"reporting.live", "reporting.panel", "reporting.picture"},
     "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},
     "torch": {
@@ -75,12 +78,14 @@ LIBRARIES: dict[str, set[str]] = {
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
+        "training.trackers.tensorboard",
         "tiny",
         "planning.checks.link", "planning.checks.measure", "planning.checks.software",
         "planning.environment", "planning.exhaustion", "planning.machine",
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.binding",
         "offload.trainer.first_touch", "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },
+    "trackio": {"training.trackers.trackio"},
     "transformers": {
         "distributed",  # enable_full_determinism
         "log",  # its progress bars
@@ -90,7 +95,7 @@ LIBRARIES: dict[str, set[str]] = {
         "export.files", "export.weights",
         "tiny",
     },
-    "wandb": {"training.tracking"},
+    "wandb": {"training.trackers.wandb"},
 }  # fmt: skip
 
 

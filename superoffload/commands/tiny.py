@@ -21,6 +21,9 @@ def command() -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def write(folder: Path) -> None:
     """Write a small random model, its tokenizer and generated rows to FOLDER."""
+    from superoffload import log
+
+    log.setup("WARNING")
     example.write(folder)
 
 

@@ -64,7 +64,7 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
             batches=batches,
             progress=Progress(),
             meter=metrics.Meter(chosen, shape),
-            trackers=tracking.Trackers([recorder]),
+            trackers=tracking.Trackers({"recorder": recorder}),
             evaluation=Evaluation(None, [], 0),
             control=RunControl(chosen, is_rank_0=True),
         )

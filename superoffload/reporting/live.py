@@ -1,0 +1,78 @@
+"""The display on a terminal: one panel that is drawn again each second, below what must stay visible."""
+
+import logging
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from superoffload import log
+from superoffload.errors import FAILURES, first_line
+from superoffload.reporting.display import Display
+from superoffload.reporting.panel import Panel
+from superoffload.training.metrics import StepMetrics
+
+
+class LiveDisplay(Display):
+    """Draws the panel from a thread of its own, so a step costs nothing; a failure ends the display, never the run."""
+
+    def __init__(self, panel: Panel) -> None:
+        """Prepare the display; `with` starts it."""
+        self._panel = panel
+        self._console = Console(file=sys.stderr, force_terminal=True, highlight=False)
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._draw,
+            refresh_per_second=1,
+            redirect_stdout=False,
+            vertical_overflow="crop",
+        )
+        self._works = True
+
+    def __enter__(self) -> Self:
+        """Take over the terminal; log records become events of the display, errors stay above it."""
+        log.screen.display = self._take
+        self._guarded(self._live.start)
+        # The cursor stays visible: a run that is killed could not bring it back.
+        self._guarded(lambda: self._console.show_cursor(True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last state on the terminal; what follows is written below it."""
+        self._guarded(self._live.stop)
+        log.screen.display = None
+
+    def advance(self, step: int) -> None:
+        """Count a step."""
+        self._panel.advance(step)
+
+    def show(self, numbers: StepMetrics, memory: dict[str, int]) -> None:
+        """Take the numbers of the steps since the last call."""
+        self._panel.show(numbers, memory)
+
+    def _draw(self) -> RenderableType:
+        return self._panel
+
+    def _take(self, record: logging.LogRecord, line: str) -> None:
+        """Take a log record: the display shows a step's numbers itself, and other messages as events."""
+        if record.name == log.steps.name and self._works:
+            return
+        if record.levelno >= logging.ERROR or not self._works:
+            self._guarded(lambda: self._console.print(Text(line), soft_wrap=True))
+            return
+        self._panel.add_event(line, "bold magenta" if record.levelno >= logging.WARNING else "")
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except FAILURES as error:
+            if self._works:
+                self._works = False
+                log.screen.display = None
+                log.logger.warning("The display failed and is disabled: %s", first_line(error))
