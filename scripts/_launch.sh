@@ -77,7 +77,7 @@ output_dir=${OUTPUT_DIR:-./${recipe}_${mode}_output}
 
 labels="" # the file of node names, if this script is to write one
 launch=(deepspeed --num_gpus "$GPUS_PER_NODE")
-if [[ "$*" != *DEBUG* ]]; then launch+=(--quiet); fi # only errors; the command is also in run.log
+if [[ "$*" != *--log_level?DEBUG* ]]; then launch+=(--quiet); fi # only errors; run.log has the command
 if on BIND_CORES "$BIND_CORES"; then launch+=(--bind_cores_to_rank); fi
 if [[ -n ${HOSTFILE:-} ]]; then
     launch+=(--hostfile "$HOSTFILE")

@@ -181,8 +181,8 @@ def test_nodes_without_ssh(stand_in: Path) -> None:
     call(script_of("llama-8b"), stand_in, "superoffload", OUTPUT_DIR="out", **node)
     launcher, flags = seen(stand_in)
     assert launcher == [
-        "--num_gpus", "1", "--quiet", "--hostfile", "out/hostfile_1", "--no_ssh", "--node_rank", "1", "--master_addr", "10.0.0.1",
-        "--master_port", "29501",
+        "--num_gpus", "1", "--quiet", "--hostfile", "out/hostfile_1", "--no_ssh", "--node_rank", "1",
+        "--master_addr", "10.0.0.1", "--master_port", "29501",
     ]  # fmt: skip
     assert (stand_in.parent / "elsewhere/out/hostfile_1").read_text() == "node-0 slots=1\nnode-1 slots=1\n"
     assert cli.parse(flags).training.batch_size == 2

@@ -8,6 +8,7 @@ from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.segment import SegmentLines
 from rich.text import Text
 
 from superoffload import log
@@ -31,7 +32,7 @@ class LiveDisplay(Display):
             redirect_stdout=False,
             vertical_overflow="crop",
         )
-        self._works = True
+        self._failed = False
 
     def __enter__(self) -> Self:
         """Take over the terminal; log records become events of the display, errors stay above it."""
@@ -56,23 +57,34 @@ class LiveDisplay(Display):
         """Take the numbers of the steps since the last call."""
         self._panel.show(numbers, memory)
 
+    def refresh(self) -> None:
+        """Draw the state of now."""
+        self._guarded(self._live.refresh)
+
     def _draw(self) -> RenderableType:
-        return self._panel
+        """Return what to draw: lines that rich only has to put out, so that a failure to draw them is noticed here."""
+        if not self._failed:
+            try:
+                return SegmentLines(self._console.render_lines(self._panel, pad=False), new_lines=True)
+            except FAILURES as error:
+                self._fail(error)
+        return Text("")
 
     def _take(self, record: logging.LogRecord, line: str) -> None:
         """Take a log record: the display shows a step's numbers itself, and other messages as events."""
-        if record.name == log.steps.name and self._works:
-            return
-        if record.levelno >= logging.ERROR or not self._works:
+        if record.levelno >= logging.ERROR:
             self._guarded(lambda: self._console.print(Text(line), soft_wrap=True))
-            return
-        self._panel.add_event(line, "bold magenta" if record.levelno >= logging.WARNING else "")
+        elif record.name != log.steps.name:
+            self._panel.add_event(line, "bold magenta" if record.levelno >= logging.WARNING else "")
 
     def _guarded(self, action: Callable[[], object]) -> None:
         try:
             action()
         except FAILURES as error:
-            if self._works:
-                self._works = False
-                log.screen.display = None
-                log.logger.warning("The display failed and is disabled: %s", first_line(error))
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed:
+            self._failed = True
+            log.screen.display = None  # lines again
+            log.logger.warning("The display failed and is disabled: %s", first_line(error))

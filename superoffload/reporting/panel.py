@@ -70,7 +70,7 @@ class Panel:
         grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         for name, value in self._rows(options.max_width - 18, options.ascii_only):
             grid.add_row(name, value)
-        for line, style in self._events:
+        for line, style in list(self._events):  # the run adds to it meanwhile
             grid.add_row(line[11:19], Text(line.split(maxsplit=3)[3], style=style))
         shape = box.ASCII if options.ascii_only else box.ROUNDED
         yield panel.Panel(

@@ -29,6 +29,8 @@ from tests.helpers.training import FP32
 class Recorder:
     """A tracker that keeps what it receives."""
 
+    run_id = None
+
     def __init__(self) -> None:
         self.logged: list[dict[str, Any]] = []
 
