@@ -23,7 +23,7 @@ class LiveDisplay(Display):
 
     def __init__(self, panel: Panel) -> None:
         """Prepare the display; `with` starts it."""
-        self._panel = panel
+        self._panel, self._failed = panel, False
         self._console = Console(file=sys.stderr, force_terminal=True, highlight=False)
         self._live = Live(
             console=self._console,
@@ -32,7 +32,6 @@ class LiveDisplay(Display):
             redirect_stdout=False,
             vertical_overflow="crop",
         )
-        self._failed = False
 
     def __enter__(self) -> Self:
         """Take over the terminal; log records become events of the display, errors stay above it."""
