@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 logger = logging.getLogger("superoffload")
 steps = logger.getChild("steps")
@@ -28,8 +29,9 @@ class Screen(logging.Handler):
         if self.display is not None:
             self.display(record, line)
             return
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
+        with suppress(OSError):  # the terminal is gone; training goes on
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
 
 
 screen = Screen()

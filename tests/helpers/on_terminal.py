@@ -11,9 +11,10 @@ import signal
 import sys
 import termios
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from tests.helpers.forked import Program
 from tests.helpers.ranks import environment
@@ -21,27 +22,34 @@ from tests.helpers.ranks import environment
 ROWS = 40
 
 
-class Terminal:
-    """What a forked program has written to a terminal, after its end."""
+class Process(Protocol):
+    """What Popen and Program have in common."""
 
-    def __init__(self, words: list[str], columns: int, folder: Path, **env: str) -> None:
-        """Run the display below until its end on a terminal of so many columns."""
+    def wait(self, timeout: float, /) -> int:
+        """Wait for its end and return its exit status."""
+
+    def kill(self) -> None:
+        """Kill it."""
+
+
+class Terminal:
+    """A terminal to which one program writes, and what is on it after the program's end."""
+
+    def __init__(self, columns: int, start: Callable[[str], Process], timeout_s: float = 60, rows: int = ROWS) -> None:
+        """Run the program that `start` starts, given the name of the terminal's file, to its end."""
         import pyte
 
-        self.screen = pyte.Screen(max(columns, 120), ROWS)
+        self.screen = pyte.Screen(max(columns, 120), rows)
         self._stream = pyte.ByteStream(self.screen)
         self._main, side = pty.openpty()
         self.raw = b""
-        termios.tcsetwinsize(side, (ROWS, columns))
+        termios.tcsetwinsize(side, (rows, columns))
         settings = termios.tcgetattr(side)
         reader = threading.Thread(target=self._read)
         reader.start()
-        (folder / "stdout").touch()
-        output: Any = SimpleNamespace(paths=(str(folder / "stdout"), os.ttyname(side)))
-        env = {"TERM": "xterm-256color", **env}
-        program = Program([__file__, *words], environment(**env), output)
+        program = start(os.ttyname(side))
         try:
-            self.status = program.wait(60)
+            self.status = program.wait(timeout_s)
             assert termios.tcgetattr(side) == settings
         finally:
             program.kill()
@@ -60,6 +68,17 @@ class Terminal:
     def lines(self) -> list[str]:
         """Return the lines of the screen that are not empty."""
         return [line.rstrip() for line in self.screen.display if line.strip()]
+
+
+def run_display(words: list[str], columns: int, folder: Path, **env: str) -> Terminal:
+    """Run the display below in a forked process, whose stdout is a file in the folder."""
+    (folder / "stdout").touch()
+
+    def start(terminal: str) -> Process:
+        output: Any = SimpleNamespace(paths=(str(folder / "stdout"), terminal))
+        return Program([__file__, *words], environment(**{"TERM": "xterm-256color", **env}), output)
+
+    return Terminal(columns, start)
 
 
 def _happen(word: str, display: Any, panel: Any) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from superoffload.reporting.display import wants_rich
-from tests.helpers.on_terminal import Terminal
+from tests.helpers.on_terminal import run_display
 
 
 @pytest.mark.parametrize("columns", [80, 200])
 def test_a_run_from_its_start_to_its_end(columns: int, tmp_path: Path) -> None:
-    terminal = Terminal(["step", "warn", "step", "error", "step"], columns, tmp_path)
+    terminal = run_display(["step", "warn", "step", "error", "step"], columns, tmp_path)
     assert terminal.status == 0
     lines = terminal.lines()
     text = "\n".join(lines)
@@ -31,27 +31,27 @@ def test_a_run_from_its_start_to_its_end(columns: int, tmp_path: Path) -> None:
     ("word", "status", "last"), [("user", 2, "Error: --flag: wrong"), ("bug", 1, "ValueError: a bug")]
 )
 def test_an_error_is_the_last_thing_on_the_screen(word: str, status: int, last: str, tmp_path: Path) -> None:
-    terminal = Terminal(["step", word], 80, tmp_path)
+    terminal = run_display(["step", word], 80, tmp_path)
     assert terminal.status == status
     assert terminal.lines()[-1] == last
     assert "\n".join(terminal.lines()).count("org/model") == 1
 
 
 def test_a_run_that_is_killed_leaves_the_cursor_visible(tmp_path: Path) -> None:
-    terminal = Terminal(["step", "kill"], 80, tmp_path)
+    terminal = run_display(["step", "kill"], 80, tmp_path)
     assert terminal.status == -9
     assert "4/10" in "\n".join(terminal.lines())
     assert not terminal.screen.cursor.hidden
 
 
 def test_a_terminal_that_grows(tmp_path: Path) -> None:
-    terminal = Terminal(["step", "grow", "step"], 80, tmp_path)
+    terminal = run_display(["step", "grow", "step"], 80, tmp_path)
     assert terminal.status == 0
     assert len(terminal.lines()[-2]) == 120
 
 
 def test_a_display_that_fails_leaves_the_run_alone(tmp_path: Path) -> None:
-    terminal = Terminal(["break", "step", "warn"], 80, tmp_path)
+    terminal = run_display(["break", "step", "warn"], 80, tmp_path)
     assert terminal.status == 0
     text = "\n".join(terminal.lines())
     assert text.count("The display failed and is disabled") == 1
@@ -60,8 +60,8 @@ def test_a_display_that_fails_leaves_the_run_alone(tmp_path: Path) -> None:
 
 
 def test_no_color_is_obeyed(tmp_path: Path) -> None:
-    assert b"\x1b[36m" in Terminal(["step"], 80, tmp_path).raw
-    assert b"\x1b[36m" not in Terminal(["step"], 80, tmp_path, NO_COLOR="1").raw
+    assert b"\x1b[36m" in run_display(["step"], 80, tmp_path).raw
+    assert b"\x1b[36m" not in run_display(["step"], 80, tmp_path, NO_COLOR="1").raw
 
 
 @pytest.mark.unit
