@@ -6,8 +6,9 @@ Started by the launcher: `deepspeed finetune_zero3.py --model_name ... --output_
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from superoffload import cli
+from superoffload import cli, log
 from superoffload.ds_config import merge_flags, read_ds_config
+from superoffload.run_log import run_log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,17 +39,22 @@ class Inputs(NamedTuple):
 def main(config: "Config") -> int:
     """Check the settings against the machine, train with them, and return the exit status."""
     ds_config = read_ds_config(config)
-    from superoffload import distributed, log
+    from superoffload.training import tracking
+
+    tracking.check(config.tracking)
+    log.setup(config.output.log_level)
+    run_log.capture(config.output.log_level)
+    from superoffload import distributed
     from superoffload.checkpoint import output_folder, resume
     from superoffload.model import load
     from superoffload.planning import exhaustion, preflight
     from superoffload.training import engine
 
-    log.setup(config.output.log_level)
     merged = merge_flags(ds_config, config, distributed.world_size())
     config = merged.config
     log.warn(merged.notes)
     lock = output_folder.prepare(config.output.output_dir, config.inputs)
+    run_log.open(config.output.output_dir)
     distributed.init()
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     engine.check(merged.ds_config, config.offload.deepspeed_config)
@@ -67,12 +73,13 @@ def main(config: "Config") -> int:
 
 def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architecture") -> Inputs:
     """Tokenise the rows once per machine, and build this rank's batches for training and evaluation."""
-    from superoffload import distributed, log
+    from superoffload import distributed
     from superoffload.data import collate, loader
     from superoffload.model import attention
     from superoffload.model.tokenizer import load_tokenizer
     from superoffload.training.evaluation import Evaluation, read_prompts
 
+    run_log.adopt_libraries()  # `datasets` has been imported
     attention_kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs)
     tokenizer = load_tokenizer(*config.model.origin)
     with distributed.wait_without_collective("tokenising"):
@@ -154,12 +161,12 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
 
 def train(run: "Run") -> None:
     """Run the remaining optimizer steps and keep `run.progress` up to date (collective)."""
-    from superoffload import log
-    from superoffload.planning.host_watch import HostWatch
+    from superoffload.planning.memory_watch import MemoryWatch
+    from superoffload.reporting import display
 
-    watch = HostWatch()
+    watch = MemoryWatch()
     config, progress, control, batches = run.config, run.progress, run.control, run.batches
-    with log.progress_bar(run.last_step, progress.step) as bar:
+    with display.choose(run) as screen:
         run.meter.start()
         while progress.step < run.last_step and not run.stopped:
             for micro_batches in run.meter.parts.waiting_for(batches.epoch(progress.epoch, progress.packs_in_epoch)):
@@ -171,10 +178,11 @@ def train(run: "Run") -> None:
                 if progress.step % config.output.log_interval == 0 or progress.step == run.last_step:
                     grad_norm = float(run.engine.get_global_grad_norm())
                     numbers = run.meter.read(progress, lr, grad_norm, batches.packs_in(progress.epoch))
-                    log.logger.info("%s", numbers.line())
-                    run.trackers.log(progress.step, numbers.as_dict())
-                    watch.check()
-                bar.update()
+                    memory = watch.check()
+                    log.steps.info("%s", numbers.line())
+                    screen.show(numbers, memory)
+                    run.trackers.log(progress.step, numbers.as_dict() | memory)
+                screen.advance(progress.step)
                 if votes.stop:
                     log.logger.warning("Stopped by %s: saving after step %d", control.stopped_by, progress.step)
                     run.stopped = True

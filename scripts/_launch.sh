@@ -77,6 +77,7 @@ output_dir=${OUTPUT_DIR:-./${recipe}_${mode}_output}
 
 labels="" # the file of node names, if this script is to write one
 launch=(deepspeed --num_gpus "$GPUS_PER_NODE")
+if [[ "$*" != *--log_level?DEBUG* ]]; then launch+=(--quiet); fi # only errors; run.log has the command
 if on BIND_CORES "$BIND_CORES"; then launch+=(--bind_cores_to_rank); fi
 if [[ -n ${HOSTFILE:-} ]]; then
     launch+=(--hostfile "$HOSTFILE")
@@ -265,6 +266,7 @@ read -r started_at_uptime_s _ </proc/uptime
 kills_before=$(oom_kills)
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM INT HUP
+trap '' TTOU # with `stty tostop`, a job in the background would stop when it writes
 set -m
 "${command[@]}" </dev/null &
 launcher=$!

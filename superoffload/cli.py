@@ -18,6 +18,7 @@ import click
 
 from superoffload import config, config_file, launcher
 from superoffload.errors import UserError
+from superoffload.run_log import run_log
 
 SILENT_RANK_PATIENCE_S = 5.0
 
@@ -229,6 +230,7 @@ def run(main: Callable[[config.Config], int]) -> NoReturn:
         status = report(error)
     except Exception:  # noqa: BLE001 - as the interpreter does, but without its finalization; see `leave`
         traceback.print_exc()
+        run_log.add(traceback.format_exc())
         status = 1
     leave(status)
 
@@ -244,6 +246,7 @@ def report(error: UserError) -> int:
     if rank:
         time.sleep(SILENT_RANK_PATIENCE_S)
     sys.stderr.write(f"{prefix}Error: {error}\n")
+    run_log.add(f"Error: {error}")
     return error.status
 
 

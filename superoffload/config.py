@@ -421,8 +421,14 @@ class OffloadSettings(Settings):
 class OutputSettings(Settings):
     """Output."""
 
-    output_dir: str = setting("Folder for checkpoints, the tokenizer, metrics.jsonl and summary.json.")
+    output_dir: str = setting("Folder for checkpoints, the tokenizer, metrics.jsonl, summary.json and run.log.")
     log_interval: int = setting("Log every N steps.", 1, minimum=1)
+    display: str = setting(
+        "How to show progress: rich is a live display on a terminal, plain one line per logged step; auto uses rich if "
+        "stderr is a terminal.",
+        "auto",
+        choices=("auto", "rich", "plain"),
+    )
     log_level: str = setting(
         "Minimum severity of messages to show.", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     )
@@ -467,12 +473,24 @@ class MeasurementSettings(Settings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingSettings(Settings):
-    """Weights & Biases."""
+    """Trackers."""
 
-    use_wandb: bool = setting("Log the run to Weights & Biases.", False)
-    wandb_project: str = setting("Project of the run.", "superoffload")
+    report_to: tuple[str, ...] = setting(
+        "Where to log the run besides metrics.jsonl: one or more of wandb, tensorboard, trackio, mlflow.",
+        ("none",),
+        several=True,
+        choices=("wandb", "tensorboard", "trackio", "mlflow", "none"),
+    )
+    use_wandb: bool = setting("The same as --report_to wandb, in addition to others.", False)
+    wandb_project: str = setting("Project of the run; the experiment in MLflow.", "superoffload")
     wandb_run_name: str | None = setting("Name of the run; default: the model's name, main settings and time.", None)
-    wandb_tags: tuple[str, ...] = setting("Tags of the run.", (), several=True)
+    wandb_tags: tuple[str, ...] = setting("Tags of the run, in W&B and MLflow.", (), several=True)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Return the names of the trackers in use, in the order given."""
+        names = (*self.report_to, *(("wandb",) if self.use_wandb else ()))
+        return tuple(name for name in dict.fromkeys(names) if name != "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

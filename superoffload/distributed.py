@@ -202,6 +202,28 @@ def broadcast_from_rank_0(value: Any) -> Any:
     return shared[0]
 
 
+def device_name() -> str:
+    """Return the name of the device this rank computes on, e.g. `NVIDIA H200` or `CPU`."""
+    accelerator = get_accelerator()
+    name = accelerator.device_name()
+    return torch.cuda.get_device_name(local_rank()) if name == "cuda" else str(name).upper()
+
+
+def device_memory() -> dict[str, int]:
+    """Return what torch has allocated on this rank's device, now and at most, and all it has; empty on the CPU.
+
+    Reads counters of the host's, so the device is not waited for.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return {}
+    return {
+        "device_bytes": accelerator.memory_allocated(),
+        "device_peak_bytes": accelerator.max_memory_allocated(),
+        "device_total_bytes": accelerator.total_memory(),
+    }
+
+
 def peak_device_bytes() -> int:
     """Return the largest peak of device memory that torch allocated on any rank (collective); 0 on the CPU."""
     accelerator = get_accelerator()

@@ -1,39 +1,57 @@
-"""Logging: rank 0 logs everything, the other ranks log only errors."""
+"""Logging on the screen: rank 0 shows everything, the other ranks show only errors.
+
+`run_log` keeps a complete record in a file.
+"""
 
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-
-from tqdm import tqdm
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 logger = logging.getLogger("superoffload")
+steps = logger.getChild("steps")
+"""Takes the line of each logged step, which a display shows in another form."""
 
-LIBRARIES = ("DeepSpeed", "deepspeed", "transformers", "datasets", "accelerate")
+LIBRARIES = ("DeepSpeed", "deepspeed", "transformers", "datasets", "accelerate", "torch")
 
 
-class _AboveProgressBar(logging.Handler):
-    """Writes log lines above the progress bar, so that they do not break it."""
+class Screen(logging.Handler):
+    """Writes log lines to stderr, or gives them to a display that has taken over the terminal."""
+
+    display: Callable[[logging.LogRecord, str], None] | None = None
+    """Takes a record and its line while a display runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record to stderr."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        """Show one record."""
+        line = self.format(record)
+        if self.display is not None:
+            self.display(record, line)
+            return
+        with suppress(OSError):  # the terminal is gone; training goes on
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+
+screen = Screen()
 
 
 def setup(level: str) -> None:
-    """Send log records to stderr: at `level` and above on rank 0, at ERROR and above on the other ranks.
+    """Show log records on stderr: at `level` and above on rank 0, at ERROR and above on the other ranks.
 
-    A second call replaces the handler. Libraries log at WARNING and above, or at their own levels if `level` is DEBUG.
+    A second call replaces the levels. Libraries log at WARNING and above, or at their own levels if `level` is DEBUG.
+    Their progress bars appear only for work of more than two seconds, and disappear when it is done.
     """
     rank = int(os.environ.get("RANK", "0"))
-    handler = _AboveProgressBar()
     name = f"[rank {rank}] " if rank else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name}%(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger.handlers[:] = [handler]
+    screen.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name}%(message)s", "%Y-%m-%d %H:%M:%S"))
+    screen.setLevel(max(logging.ERROR, logging.getLevelName(level)) if rank else level)
+    logger.handlers[:] = [screen]
     logger.propagate = False
-    logger.setLevel(max(logging.ERROR, logging.getLevelName(level)) if rank else level)
+    logger.setLevel(screen.level)
     if level != "DEBUG":
+        os.environ |= {"TQDM_DELAY": "2", "TQDM_LEAVE": ""}  # tqdm reads these on import; an empty value is false
         warnings.filterwarnings("ignore", category=FutureWarning)
         for library in LIBRARIES:
             logging.getLogger(library).setLevel(logging.WARNING)
@@ -46,7 +64,7 @@ def warn(notes: Iterable[str]) -> None:
 
 
 def shows_bars() -> bool:
-    """Return whether to show progress bars: only on rank 0, and only if stderr is a terminal."""
+    """Return whether to show progress bars of libraries: only on rank 0, and only if stderr is a terminal."""
     return os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
 
 
@@ -56,8 +74,3 @@ def hide_bars_of_transformers() -> None:
 
     if not shows_bars():
         transformers_logging.disable_progress_bar()
-
-
-def progress_bar(total_steps: int, done: int) -> "tqdm[None]":
-    """Create a bar of steps, percentage and time left; it shows nothing unless `shows_bars()`."""
-    return tqdm(total=total_steps, initial=done, unit="step", disable=not shows_bars())

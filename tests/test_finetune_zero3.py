@@ -16,7 +16,7 @@ from tests.helpers.ranks import REPOSITORY, free_port, run
 from tests.helpers.ranks import launch as launch_with_deepspeed
 
 KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "target_tokens_per_s",
-        "padding_share", "tflops_per_gpu", "hardware_tflops_per_gpu"]  # fmt: skip
+        "padding_share", "tflops_per_gpu", "hardware_tflops_per_gpu", "host_bytes", "host_total_bytes"]  # fmt: skip
 LINE = re.compile(
     r"^\S+ \S+ INFO Step (\d+) \| Loss: [\d.]+ \| LR: [\d.e+-]+ \| Grad norm: [\d.]+ \| Time: \d+ms \| "
     r"TFLOPS/GPU: [\d.]+ \| Tokens/s: \d+ \| Target tokens/s: \d+$",
@@ -54,7 +54,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
     tag = f"global_step{steps}"
     assert set(os.listdir(out)) == {
         tag, f"model_step{steps}", "config.json", "generation_config.json", "latest", "metrics.jsonl",
-        "special_tokens_map.json",
+        "run.log", "special_tokens_map.json",
         "summary.json", "tokenizer.json", "tokenizer_config.json", "zero_to_fp32.py", "zero_to_torch.py",
     }  # fmt: skip
     assert set(os.listdir(out / tag)) == checkpoint_files(ranks)

@@ -33,6 +33,7 @@ ROWS: list[Row] = [
             "ds_config",
             "ds_schema",
             "log",
+            "run_log",
             "hub",
             "launcher",
             "distributed",
@@ -42,7 +43,7 @@ ROWS: list[Row] = [
     [{"model"}, {"checkpoint"}],
     [{"export"}],
     [{"training"}, {"tiny"}],
-    [{"planning"}],
+    [{"planning"}, {"reporting"}],
     [{"finetune_zero3"}],
     [{"bench"}],
     [{"commands"}],
@@ -69,7 +70,9 @@ LIBRARIES: dict[str, set[str]] = {
     "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.weights"},
     "liger_kernel": {"model.kernels"},
     "matplotlib": {"planning.picture", "bench.picture"},
+    "mlflow": {"training.trackers.mlflow"},
     "pyarrow": {"data.files", "data.sources"},
+    "rich": {"reporting.live", "reporting.panel", "reporting.picture"},
     "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},
     "torch": {
@@ -80,6 +83,7 @@ LIBRARIES: dict[str, set[str]] = {
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
+        "training.trackers.tensorboard",
         "tiny",
         "bench.ruler",
         "planning.checks.link", "planning.checks.measure", "planning.checks.software",
@@ -87,6 +91,7 @@ LIBRARIES: dict[str, set[str]] = {
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.binding",
         "offload.trainer.first_touch", "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },
+    "trackio": {"training.trackers.trackio"},
     "transformers": {
         "distributed",  # enable_full_determinism
         "log",  # its progress bars
@@ -96,7 +101,7 @@ LIBRARIES: dict[str, set[str]] = {
         "export.files", "export.weights",
         "tiny",
     },
-    "wandb": {"training.tracking"},
+    "wandb": {"training.trackers.wandb"},
     "yaml": {"config_file"},
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ def test_a_recipe_starts_the_launcher_with_its_values(recipe: str, mode: str, st
     banner = result.stdout.splitlines()[1]
     assert banner == f"Fine-tuning {model} on {gpus} x GPU, {mode}"
     launcher, flags = seen(stand_in)
-    assert launcher == ["--num_gpus", str(gpus), *(["--bind_cores_to_rank"] if gpus > 1 else [])]
+    assert launcher == ["--num_gpus", str(gpus), "--quiet", *(["--bind_cores_to_rank"] if gpus > 1 else [])]
     values = config.flat(cli.parse(flags))
     expected = {
         "model_name": model, "max_length": max_length, "sub_group_size": sub_group, "leaf_module": leaf,
@@ -125,8 +125,8 @@ def test_a_dry_run_prints_a_command_that_a_shell_reads_back(stand_in: Path) -> N
     result = call(script_of("qwen3-30b-a3b"), stand_in, "superoffload", DRY_RUN="1", OUTPUT_DIR="my output")
     assert result.returncode == 0
     words = shlex.split(result.stdout.splitlines()[-1])
-    assert words[:4] == ["deepspeed", "--num_gpus", "2", "--bind_cores_to_rank"]
-    assert cli.parse(words[5:]).output.output_dir == "my output"
+    assert words[:5] == ["deepspeed", "--num_gpus", "2", "--quiet", "--bind_cores_to_rank"]
+    assert cli.parse(words[6:]).output.output_dir == "my output"
     assert not (stand_in.parent / "seen").exists()
 
 
@@ -181,8 +181,8 @@ def test_nodes_without_ssh(stand_in: Path) -> None:
     call(script_of("llama-8b"), stand_in, "superoffload", OUTPUT_DIR="out", **node)
     launcher, flags = seen(stand_in)
     assert launcher == [
-        "--num_gpus", "1", "--hostfile", "out/hostfile_1", "--no_ssh", "--node_rank", "1", "--master_addr", "10.0.0.1",
-        "--master_port", "29501",
+        "--num_gpus", "1", "--quiet", "--hostfile", "out/hostfile_1", "--no_ssh", "--node_rank", "1",
+        "--master_addr", "10.0.0.1", "--master_port", "29501",
     ]  # fmt: skip
     assert (stand_in.parent / "elsewhere/out/hostfile_1").read_text() == "node-0 slots=1\nnode-1 slots=1\n"
     assert cli.parse(flags).training.batch_size == 2

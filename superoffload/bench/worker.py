@@ -145,7 +145,7 @@ def _run(merged: Merged, model_engine: Engine, model: Model, inputs: finetune_ze
         meter=metrics.Meter(
             config, flops.shape_of(model), sources=batches.sources, parts=StepParts(model_engine)
         ),
-        trackers=Trackers([]),
+        trackers=Trackers({}),
         evaluation=inputs.evaluation,
         control=RunControl(config, distributed.is_rank_0()),
     )  # fmt: skip

@@ -21,6 +21,9 @@ def command() -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def write(folder: Path) -> None:
     """Write a small random model, its tokenizer and generated rows to FOLDER."""
+    from superoffload import log
+
+    log.setup("WARNING")
     example.write(folder)
 
 
@@ -30,10 +33,11 @@ def write(folder: Path) -> None:
 def score(folder: Path, output_dir: Path) -> None:
     """Score the model in FOLDER and the checkpoint in OUTPUT_DIR on the held-out rows."""
     from superoffload import log
+
+    log.setup("WARNING")  # before the libraries are imported
     from superoffload.export import weights
     from superoffload.model.load import load_whole
 
-    log.setup("WARNING")
     rows = json.loads((folder / "held_out.json").read_text(encoding="utf-8"))
     before = example.score(*load_whole(folder / "model"), rows)
     with TemporaryDirectory() as exports:

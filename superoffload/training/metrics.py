@@ -21,7 +21,7 @@ from superoffload.model.flops import ModelShape, hardware_flops, model_flops
 from superoffload.training.progress import Progress, Saved
 from superoffload.training.source_losses import SourceLosses
 from superoffload.training.step_parts import StepParts
-from superoffload.training.tracking import to_json
+from superoffload.training.trackers.json_lines import to_json
 
 GIB = 2**30
 

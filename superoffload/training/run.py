@@ -156,6 +156,8 @@ class Run:
             )  # fmt: skip
         self.saved, self.saved_step = outcomes.saved_in(path), self.progress.step
         self.failed = self.saved.failed
+        if not (self.failed or self.stopped or self.progress.step == self.last_step):  # or else the summary says it
+            logger.info("%s", self.saved.sentence)
         self.meter.start()  # the save's time belongs to no step
 
     def _bad_gradient(self) -> bool:

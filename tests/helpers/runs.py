@@ -10,7 +10,14 @@ from superoffload.checkpoint import manifest
 from superoffload.config import Config
 from superoffload.protocols import Engine, Tokenizer
 
-TIMES = {"step_time_s", "tokens_per_s", "target_tokens_per_s", "tflops_per_gpu", "hardware_tflops_per_gpu"}
+TIMES = {
+    "step_time_s",
+    "tokens_per_s",
+    "target_tokens_per_s",
+    "tflops_per_gpu",
+    "hardware_tflops_per_gpu",
+    "host_bytes",
+}
 
 
 def flags(model: Path, rows: Path, out: Path, *more: str) -> list[str]:

@@ -164,7 +164,7 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
         batches=batches,
         progress=Progress(),
         meter=metrics.Meter(chosen, SHAPE, sources=sources),
-        trackers=tracking.Trackers([]),
+        trackers=tracking.Trackers({}),
         evaluation=evaluation,
         control=control,
         loss=PlainLoss(),

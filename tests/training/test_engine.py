@@ -29,6 +29,8 @@ from tests.helpers.training import FP32
 class Recorder:
     """A tracker that keeps what it receives."""
 
+    run_id = None
+
     def __init__(self) -> None:
         self.logged: list[dict[str, Any]] = []
 
@@ -64,7 +66,7 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
             batches=batches,
             progress=Progress(),
             meter=metrics.Meter(chosen, shape),
-            trackers=tracking.Trackers([recorder]),
+            trackers=tracking.Trackers({"recorder": recorder}),
             evaluation=Evaluation(None, [], 0),
             control=RunControl(chosen, is_rank_0=True),
         )

@@ -13,9 +13,11 @@ from superoffload.data.collate import Batch, Layout, TargetsBySource, collate, t
 from superoffload.data.encode import IGNORED
 from superoffload.model import attention, loss_kernel
 from superoffload.model.head import PlainLoss, following, sums_by_source
-from superoffload.training import evaluation, metrics, tracking
+from superoffload.training import evaluation, metrics
 from superoffload.training.progress import Progress
 from superoffload.training.source_losses import SourceLosses
+from superoffload.training.trackers import names
+from superoffload.training.trackers.json_lines import to_json
 from tests.helpers.packs import DOCUMENTS, PACKED, PADDED, VARLEN, make_engine, tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tokenizers import make_chat_tokenizer
@@ -172,10 +174,10 @@ def test_an_open_interval_continues_after_a_resume(one_rank: None) -> None:
 
 
 def test_numbers_of_sources_reach_both_trackers(tmp_path: Path) -> None:
-    assert tracking._heading("loss/a") == "loss/a"
-    assert tracking._heading("target_tokens/x/b") == "target_tokens/x/b"
-    assert tracking._heading("eval_loss/a") == "eval/loss/a"
-    assert tracking.to_json({"loss/a": math.nan}) == '{"loss/a": null}'
+    values = {"loss/a": 1.0, "target_tokens/x/b": 2, "eval_loss/a": None}
+    assert list(names.headed(values)) == ["loss/a", "target_tokens/x/b", "eval/loss/a"]
+    assert names.numbers(values) == {"loss/a": 1.0, "target_tokens/x/b": 2.0}
+    assert to_json({"loss/a": math.nan}) == '{"loss/a": null}'
 
 
 def test_without_sources_nothing_is_added(one_rank: None) -> None:

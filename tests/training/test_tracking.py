@@ -11,6 +11,7 @@ import pytest
 
 from superoffload import config
 from superoffload.training import tracking
+from superoffload.training.trackers import names
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +45,13 @@ def start(
 ) -> tuple[tracking.Trackers, FakeWandb]:
     fake = FakeWandb(failing)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    values = {"model_name": "org/m", "output_dir": str(folder), "use_wandb": True, "wandb_tags": ("a", "b"), "lr": 2e-5}
+    values = {
+        "model_name": "org/m",
+        "output_dir": str(folder),
+        "report_to": ("wandb",),
+        "wandb_tags": ("a", "b"),
+        "lr": 2e-5,
+    }
     return tracking.start(config.build(values), is_rank_0, **resumed), fake
 
 
@@ -118,7 +125,7 @@ def test_a_metrics_file_that_cannot_be_written_is_a_warning(tmp_path: Path, monk
 
 def test_the_run_name_is_that_of_upstream() -> None:
     values = {"model_name": "org/Model-8B/", "output_dir": "o", "batch_size": 4, "activation_checkpointing": True}
-    name = tracking.run_name(config.build(values), datetime(2026, 1, 2, 3, 4, 5))
+    name = names.run_name(config.build(values), datetime(2026, 1, 2, 3, 4, 5))
     assert name == "Model-8B_bs4_seq2048_ac1_T20260102_030405"
 
 
@@ -127,7 +134,7 @@ def test_a_resumed_run_continues_its_file_and_its_wandb_run(tmp_path: Path, monk
     for step in (1, 2, 3, 4):
         first.log(step, {"step": step})
     state = first.state()
-    assert state == {"run_id": "new-id"}
+    assert state == {"run_ids": {"wandb": "new-id"}}
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # truncated by a crash
     second, fake = start(tmp_path, monkeypatch, step=2, state=state)

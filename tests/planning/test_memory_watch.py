@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from superoffload.planning.host_watch import HostWatch, level
+from superoffload.planning.memory_watch import MemoryWatch, level
 
 pytestmark = pytest.mark.unit
 
@@ -27,7 +27,7 @@ def test_levels() -> None:
 
 def test_each_level_is_one_warning(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
     fill(tmp_path, 50)
-    watch = HostWatch(tmp_path)
+    watch = MemoryWatch(tmp_path)
     counts = []
     for used in (50, 89, 91, 92, 60, 93, 96, 50, 99):
         fill(tmp_path, used)
@@ -40,7 +40,7 @@ def test_each_level_is_one_warning(tmp_path: Path, messages: pytest.LogCaptureFi
 
 def test_a_jump_over_both_levels_is_one_warning(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
     fill(tmp_path, 97)
-    watch = HostWatch(tmp_path)
+    watch = MemoryWatch(tmp_path)
     watch.check()
     watch.check()
     assert len(messages.records) == 1
@@ -56,7 +56,7 @@ def test_the_limit_of_a_cgroup_counts(tmp_path: Path, messages: pytest.LogCaptur
     for name, content in (("memory.max", 10 * 2**30), ("memory.current", int(9.2 * 2**30))):
         (folder / name).write_text(f"{content}\n")
     (folder / "memory.stat").write_text("inactive_file 0\nactive_file 0\n")
-    HostWatch(tmp_path).check()
+    MemoryWatch(tmp_path).check()
     assert messages.messages[0].startswith("Host memory: 9.2 of 10.0 GiB are in use")
 
 
@@ -65,20 +65,20 @@ def test_one_rank_of_a_machine_watches(
 ) -> None:
     fill(tmp_path, 99)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    HostWatch(tmp_path).check()
+    MemoryWatch(tmp_path).check()
     assert messages.records == []
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "4")  # of another machine: its log shows errors only
-    HostWatch(tmp_path).check()
+    MemoryWatch(tmp_path).check()
     assert [record.levelname for record in messages.records] == ["ERROR"]
 
 
 def test_a_machine_that_cannot_be_looked_at_is_not_watched(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
-    HostWatch(tmp_path).check()
+    MemoryWatch(tmp_path).check()
     assert messages.records == []
 
 
 def test_this_machine_can_be_looked_at() -> None:
-    watch = HostWatch()
+    watch = MemoryWatch()
     watch.check()
     assert watch._warned < 2 or level(0.0) == 0

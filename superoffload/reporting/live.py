@@ -1,0 +1,89 @@
+"""The display on a terminal: one panel that is drawn again each second, below what must stay visible."""
+
+import logging
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.segment import SegmentLines
+from rich.text import Text
+
+from superoffload import log
+from superoffload.errors import FAILURES, first_line
+from superoffload.reporting.display import Display
+from superoffload.reporting.panel import Panel
+from superoffload.training.metrics import StepMetrics
+
+
+class LiveDisplay(Display):
+    """Draws the panel from a thread of its own, so a step costs nothing; a failure ends the display, never the run."""
+
+    def __init__(self, panel: Panel) -> None:
+        """Prepare the display; `with` starts it."""
+        self._panel, self._failed = panel, False
+        self._console = Console(file=sys.stderr, force_terminal=True, highlight=False)
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._draw,
+            refresh_per_second=1,
+            redirect_stdout=False,
+            vertical_overflow="crop",
+        )
+
+    def __enter__(self) -> Self:
+        """Take over the terminal; log records become events of the display, errors stay above it."""
+        log.screen.display = self._take
+        self._guarded(self._live.start)
+        # The cursor stays visible: a run that is killed could not bring it back.
+        self._guarded(lambda: self._console.show_cursor(True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last state on the terminal; what follows is written below it."""
+        self._guarded(self._live.stop)
+        log.screen.display = None
+
+    def advance(self, step: int) -> None:
+        """Count a step."""
+        self._panel.advance(step)
+
+    def show(self, numbers: StepMetrics, memory: dict[str, int]) -> None:
+        """Take the numbers of the steps since the last call."""
+        self._panel.show(numbers, memory)
+
+    def refresh(self) -> None:
+        """Draw the state of now."""
+        self._guarded(self._live.refresh)
+
+    def _draw(self) -> RenderableType:
+        """Return what to draw: lines that rich only has to put out, so that a failure to draw them is noticed here."""
+        if not self._failed:
+            try:
+                return SegmentLines(self._console.render_lines(self._panel, pad=False), new_lines=True)
+            except FAILURES as error:
+                self._fail(error)
+        return Text("")
+
+    def _take(self, record: logging.LogRecord, line: str) -> None:
+        """Take a log record: the display shows a step's numbers itself, and other messages as events."""
+        if record.levelno >= logging.ERROR:
+            self._guarded(lambda: self._console.print(Text(line), soft_wrap=True))
+        elif record.name != log.steps.name:
+            self._panel.add_event(line, "bold magenta" if record.levelno >= logging.WARNING else "")
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except FAILURES as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed:
+            self._failed = True
+            log.screen.display = None  # lines again
+            log.logger.warning("The display failed and is disabled: %s", first_line(error))
