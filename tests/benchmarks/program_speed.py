@@ -27,7 +27,7 @@ from tests.benchmarks.rounds import Bar, Spread, bars_table, ratio, spread, turn
 MODES = ("superoffload", "zerooffload")
 PROGRAM_BAR, ENGINE_BAR, OPTIMIZER_SHARE = 1.03, 1.08, 0.1
 RATE_BARS = {1: 0.7, 2: 0.8}  # by how many times the hidden size is
-# A waiting thread sleeps. By default it spins, at length only in a process with no more threads than cores, so in that of
+# A waiting thread sleeps. By default it spins, at length only in a process with no more threads than cores: in that of
 # the model alone but not in the program. On cores that others use too, this doubles the time of the model.
 STEADY = {**STEADY_ALLOCATOR, "OMP_WAIT_POLICY": "PASSIVE"}
 LOOPS = ("program", "bare loop", "without DeepSpeed")
