@@ -146,7 +146,7 @@ def report(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Measure and write the results."""
-    parser = whole_runs.parser(__doc__, rounds=3, steps=2)
+    parser = whole_runs.parser(__doc__, rounds=3, steps=1)
     parser.add_argument("--python", type=Path, help="interpreter of an environment with TRL and DeepSpeed")
     options = parser.parse_args()
     options.data = options.data.resolve()
