@@ -111,7 +111,7 @@ def heading(title: str, found: dict[str, Any]) -> list[str]:
 def method(found: dict[str, Any]) -> list[str]:
     """Return how whole runs were compared, for a report."""
     return [
-        f"Whole runs under the same launcher, in turns: {found['rounds']} rounds of {found['steps']} measured steps, "
+        f"Whole runs under one launcher, in turns: {found['rounds']} rounds, measured steps in each: {found['steps']}, "
         "without the first. Target tokens/s: those of an average step of the epoch over the median step time.",
         "",
     ]
