@@ -42,7 +42,9 @@ def test_two_configurations_take_turns_through_the_code_of_a_run(
     assert ran["peak_host_bytes"] > 2**27 and ran["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     text = (tmp_path / "bench.md").read_text()
     assert capsys.readouterr().out == text and text.startswith("# Benchmark\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.md", "bench.json", "bench.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench.md", "bench.json", "bench.png", "configuration_2.log"
+    }  # fmt: skip
 
 
 @pytest.mark.slow
