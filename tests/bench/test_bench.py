@@ -66,6 +66,20 @@ def test_two_ranks_and_the_alternatives_in_the_same_rounds(tmp_path: Path, capsy
     assert "one configuration after the other (--alone)" in (before / "bench.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_model_with_its_weights_is_measured_on_the_rows_of_a_data_set(
+    tmp_path: Path, model_folder: Path, rows_file: Path
+) -> None:
+    model = ("--model_name", str(model_folder), "--dataset_name", str(rows_file), "--max_length", "64")
+    grid = ("--layout", "packed", "padded", "--activation_checkpointing", "on")
+    assert bench(*model, *grid, *SHORT, "--no_picture", "--out", str(tmp_path)) == 0
+    packed, padded = configurations(tmp_path).values()
+    assert packed["settings"]["activation_checkpointing"] is True and padded["padding_share"] > 0
+    assert packed["hardware_tflops_per_gpu"]["median"] > packed["tflops_per_gpu"]["median"]
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["rows"] == str(rows_file) and not report["model"]["random_weights"]
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize(
     ("words", "expected"),
