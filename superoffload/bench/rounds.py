@@ -1,5 +1,6 @@
 """Let the configurations take turns, only one at a time, so that a change in the machine's load affects all of them."""
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -49,13 +50,15 @@ class Measured:
 
 
 def play(cases: Sequence[Case], orders: Sequence[Order], plan: Plan, say: Say) -> Measured:
-    """Start every configuration and let all take turns. A failure ends its configuration; Ctrl-C ends the benchmark.
+    """Start every configuration and let all take turns. A failure ends its configuration; Ctrl-C and SIGTERM end all.
 
     Raises `UserError` if the matrix product cannot be measured.
     """
     found = Measured({case.name: Outcome() for case in cases})
     try:
         with ExitStack() as stack:
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            stack.callback(signal.signal, signal.SIGTERM, before)
             game = _Game(plan, say, found, stack)
             named = list(zip((case.name for case in cases), orders, strict=True))
             for group in ([one] for one in named) if plan.alone else [named]:

@@ -82,7 +82,7 @@ def _speed(one: Mapping[str, Any], columns: int) -> list[str]:
         f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})" if ratio else NONE,
         f"{one['tflops_per_gpu']['median']:.3g}",
         f"{one['hardware_tflops_per_gpu']['median']:.3g}",
-        f"{share:.0%}" if share is not None else NONE,
+        f"{share:.{0 if share >= 0.1 else 2}%}" if share is not None else NONE,
         _gib(one.get("peak_device_bytes")),
         _gib(one.get("peak_host_bytes")),
     ]

@@ -1,6 +1,7 @@
 """`superoffload bench`: what this machine reaches, and where the time of a step goes."""
 
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,6 +60,10 @@ def _measure(cases: list[grid.Case], chosen: Any, values: dict[str, Any], folder
         folder=folder,
     )
     found = rounds.play(cases, orders, plan, lambda line: click.echo(line, err=True))
+    for number, outcome in enumerate(found.outcomes.values(), start=1):
+        log = folder / f"configuration_{number}.log"
+        if values["out"] is not None and outcome.failure and log.exists():
+            shutil.copy(log, values["out"])
     return report.make(cases, found, plan, chosen, values)
 
 

@@ -42,7 +42,9 @@ def test_two_configurations_take_turns_through_the_code_of_a_run(
     assert ran["peak_host_bytes"] > 2**27 and ran["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     text = (tmp_path / "bench.md").read_text()
     assert capsys.readouterr().out == text and text.startswith("# Benchmark\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.md", "bench.json", "bench.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench.md", "bench.json", "bench.png", "configuration_2.log"
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -62,6 +64,20 @@ def test_two_ranks_and_the_alternatives_in_the_same_rounds(tmp_path: Path, capsy
     assert "DeepSpeed's SuperOffload requires CUDA" in text and "taking turns" in text
     assert "zerooffload: only in the benchmark before" in text and "The machine's bf16 matrix product" in text
     assert "one configuration after the other (--alone)" in (before / "bench.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_model_with_its_weights_is_measured_on_the_rows_of_a_data_set(
+    tmp_path: Path, model_folder: Path, rows_file: Path
+) -> None:
+    model = ("--model_name", str(model_folder), "--dataset_name", str(rows_file), "--max_length", "64")
+    grid = ("--layout", "packed", "padded", "--activation_checkpointing", "on")
+    assert bench(*model, *grid, *SHORT, "--no_picture", "--out", str(tmp_path)) == 0
+    packed, padded = configurations(tmp_path).values()
+    assert packed["settings"]["activation_checkpointing"] is True and padded["padding_share"] > 0
+    assert packed["hardware_tflops_per_gpu"]["median"] > packed["tflops_per_gpu"]["median"]
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["rows"] == str(rows_file) and not report["model"]["random_weights"]
 
 
 @pytest.mark.unit
