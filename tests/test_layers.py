@@ -70,8 +70,8 @@ LIBRARIES: dict[str, set[str]] = {
     "torch": {
         "distributed", "protocols",
         "data.collate",
-        "model.architecture", "model.attention", "model.buffers", "model.flash_cpu", "model.head", "model.isolation", "model.load",
-        "model.loss_kernel", "model.vocabulary", "model.weights",
+        "model.architecture", "model.attention", "model.buffers", "model.flash_cpu", "model.head", "model.isolation",
+        "model.load", "model.loss_kernel", "model.vocabulary", "model.weights",
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
