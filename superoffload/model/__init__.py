@@ -8,6 +8,7 @@
 * load: the model, sharded as it loads; leaf modules
 * leaf_modules: the modules that ZeRO-3 fetches as a whole
 * attention: the attention kernel; packs attended to document by document
+* flash_cpu: the same on the CPU, with faster gradients
 * isolation: whether a model keeps packed documents apart, tested when a run starts
 * head: the loss of the output head, summed over target tokens
 * flops: model shape and row lengths -> FLOPs

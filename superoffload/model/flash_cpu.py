@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-# The kernel computes a document in blocks of at least 32 positions, one small matrix product after the other. On CPUs
-# without AMX, torch converts each bf16 factor in each product, forward only once per block. Up to this many positions,
-# converting the document to float32 first costs less: tests/benchmarks/attention_speed.py.
+# The kernel computes a document in blocks of 32 positions or more, by small matrix products. Without AMX, MKL converts
+# the bf16 factors of each product to float32. Up to this many positions, converting the document once costs less
+# backward; forward it makes no difference. Measured by tests/benchmarks/attention_cpu.py.
 FLOAT32_LENGTH = 256
 
 
@@ -19,7 +19,7 @@ def suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 
 def _has_amx() -> bool:
     """Return whether the CPU has matrix units for bf16, which are faster than float32 for any length."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def attend(
