@@ -50,6 +50,7 @@ class Model(Protocol):
     """A transformers causal language model."""
 
     config: Any
+    training: bool
     generation_config: Any
     all_tied_weights_keys: Mapping[str, str] | None
     _keys_to_ignore_on_save: Iterable[str] | None

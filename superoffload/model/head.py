@@ -52,6 +52,11 @@ class Objective:
 PLAIN = Objective()
 
 
+def _objective_now(objective: Objective, model_engine: Engine) -> Objective:
+    """Return the plain cross-entropy in evaluation; `training` of DeepSpeed's engine itself stays true there."""
+    return objective if model_engine.module.training else PLAIN
+
+
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Sum the cross-entropy of the target tokens, float32 `[]`.
 
@@ -81,7 +86,7 @@ class PlainLoss:
 
     def __call__(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
         """Return the sums; see `Loss` (collective)."""
-        objective = self._objective if model_engine.training else PLAIN
+        objective = _objective_now(self._objective, model_engine)
         inputs = batch.on(model_engine.device)
         labels = inputs.pop("labels")
         logits = model_engine(**inputs).logits
@@ -157,7 +162,7 @@ class ChunkedLoss:
 
     def token_losses(self, model_engine: Engine, batch: Batch) -> torch.Tensor:
         """Return the loss of each target token, float32 `[targets]` (collective)."""
-        objective = self._objective if model_engine.training else PLAIN
+        objective = _objective_now(self._objective, model_engine)
         positions, targets = _targets(batch)
         size = model_engine.module.get_output_embeddings().out_features
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < size:

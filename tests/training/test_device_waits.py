@@ -100,7 +100,7 @@ class Engine:
     """A model of one table, without an optimizer."""
 
     device = torch.device("cpu")
-    training = True
+    module = SimpleNamespace(training=True)
 
     def __init__(self) -> None:
         self.weight = torch.zeros(8, 8, requires_grad=True)
