@@ -49,8 +49,8 @@ def example() -> Panel:
                     "host_total_bytes": int(503.6 * GIB),
                 },
             )
-    panel.add_event("2026-01-02 10:41:20 INFO Step 1000 | Held-out loss: 0.9873 | Perplexity: 2.684", "")
-    panel.add_event("2026-01-02 10:42:01 INFO Checkpoint saved in llama-8b_output/global_step1000", "")
+    panel.add_event("10:41:20", "Step 1000 | Held-out loss: 0.9873 | Perplexity: 2.684")
+    panel.add_event("10:42:01", "Checkpoint saved in llama-8b_output/global_step1000")
     return panel
 
 
