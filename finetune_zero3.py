@@ -162,11 +162,11 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
 def train(run: "Run") -> None:
     """Run the remaining optimizer steps and keep `run.progress` up to date (collective)."""
     from superoffload.planning.memory_watch import MemoryWatch
-    from superoffload.reporting import display
+    from superoffload.reporting import choice
 
     watch = MemoryWatch()
     config, progress, control, batches = run.config, run.progress, run.control, run.batches
-    with display.choose(run) as screen:
+    with choice.choose(run) as screen:
         run.meter.start()
         while progress.step < run.last_step and not run.stopped:
             for micro_batches in run.meter.parts.waiting_for(batches.epoch(progress.epoch, progress.packs_in_epoch)):

@@ -29,9 +29,10 @@ class Screen(logging.Handler):
         if self.display is not None:
             self.display(record, line)
             return
+        from tqdm import tqdm
+
         with suppress(OSError):  # the terminal is gone; training goes on
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+            tqdm.write(line, file=sys.stderr)  # above the progress bars of libraries
 
 
 screen = Screen()

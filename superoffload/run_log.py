@@ -76,15 +76,11 @@ class RunLog:
         self._handler = handler
 
     def adopt_libraries(self) -> None:
-        """Take the handlers of libraries away, which write to the terminal; each adds its own on import.
-
-        What torch logs as INFO concerns its compiler.
-        """
+        """Take the handlers of libraries away, which write to the terminal; each adds its own on import."""
         for name in log.LIBRARIES:
             library = logging.getLogger(name)
             library.handlers[:] = []
             library.propagate = True
-            library.setLevel(logging.WARNING if self._rank or name == "torch" else logging.INFO)
 
     def open(self, folder: str) -> None:
         """Append to `run.log` in the output folder from now on, starting with what has been recorded before.

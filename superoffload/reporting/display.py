@@ -1,14 +1,9 @@
-"""Which display a rank has, and the one that shows nothing: log lines are enough without a terminal."""
+"""What a display can do, and the one that shows nothing: log lines are enough without a terminal."""
 
-import os
-import sys
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from superoffload import distributed
 from superoffload.training.metrics import StepMetrics
-from superoffload.training.run import Run
 
 
 class Display:
@@ -28,28 +23,3 @@ class Display:
 
     def show(self, numbers: StepMetrics, memory: dict[str, int]) -> None:
         """Show the numbers of the steps since the last call, and the memory in use, named as in `metrics.jsonl`."""
-
-
-def choose(run: Run) -> Display:
-    """Return the display that `--display` asks for, on rank 0; the other ranks show nothing."""
-    output = run.config.output
-    if not distributed.is_rank_0() or not wants_rich(output.display, output.log_level):
-        return Display()
-    from superoffload.reporting.live import LiveDisplay
-    from superoffload.reporting.panel import Panel
-
-    mode = Path(run.config.offload.deepspeed_config).stem
-    device = f"{distributed.world_size()} x {distributed.device_name()}"
-    name = run.config.model.model_name.rstrip("/")
-    return LiveDisplay(Panel(f"{'/'.join(name.split('/')[-2:])} | {mode} | {device}", run.last_step, run.progress.step))
-
-
-def wants_rich(display: str, log_level: str) -> bool:
-    """Return whether to show the live display; with `auto`, on a terminal that can move its cursor.
-
-    A log level other than INFO asks for lines, all of them or few.
-    """
-    if display == "auto":
-        dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown")
-        return sys.stderr.isatty() and not dumb and log_level == "INFO"
-    return display == "rich"

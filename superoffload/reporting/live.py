@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -23,7 +24,8 @@ class LiveDisplay(Display):
 
     def __init__(self, panel: Panel) -> None:
         """Prepare the display; `with` starts it."""
-        self._panel, self._failed = panel, False
+        self._panel = panel
+        self._error: BaseException | None = None
         self._console = Console(file=sys.stderr, force_terminal=True, highlight=False)
         self._live = Live(
             console=self._console,
@@ -46,11 +48,13 @@ class LiveDisplay(Display):
     ) -> None:
         """Leave the last state on the terminal; what follows is written below it."""
         self._guarded(self._live.stop)
+        self._report()
         log.screen.display = None
 
     def advance(self, step: int) -> None:
         """Count a step."""
         self._panel.advance(step)
+        self._report()
 
     def show(self, numbers: StepMetrics, memory: dict[str, int]) -> None:
         """Take the numbers of the steps since the last call."""
@@ -62,11 +66,11 @@ class LiveDisplay(Display):
 
     def _draw(self) -> RenderableType:
         """Return what to draw: lines that rich only has to put out, so that a failure to draw them is noticed here."""
-        if not self._failed:
+        if self._error is None:
             try:
                 return SegmentLines(self._console.render_lines(self._panel, pad=False), new_lines=True)
             except FAILURES as error:
-                self._fail(error)
+                self._error = error
         return Text("")
 
     def _take(self, record: logging.LogRecord, line: str) -> None:
@@ -74,16 +78,18 @@ class LiveDisplay(Display):
         if record.levelno >= logging.ERROR:
             self._guarded(lambda: self._console.print(Text(line), soft_wrap=True))
         elif record.name != log.steps.name:
-            self._panel.add_event(line, "bold magenta" if record.levelno >= logging.WARNING else "")
+            time_of_day = time.strftime("%H:%M:%S", time.localtime(record.created))
+            style = "bold magenta" if record.levelno >= logging.WARNING else ""
+            self._panel.add_event(time_of_day, record.getMessage(), style)
 
     def _guarded(self, action: Callable[[], object]) -> None:
         try:
             action()
         except FAILURES as error:
-            self._fail(error)
+            self._error = error
 
-    def _fail(self, error: BaseException) -> None:
-        if not self._failed:
-            self._failed = True
-            log.screen.display = None  # lines again
-            log.logger.warning("The display failed and is disabled: %s", first_line(error))
+    def _report(self) -> None:
+        """Say that the display has failed, and leave the terminal to lines; not while drawing, which holds a lock."""
+        if self._error is not None and log.screen.display is not None:
+            log.screen.display = None
+            log.logger.warning("The display failed and is disabled: %s", first_line(self._error))

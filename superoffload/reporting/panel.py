@@ -37,7 +37,7 @@ class Panel:
         self._memory: dict[str, int] = {}
         self._losses: deque[float] = deque(maxlen=_KEPT_LOSSES)
         self._smoothed = self._weight = 0.0
-        self._events: deque[tuple[str, str]] = deque(maxlen=EVENTS)
+        self._events: deque[tuple[str, str, str]] = deque(maxlen=EVENTS)
 
     def advance(self, step: int) -> None:
         """Count a step."""
@@ -52,9 +52,9 @@ class Panel:
             self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * numbers.loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
 
-    def add_event(self, line: str, style: str) -> None:
-        """Take what happened: the first line of a message."""
-        self._events.append((line.split("\n")[0], style))
+    def add_event(self, time_of_day: str, message: str, style: str = "") -> None:
+        """Take what happened, of which the first line is shown."""
+        self._events.append((time_of_day, message.split("\n")[0], style))
 
     def left_s(self) -> float | None:
         """Return the time left, from the time of the last hundred steps; None before the first."""
@@ -70,8 +70,8 @@ class Panel:
         grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         for name, value in self._rows(options.max_width - 18, options.ascii_only):
             grid.add_row(name, value)
-        for line, style in list(self._events):  # the run adds to it meanwhile
-            grid.add_row(line[11:19], Text(line.split(maxsplit=3)[3], style=style))
+        for time_of_day, line, style in list(self._events):  # the run adds to it meanwhile
+            grid.add_row(time_of_day, Text(line, style=style))
         shape = box.ASCII if options.ascii_only else box.ROUNDED
         yield panel.Panel(
             grid, title=Text(self._title, style="bold"), title_align="left", box=shape, border_style="dim"

@@ -5,6 +5,7 @@ The numbers are made up, those of a run of Llama 3.1 8B on one device.
 
 import io
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def example() -> Panel:
                     "host_total_bytes": int(503.6 * GIB),
                 },
             )
-    panel.add_event("2026-01-02 10:41:20 INFO Step 1000 | Held-out loss: 0.9873 | Perplexity: 2.684", "")
-    panel.add_event("2026-01-02 10:42:01 INFO Checkpoint saved in llama-8b_output/global_step1000", "")
+    panel.add_event("10:41:20", "Step 1000 | Held-out loss: 0.9873 | Perplexity: 2.684")
+    panel.add_event("10:42:01", "Checkpoint saved in llama-8b_output/global_step1000")
     return panel
 
 
@@ -58,7 +59,8 @@ def svg(width: int = 90) -> str:
     """Draw the example in a terminal of so many columns."""
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="standard")
     console.print(example())
-    return console.export_svg(title="superoffload", unique_id="display")
+    drawn = console.export_svg(title="superoffload", unique_id="display")
+    return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)  # it would be fetched from the network
 
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ class Terminal:
         self._main, side = pty.openpty()
         self.raw = b""
         termios.tcsetwinsize(side, (rows, columns))
-        settings = termios.tcgetattr(side)
         reader = threading.Thread(target=self._read)
         reader.start()
         program = start(os.ttyname(side))
+        settings = termios.tcgetattr(side)
         try:
             self.status = program.wait(timeout_s)
             assert termios.tcgetattr(side) == settings

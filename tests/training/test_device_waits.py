@@ -36,7 +36,10 @@ class Device:
         self.on_host: list[torch.Tensor] = []
         real = get_accelerator()
         fake = SimpleNamespace(
-            is_synchronized_device=lambda: False, Event=self.make_event, current_device_name=real.current_device_name
+            is_synchronized_device=lambda: False,
+            Event=self.make_event,
+            current_device_name=real.current_device_name,
+            device_name=real.device_name,
         )
         monkeypatch.setattr(distributed, "get_accelerator", lambda: fake)
         monkeypatch.setattr(torch.Tensor, "pin_memory", self.pin_memory())
