@@ -46,6 +46,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+def said(caplog: Any) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "superoffload"]
+
+
 def gradients(model: Any, recompute: bool = False) -> list[torch.Tensor]:
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -75,9 +79,7 @@ def test_kernels_are_used_where_they_give_the_numbers_of_the_model(kind: str, ca
     random = torch.get_rng_state()
     with caplog.at_level("INFO", "superoffload"):
         kernels.use("auto", model)
-    assert [r.getMessage() for r in caplog.records if r.name == "superoffload"] == [
-        f"Kernels: liger, in {SERVED[kind]}"
-    ]
+    assert said(caplog) == [f"Kernels: liger, in {SERVED[kind]}"]
     assert torch.equal(random, torch.get_rng_state())
     assert [(name, parameter.shape) for name, parameter in model.named_parameters()] == names
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -150,7 +152,7 @@ def test_a_kernel_that_fails_or_errs_is_not_used(
     monkeypatch.setattr(kernels, "liger", lambda: PLAIN._replace(**broken))
     with caplog.at_level("INFO", "superoffload"):
         kernels.use("auto", tiny("llama"))
-    assert [record.getMessage() for record in caplog.records] == [f"Kernels: liger, in {left}"]
+    assert said(caplog) == [f"Kernels: liger, in {left}"]
 
 
 def test_a_model_that_no_kernel_suits(calls: list[str], monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
@@ -162,7 +164,7 @@ def test_a_model_that_no_kernel_suits(calls: list[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(kernels, "liger", lambda: kernels.Kernels(fails, fails, fails))
     with caplog.at_level("INFO", "superoffload"):
         kernels.use("auto", tiny("llama"))
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = said(caplog)
     assert message.startswith("Kernels: the model's own, because liger's do not suit (LlamaAttention: no kernel image")
 
 
