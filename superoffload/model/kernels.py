@@ -172,9 +172,9 @@ def _problem(place: _Place) -> str | None:
             given = [torch.linspace(-1, 1, output.numel()).to(output).view_as(output) for output in outputs]
             gradients = torch.autograd.grad(outputs, leaves, given)
             found.append([tensor.detach().float() for tensor in (*outputs, *gradients)])
+        distances = [(ours - own).abs().max() / own.abs().max() for own, ours in zip(*found, strict=True)]
     except FAILURES as error:
         return first_line(error)
-    distances = [(ours - own).abs().max() / own.abs().max() for own, ours in zip(*found, strict=True)]
     largest = float(torch.stack(distances).nan_to_num(torch.inf).max())
     tolerance = TOLERANCE.get(place.tensors[0].dtype, HALF_TOLERANCE)
     return None if largest <= tolerance else f"the results differ by {largest:.1%}"

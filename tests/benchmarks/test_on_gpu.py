@@ -24,6 +24,7 @@ from tests.helpers.ranks import REPOSITORY, run
 GPU: dict[str, Any] = {
     "device": "a GPU", "devices": 1, "capability": [9, 0], "device_gib": 80.0, "device_free_gib": 79.0, "cores": 16,
     "host_gib": 120.0, "torch": "2.13", "cuda": "13.0", "deepspeed": "0.19.8", "transformers": "5", "flash_attn": False,
+    "liger": False,
     "pytest": "9", "pytest-timeout": "2",
 }  # fmt: skip
 Call = Callable[..., int]
@@ -135,6 +136,8 @@ def test_what_a_part_lacks_is_said() -> None:
     part = parts.PART_LIST[0]
     assert part.skipped_because(GPU, False) is None
     assert replace(part, flash_attn=True).skipped_because(GPU, True) == "flash-attn is not installed"
+    assert replace(part, liger=True).skipped_because(GPU, False) == "liger-kernel is not installed"
+    assert replace(part, liger=True).skipped_because(GPU, True) is None
     lacks = replace(part, host_gib=200)
     assert lacks.skipped_because(GPU, False) == "needs 200 GiB of host memory, 120 GiB are available"
     assert lacks.skipped_because(GPU, True) is None

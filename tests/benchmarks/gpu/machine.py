@@ -40,6 +40,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{name: _version(name) for name in PACKAGES},
+        "liger": importlib.util.find_spec("liger_kernel") is not None,
         "flash_attn": importlib.util.find_spec("flash_attn") is not None,
     }
 

@@ -26,7 +26,7 @@ HOST_GIB, DEVICE_REST_GIB = 8, 6  # beside what grows with the model: libraries,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part, and what it needs: devices, host memory in GiB, flash-attn."""
+    """A part, and what it needs: devices, host memory in GiB, flash-attn, liger-kernel."""
 
     name: str
     what: str
@@ -34,6 +34,7 @@ class Part:
     devices: int = 1
     host_gib: int = 4
     flash_attn: bool = False
+    liger: bool = False
 
     def skipped_because(self, machine: Mapping[str, Any], rehearse: bool) -> str | None:
         """Return why the part cannot run on this machine; None if it can."""
@@ -41,6 +42,8 @@ class Part:
             return "flash-attn is not installed"
         if rehearse:
             return None
+        if self.liger and not machine["liger"]:
+            return "liger-kernel is not installed"
         if machine["devices"] < self.devices:
             return f"needs {self.devices} devices, there is {machine['devices']}"
         if machine["host_gib"] < self.host_gib:
@@ -64,6 +67,19 @@ def attention(bench: Bench) -> Found:
         Row(what + "varlen_attn", ms(one_call), f"{loop / one_call:.1f} times as fast"),
         Row(what + "one document at a time", ms(loop)),
     ]
+    return rows, found
+
+
+def kernels(bench: Bench) -> Found:
+    small = ["--rehearse", "--hidden", "64", "--head", "16", "--layers", "1", "--length", "400", "--rounds", "2"]
+    found = bench.benchmark("kernel_speed.py", *(small if bench.rehearse else []), name="kernel_speed")
+    what = f"{found['layers']} layers of hidden {found['hidden']}, {found['length']:,} tokens, forward and backward: "
+    rows = []
+    for kind, time_s in found["times_s"].items():
+        peak = f", peak {found['peak_bytes'][kind] / GIB:.2f} GiB" if kind in found["peak_bytes"] else ""
+        farthest = f"gradients differ by {found['gradient_distances'][kind]:.2%} at most"
+        compare = "" if kind == "none" else f"{found['ratios'][kind]:.2f} of the model's own; {farthest}"
+        rows.append(Row(what + kind, ms(time_s) + peak, compare))
     return rows, found
 
 
@@ -308,6 +324,12 @@ def train_large(bench: Bench, preset: str, length: int, modes: tuple[str, ...] =
 
 PART_LIST = (
     Part(name="attention", what="torch's varlen_attn against sdpa", run=attention),
+    Part(
+        name="kernels",
+        what="Liger's and compiled norms, SwiGLU and rotary embedding against the model's own",
+        run=kernels,
+        liger=True,
+    ),
     Part(name="copy-rates", what="copies between device and page-locked host memory", run=copy_rates),
     Part(name="equality", what="the optimizer against ZeRO-Offload, bit for bit", run=equality),
     Part(name="train", what="finetune_zero3.py on packs, without flash-attn", run=train),

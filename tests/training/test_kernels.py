@@ -1,0 +1,84 @@
+"""Compiled kernels in whole runs under ZeRO-3, and Liger's own kernels in Triton's interpreter."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.forked import launch
+from tests.helpers.ranks import REPOSITORY, run
+from tests.helpers.runs import logged
+
+LOSS_NOISE = 5e-3  # of bf16, relative
+
+
+def train(model: Path, rows: Path, out: Path, *flags: str, ranks: int = 1) -> tuple[list[dict[str, Any]], str]:
+    """Take four steps on packs, with held-out loss, a sample and a checkpoint; return what was logged."""
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("Count on: 7\n", encoding="utf-8")
+    done = launch(
+        ranks, "--model_name", str(model), "--dataset_name", str(rows), "--output_dir", str(out), "--max_length", "64",
+        "--max_steps", "4", "--lr", "1e-3", "--save_steps", "2", "--log_interval", "1", "--eval_percentage", "10",
+        "--sample_prompts", str(prompts), "--activation_checkpointing", "--save_checkpoint", "--export", *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return logged(out), done.stderr
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_compiled_kernels_on_two_ranks(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """They give the losses of the model's own; a resumed run equals the whole one, and the export has its names."""
+    from safetensors import safe_open
+
+    names = {}
+    found = {}
+    for kind in ("none", "compiled"):
+        found[kind], text = train(model_folder, rows_file, tmp_path / kind, "--kernels", kind, ranks=2)
+        assert ("Kernels: compiled, in 2 LlamaAttention, 2 LlamaMLP, 5 LlamaRMSNorm" in text) == (kind == "compiled")
+        assert "Sample | " in text
+        with safe_open(tmp_path / kind / "model_step4" / "model.safetensors", "pt") as file:
+            names[kind] = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    assert names["none"] == names["compiled"]
+    assert losses(found["compiled"]) == pytest.approx(losses(found["none"]), rel=LOSS_NOISE)
+    assert losses(found["compiled"]) != losses(found["none"])  # they round at other places
+    middle = ("--kernels", "compiled", "--resume", str(tmp_path / "compiled" / "global_step2"))
+    resumed, _ = train(model_folder, rows_file, tmp_path / "resumed", *middle, ranks=2)
+    assert losses(resumed) == losses(found["compiled"])[2:]
+
+
+@pytest.mark.slow
+def test_compiled_kernels_in_the_other_mode(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    flags = ("--deepspeed_config", str(REPOSITORY / "configs" / "zerooffload.json"), "--offload_params")
+    found = [
+        losses(train(model_folder, rows_file, tmp_path / kind, "--kernels", kind, *flags)[0])
+        for kind in ("none", "compiled")
+    ]
+    assert found[1] == pytest.approx(found[0], rel=LOSS_NOISE) and found[1] != found[0]
+
+
+def test_no_compiler_is_one_line(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    done = launch(
+        1, "--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(tmp_path / "out"),
+        "--max_length", "64", "--max_steps", "1", "--kernels", "compiled",
+        CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "--kernels compiled" in line]
+    assert "compiler" in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not (find_spec("liger_kernel") and find_spec("triton")), reason="liger-kernel is not installed")
+def test_the_kernels_of_liger_give_the_numbers_of_transformers() -> None:
+    done = run([sys.executable, "-m", "tests.helpers.liger_interpreted", "llama", "qwen3", "gpt_oss"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for kind, problems in found.items():
+        good = {name for name, problem in problems.items() if problem is None}
+        served = {"gpt_oss": {"GptOssRMSNorm"}}.get(kind, set(problems))
+        assert good == served, found
