@@ -1,6 +1,6 @@
 """Time steps with and without speculation in one process, in turns of a few steps.
 
-    python tests/benchmarks/trials_speed.py --preset small-groups optimizer wide backward
+    python tests/benchmarks/trials_speed.py
 
 Two processes of the same code differ by several percent on a small machine, which is more than the two ways do; one
 process does not. Uses the models of offload_speed.py, with a threshold that few steps exceed. Prints a Markdown table.
@@ -61,7 +61,7 @@ def measure(preset: str, seconds: float) -> None:
 def main() -> None:
     """Measure the models named on the command line, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=["small-groups", "optimizer", "wide"])
+    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=list(PRESETS)[:4])
     parser.add_argument("--seconds", type=float, default=15.0, help="for each model")
     options = parser.parse_args()
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
