@@ -447,11 +447,12 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="start one mode after the other, not all at once")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
     parser.add_argument("--name", default="offload_speed", help="stem of the result files")
+    parser.add_argument("--keep", action="store_true", help="keep the results of other cases in these files")
     options = vars(parser.parse_args())
     import deepspeed
     import torch
 
-    cases: list[dict[str, Any]] = []
+    cases = kept(options["results"] / f"{options['name']}.json", options["preset"]) if options["keep"] else []
     for name in options["preset"]:
         cases += run_case(name, PRESETS[name], options)
         report = {
@@ -463,6 +464,12 @@ def main() -> None:
         }
         write(report, options["results"], options["name"])  # after every case, so that an interruption loses one case
     sys.stdout.write(markdown(report))
+
+
+def kept(path: Path, measured: list[str]) -> list[dict[str, Any]]:
+    """Return the cases of a result file, in its order, without those that are measured again; none without a file."""
+    found = json.loads(path.read_text())["cases"] if path.exists() else []
+    return [case for case in found if case["case"].split()[0] not in measured]
 
 
 def write(report: dict[str, Any], folder: Path, name: str) -> None:

@@ -18,7 +18,7 @@ from tests.benchmarks import on_gpu
 from tests.benchmarks.gpu import machine, parts, report
 from tests.benchmarks.gpu.programs import Bench, Outcome, PartError
 from tests.benchmarks.gpu.report import Row
-from tests.benchmarks.offload_speed import added, growth
+from tests.benchmarks.offload_speed import added, growth, kept
 from tests.helpers.ranks import REPOSITORY, run
 
 GPU: dict[str, Any] = {
@@ -148,6 +148,15 @@ def test_the_code_and_the_machine_are_in_the_fingerprint() -> None:
     first = report.fingerprint(GPU, False)
     assert first == report.fingerprint(GPU, False)
     assert len({first, report.fingerprint(GPU, True), report.fingerprint({**GPU, "torch": "2.12"}, False)}) == 3
+
+
+@pytest.mark.unit
+def test_results_of_cases_that_are_not_measured_again_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "offload_speed.json"
+    assert kept(path, ["wide"]) == []
+    cases = [{"case": "wide 512"}, {"case": "wide"}, {"case": "small-groups"}]
+    path.write_text(json.dumps({"cases": cases}))
+    assert kept(path, ["wide"]) == [{"case": "small-groups"}]
 
 
 @pytest.mark.unit

@@ -132,7 +132,7 @@ def test_the_death_of_a_trainer_whose_socket_stays_open_is_noticed(monkeypatch: 
 
 
 def received(sock: socket.socket) -> list[tuple[str, int]]:
-    found = []
+    found: list[tuple[str, int]] = []
     sock.setblocking(False)
     while True:
         try:
