@@ -57,3 +57,14 @@ def test_the_memory_of_a_known_model_is_computed_without_a_heavy_library() -> No
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_deepspeeds_muon_is_imported_without_torchs_compiler() -> None:
+    program = (
+        "import sys; from superoffload.training import engine; engine._import_muon(); "
+        "print(engine.MUON in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "True False"

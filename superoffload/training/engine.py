@@ -1,12 +1,14 @@
 """Build the optimizer, its schedule and DeepSpeed's engine."""
 
 import copy
+import importlib
 from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
@@ -22,6 +24,7 @@ from superoffload.offload.zero3.optimizer import SharedMemorySuperOffload
 from superoffload.protocols import Engine, Model
 from superoffload.training import schedule
 
+MUON = "deepspeed.runtime.zero.muon.original_muon"
 # What DeepSpeed raises for values of its configuration, besides pydantic's error.
 REJECTIONS = (
     DeepSpeedConfigError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError
@@ -69,6 +72,7 @@ def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int, 
         base._opt_called = True  # type: ignore[attr-defined]
         return torch.optim.lr_scheduler.LambdaLR(base, lambda step: course.factor(step))
 
+    _import_muon()
     with nullcontext() if stock else installed(offload_settings(config)):
         engine: Engine
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
@@ -76,6 +80,22 @@ def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int, 
     _follow_schedule_on_device(engine.optimizer, optimizer)
     engine.train()
     return engine
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon without compiling it.
+
+    DeepSpeed imports it with every engine, to compare the type of the optimizer, which is Adam here. Its functions are
+    decorated with torch.compile, which loads the whole of torch's compiler; that takes more than a second.
+    """
+    compile_ = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module(MUON)
+    except ImportError:  # of a DeepSpeed that has no Muon there
+        pass
+    finally:
+        compiler.compile = compile_
 
 
 def offload_settings(config: Config) -> OffloadSettings:
