@@ -172,7 +172,6 @@ class Meter:
             self._interval, torch.cat([self._loss_sum[None], self._by_source.take()])
         )
         self.last_loss = loss_sum / targets
-        steps = self._interval.steps
         self._interval = _Work()
         self._loss_sum.zero_()
         return StepMetrics(
@@ -182,7 +181,7 @@ class Meter:
             lr=lr,
             grad_norm=grad_norm,
             rates=rates,
-            parts={part: seconds / steps for part, seconds in self.parts.take().items()},
+            parts=self.parts.take(),
             by_source=self._by_source.numbers(by_source),
         )
 

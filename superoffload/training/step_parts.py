@@ -33,6 +33,7 @@ class StepParts:
         self._marks: list[tuple[str, Any]] = []
         self._before: list[tuple[str, Any]] = []
         self._sums: defaultdict[str, float] = defaultdict(float)
+        self._steps = 0
         self._uploaded_s = self._upload_s()
 
     def _before_head(self, head: Any, _: Any) -> None:
@@ -65,6 +66,7 @@ class StepParts:
         """End a step, and read the marks of the one before."""
         self._read(self._before)
         self._before = self._marks
+        self._steps += 1
         self.start()
 
     def _read(self, marks: list[tuple[str, Any]]) -> None:
@@ -73,18 +75,19 @@ class StepParts:
                 self._sums[part] += begun.seconds_until(ended)
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of each part since the last call, which every step has ended; read by now on the device.
+        """Return the seconds per step of each part since the last call; waits until the device has done the last step.
 
         Parts that were never marked are missing.
         """
         self._read(self._before)
         self._before = []
         found, self._sums = dict(self._sums), defaultdict(float)
+        steps, self._steps = max(1, self._steps), 0
         uploaded_before_s, self._uploaded_s = self._uploaded_s, self._upload_s()
         if self._uploaded_s > uploaded_before_s and "optimizer" in found:
             found["upload"] = self._uploaded_s - uploaded_before_s
             found["optimizer"] -= found["upload"]
-        return {part: found[part] for part in PARTS if part in found}
+        return {part: found[part] / steps for part in PARTS if part in found}
 
     def _upload_s(self) -> float:
         return float(getattr(getattr(self._optimizer, "statistics", None), "upload_s", 0.0))

@@ -55,14 +55,14 @@ def step(parts: StepParts, clock: Any, model_engine: Any) -> None:
         parts.end_step()
 
 
-def test_parts_are_summed_over_steps_and_uploads_are_taken_out_of_the_optimizer(clock: Any) -> None:
+def test_parts_are_means_over_steps_and_uploads_are_taken_out_of_the_optimizer(clock: Any) -> None:
     model_engine = engine(uploaded_s=1000.0)
     parts = StepParts(model_engine)
     parts.start()
     for _ in range(3):
         step(parts, clock, model_engine)
     found = parts.take()
-    assert found == {"data": 3, "forward": 6, "loss": 12, "backward": 24, "optimizer": 30, "upload": 18}
+    assert found == {"data": 1, "forward": 2, "loss": 4, "backward": 8, "optimizer": 10, "upload": 6}
     assert parts.take() == {}
     step(parts, clock, model_engine)
     assert parts.take()["backward"] == 8
