@@ -100,7 +100,7 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
     """Load the model, train, save and export (collective); return whether the last save or the export failed."""
     from superoffload import distributed
     from superoffload.checkpoint import resume
-    from superoffload.model import flops, head, isolation, kernels, load, loss_kernel, neftune, vocabulary
+    from superoffload.model import flops, head, isolation, load, loss_kernel, neftune, vocabulary
     from superoffload.training import engine, metrics, tracking
     from superoffload.training.progress import Progress
     from superoffload.training.run import Run
@@ -115,7 +115,6 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
     progress = Progress(**resume.progress_of(source))
     batches.start_at(progress.step, progress.epoch, progress.packs_in_epoch)
     model = load.load_model(config.model, architecture, ds_config, attention_kernel, embedding_rows)
-    kernels.use(config.model.kernels, model)
     model_engine = engine.create(model, resume.with_checkpoint_format(ds_config, source), config, batches.total_steps)
     isolation.check(model_engine, batches.layout)
     objective = head.Objective.of(config.training)

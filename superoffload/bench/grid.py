@@ -23,6 +23,7 @@ SETTINGS = (
     "activation_checkpointing",
     "loss_kernel",
     "attn_implementation",
+    "kernels",
 )
 """The settings of a run that can differ between configurations."""
 SHARED = {
@@ -114,6 +115,7 @@ def _word(axis: str, value: Any) -> str:
         "activation_checkpointing": "recomputing" if value else "not recomputing",
         "loss_kernel": f"{value} loss",
         "attn_implementation": f"{value} attention",
+        "kernels": f"{value} kernels",
     }
     return str(words.get(axis, f"{axis} {value}"))
 

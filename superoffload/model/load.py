@@ -152,6 +152,9 @@ def _make_ready(settings: ModelSettings, model: Any, untrained: set[str], dtype:
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)
+    from superoffload.model import kernels  # only here: an export loads no DeepSpeed
+
+    kernels.use(settings.kernels, model)
 
 
 def _options(settings: ModelSettings, ds_config: DsConfig, attention: str | None) -> dict[str, Any]:
