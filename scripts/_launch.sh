@@ -189,10 +189,11 @@ kernel_line() {
 }
 
 # The flags that `superoffload plan` takes as a run does.
-planned=" --model_name --revision --trust_remote_code --attn_implementation --activation_checkpointing --loss_kernel \
---max_length --packing --no_packing --padding --batch_size --gradient_accumulation_steps --deepspeed_config \
---offload_ratio --optimizer_state --offload_params --sub_group_size --save_checkpoint --save_steps --save_minutes \
---keep_checkpoints --export --output_dir "
+planned=" --config --output_dir --model_name --revision --trust_remote_code --no_trust_remote_code \
+--attn_implementation --freeze --activation_checkpointing --no_activation_checkpointing --loss_kernel --max_length \
+--packing --no_packing --padding --batch_size --gradient_accumulation_steps --deepspeed_config --offload_ratio \
+--optimizer_state --offload_params --no_offload_params --sub_group_size --save_checkpoint --no_save_checkpoint \
+--save_steps --save_minutes --keep_checkpoints --export --no_export "
 
 # Print those flags of this run that `superoffload plan` takes, with their values.
 plan_flags() {

@@ -53,7 +53,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
 
     tag = f"global_step{steps}"
     assert set(os.listdir(out)) == {
-        tag, f"model_step{steps}", "config.json", "generation_config.json", "latest", "metrics.jsonl",
+        tag, f"model_step{steps}", "config.json", "config.yaml", "generation_config.json", "latest", "metrics.jsonl",
         "run.log", "special_tokens_map.json",
         "summary.json", "tokenizer.json", "tokenizer_config.json", "zero_to_fp32.py", "zero_to_torch.py",
     }  # fmt: skip

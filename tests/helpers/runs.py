@@ -9,6 +9,7 @@ from superoffload import config
 from superoffload.checkpoint import manifest
 from superoffload.config import Config
 from superoffload.protocols import Engine, Tokenizer
+from superoffload.training.step_parts import PARTS
 
 TIMES = {
     "step_time_s",
@@ -17,6 +18,7 @@ TIMES = {
     "tflops_per_gpu",
     "hardware_tflops_per_gpu",
     "host_bytes",
+    *(f"{part}_s" for part in PARTS),
 }
 
 
