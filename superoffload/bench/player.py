@@ -171,7 +171,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),  # without it, DeepSpeed's ranks on the CPU do not communicate by shared memory
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
