@@ -118,8 +118,3 @@ def _word(axis: str, value: Any) -> str:
         "kernels": f"{value} kernels",
     }
     return str(words.get(axis, f"{axis} {value}"))
-
-
-def check(case: Case, settings: Mapping[str, Any]) -> config.Config:
-    """Build the settings of a run of this configuration. Raises `UserError` for a value outside its limits."""
-    return config.build({**settings, **case.flags})

@@ -9,7 +9,7 @@ Report = dict[str, Any]
 
 RATES = ("step_time_s", "tokens_per_s", "target_tokens_per_s", "tflops_per_gpu", "hardware_tflops_per_gpu")
 REST = "rest"
-"""What a step does besides its parts: sums over ranks, counting."""
+"""What a step does besides its parts, such as counting."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
