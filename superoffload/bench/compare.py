@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from superoffload.bench.summary import Report
+from superoffload.bench.report import Report
 
 SUBJECT = ("model", "rows", "ranks")
 """What must be equal for two benchmarks to have a configuration in common."""
