@@ -33,7 +33,7 @@ SHARED = {
         "dataset_percentage", "num_proc",
     ),
     config.TrainingSettings: ("max_grad_norm", "seed"),
-    config.OffloadSettings: ("offload_ratio", "optimizer_state", "offload_params", "sub_group_size"),
+    config.OffloadSettings: ("preflight", "offload_ratio", "optimizer_state", "offload_params", "sub_group_size"),
 }  # fmt: skip
 """The flags of a run that all configurations share."""
 HAND = ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocabulary")

@@ -126,3 +126,10 @@ def test_without_matplotlib_the_picture_is_refused_before_anything_runs(
     with pytest.raises(UserError, match="--out: the picture needs matplotlib"):
         bench(*TINY, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.unit
+def test_a_package_without_the_program_cannot_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("superoffload.commands.bench.REPOSITORY", tmp_path)
+    with pytest.raises(UserError, match=r"finetune_zero3.py, which is not installed; run `pip install -e \.`"):
+        bench(*TINY)
