@@ -1,15 +1,21 @@
 """`superoffload bench`: real configurations of a tiny shape."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from superoffload import commands
 from superoffload.bench.grid import STOCK
 from superoffload.errors import UserError
 from superoffload.training.step_parts import PARTS
+from tests.helpers.ranks import REPOSITORY
 
 TINY = ("--layers", "2", "--hidden", "64", "--vocabulary", "512", "--max_length", "128", "--batch_size", "2")
 SHORT = ("--rounds", "2", "--steps", "1", "--warmup_steps", "2")
@@ -78,6 +84,29 @@ def test_a_model_with_its_weights_is_measured_on_the_rows_of_a_data_set(
     assert packed["hardware_tflops_per_gpu"]["median"] > packed["tflops_per_gpu"]["median"]
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["rows"] == str(rows_file) and not report["model"]["random_weights"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_and_prints_what_there_is(tmp_path: Path) -> None:
+    """Started from another folder than the repository."""
+    words = ["bench", *TINY, "--rounds", "1000", "--steps", "1", "--warmup_steps", "1", "--out", "out", "--no_picture"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "superoffload.commands", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert process.stdout and process.stderr
+    started = []
+    for line in process.stderr:
+        if line.startswith("round 2 "):
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            break
+    text, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert text.endswith("* Interrupted: this is what had been measured by then.\n") and "| superoffload |" in text
+    assert (tmp_path / "out" / "bench.md").read_text() == text
+    assert len(started) >= 3 and psutil.wait_procs(started, timeout=10)[1] == []
 
 
 @pytest.mark.unit
