@@ -96,14 +96,11 @@ class Player:
         """Give the other ranks a moment: the reason may be theirs."""
         until = time.monotonic() + OTHERS_S
         while len(answers) < len(self._processes) and time.monotonic() < until:
-            open_ones = [c for rank, c in enumerate(self._connections) if rank not in answers]
-            if not any(c.poll(0.05) for c in open_ones):
-                if len(self._dead()) == len(self._processes):
-                    return
-                continue
-            before = len(answers)
+            before, ended = len(answers), len(self._dead()) == len(self._processes)
             self._collect(answers, 0.0)
-            if len(answers) == before:  # what is ready is the end of a channel
+            if len(answers) == before:  # what is ready, if anything, is the end of a channel
+                if ended:
+                    return
                 time.sleep(0.05)
 
     def _dead(self) -> list[subprocess.Popen[bytes]]:
