@@ -10,8 +10,7 @@
 * player: the processes of one configuration, as the parent sees them
 * rounds: let the configurations take turns
 * fit: whether all of them fit into memory together
-* summary: the numbers of all rounds -> medians and ratios with their spread; pure
-* report: all of it, as bench.json has it
+* report: all of it, as bench.json has it: medians, and ratios with their spread
 * compare: what became faster or slower since another benchmark; pure
 * tables: the report in Markdown; pure
 * picture: where the time goes, as a picture

@@ -13,8 +13,8 @@ class _Stream:
         """Return immediately: the CPU has no queue."""
 
 
-def let_stock_run_without_cuda() -> bool:
-    """Let DeepSpeed's own class run in this process; return whether that needed a change, as it does on the CPU.
+def let_stock_run_without_cuda() -> None:
+    """Let DeepSpeed's own class run in this process on the CPU.
 
     Raises `UserError` if this version of DeepSpeed has no such class.
     """
@@ -25,7 +25,6 @@ def let_stock_run_without_cuda() -> bool:
     except ImportError as error:
         raise UserError(f"--against deepspeed: this DeepSpeed has no SuperOffload ({error})") from error
     if get_accelerator().device_name() == "cuda":
-        return False
+        return
     superoffload_stage3._validate_superoffload_accelerator = lambda: None
     get_accelerator().current_stream = lambda device_index=None: _Stream()
-    return True

@@ -45,19 +45,31 @@ def serve(make: Callable[[Any], Served], is_secondary: Callable[[BaseException],
     """
     connection = Connection(int(sys.argv[1]))
     try:
-        served = make(connection.recv())
-        connection.send(Answer())
-        while (command := connection.recv()) is not None:
+        served = make(_receive(connection))
+        _send(connection, Answer())
+        while (command := _receive(connection)) is not None:
             name, *arguments = command
-            connection.send(Answer(result=getattr(served, name)(*arguments)))
+            _send(connection, Answer(result=getattr(served, name)(*arguments)))
         served.close()
-    except (EOFError, ConnectionError):  # of the channel: the parent has ended
-        cli.leave(1)
     except FAILURES as error:
         traceback.print_exc()
-        connection.send(Answer(failure=_said(error), secondary=is_secondary(error)))
+        _send(connection, Answer(failure=_said(error), secondary=is_secondary(error)))
         cli.leave(1)
     cli.leave(0)
+
+
+def _receive(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionError):  # the parent has ended
+        cli.leave(1)
+
+
+def _send(connection: Connection, answer: Answer) -> None:
+    try:
+        connection.send(answer)
+    except ConnectionError:
+        cli.leave(1)
 
 
 def _said(error: BaseException) -> str:

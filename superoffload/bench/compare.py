@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from superoffload.bench.summary import Report
+from superoffload.bench.report import Report
 
 SUBJECT = ("model", "rows", "ranks")
 """What must be equal for two benchmarks to have a configuration in common."""
@@ -17,7 +17,9 @@ def lines(before: Report, now: Report) -> list[str]:
     A configuration is faster if its slowest round has more target tokens per second than the fastest round before.
     """
     other = [
-        f"{key} was {_short(before.get(key))}, is {_short(now[key])}" for key in SUBJECT if before.get(key) != now[key]
+        f"{key} was {_short(before.get(key))}, is {_short(now[key])}"
+        for key in SUBJECT
+        if not _same(before.get(key), now[key])
     ]
     if other:
         return [f"Nothing to compare with: {'; '.join(other)}."]
@@ -79,5 +81,15 @@ def _differences(key: str, before: Any, now: Any) -> list[str]:
     return [] if before == now else [f"{key} was {before}, is {now}"]
 
 
+def _same(before: Any, now: Any) -> bool:
+    """Compare two subjects; parameters that nothing has counted, because it was interrupted, do not differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(before.get(key) == value for key, value in now.items() if None not in (before.get(key), value))
+    return bool(before == now)
+
+
 def _short(value: Any) -> str:
-    return str(value.get("name", value)) if isinstance(value, dict) else str(value)
+    if not isinstance(value, dict):
+        return str(value)
+    count = value.get("parameters")
+    return f"{value.get('name')} of {count:,} parameters" if count else str(value.get("name"))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from superoffload.bench.grid import Order
-from superoffload.config import build
+from superoffload.config import AUTO, build
 from superoffload.ds_config import merge_flags, read_ds_config
 from superoffload.planning import machine
 from superoffload.planning.budget import job, memory
@@ -23,6 +23,8 @@ def reason_to_be_alone(orders: Sequence[Order], shape: Shape, ranks: int, here: 
     needs = [_need(order, shape, ranks, on_cpu=not here.devices) for order in orders]
     if len(needs) == 1:
         return None
+    if here.devices and any(order.flags.get("offload_ratio") == AUTO for order in orders):
+        return f"--offload_ratio {AUTO} takes all of the device's memory that is free"
     devices = [device.free_bytes for device in here.devices]
     places = (
         ("device", sum(need.device_peak for need in needs), min(devices, default=None)),
@@ -37,4 +39,6 @@ def reason_to_be_alone(orders: Sequence[Order], shape: Shape, ranks: int, here: 
 def _need(order: Order, shape: Shape, ranks: int, *, on_cpu: bool) -> memory.Budget:
     config = build(order.flags, frozenset(order.flags))
     merged = merge_flags(read_ds_config(config), config, ranks)
-    return memory.budget(shape, replace(job.of(merged.config, merged.ds_config, ranks, ranks), on_cpu=on_cpu))
+    asked = job.of(merged.config, merged.ds_config, ranks, ranks)
+    rounds_up = job.rounds_pinned_memory()  # no recipe sets the options of the allocator here
+    return memory.budget(shape, replace(asked, on_cpu=on_cpu, pinned_rounding=rounds_up))

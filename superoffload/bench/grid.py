@@ -33,7 +33,7 @@ SHARED = {
         "dataset_percentage", "num_proc",
     ),
     config.TrainingSettings: ("max_grad_norm", "seed"),
-    config.OffloadSettings: ("offload_ratio", "optimizer_state", "offload_params", "sub_group_size"),
+    config.OffloadSettings: ("preflight", "offload_ratio", "optimizer_state", "offload_params", "sub_group_size"),
 }  # fmt: skip
 """The flags of a run that all configurations share."""
 HAND = ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocabulary")
@@ -118,8 +118,3 @@ def _word(axis: str, value: Any) -> str:
         "kernels": f"{value} kernels",
     }
     return str(words.get(axis, f"{axis} {value}"))
-
-
-def check(case: Case, settings: Mapping[str, Any]) -> config.Config:
-    """Build the settings of a run of this configuration. Raises `UserError` for a value outside its limits."""
-    return config.build({**settings, **case.flags})

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from superoffload.bench.summary import REST, Report
+from superoffload.bench.report import REST, Report
 from superoffload.errors import UserError
 from superoffload.training.step_parts import PARTS
 

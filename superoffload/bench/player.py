@@ -96,14 +96,11 @@ class Player:
         """Give the other ranks a moment: the reason may be theirs."""
         until = time.monotonic() + OTHERS_S
         while len(answers) < len(self._processes) and time.monotonic() < until:
-            open_ones = [c for rank, c in enumerate(self._connections) if rank not in answers]
-            if not any(c.poll(0.05) for c in open_ones):
-                if len(self._dead()) == len(self._processes):
-                    return
-                continue
-            before = len(answers)
+            before, ended = len(answers), len(self._dead()) == len(self._processes)
             self._collect(answers, 0.0)
-            if len(answers) == before:  # what is ready is the end of a channel
+            if len(answers) == before:  # what is ready, if anything, is the end of a channel
+                if ended:
+                    return
                 time.sleep(0.05)
 
     def _dead(self) -> list[subprocess.Popen[bytes]]:
@@ -171,7 +168,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),  # without it, DeepSpeed's ranks on the CPU do not communicate by shared memory
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

@@ -52,7 +52,7 @@ class Measured:
 def play(cases: Sequence[Case], orders: Sequence[Order], plan: Plan, say: Say) -> Measured:
     """Start every configuration and let all take turns. A failure ends its configuration; Ctrl-C and SIGTERM end all.
 
-    Raises `UserError` if the matrix product cannot be measured.
+    Raises `UserError` if the matrix product cannot be measured at the start.
     """
     found = Measured({case.name: Outcome() for case in cases})
     try:
@@ -74,8 +74,9 @@ class _Game:
     def __init__(self, plan: Plan, say: Say, found: Measured, stack: ExitStack) -> None:
         self._plan, self._say, self._found, self._stack = plan, say, found, stack
         self._running: dict[str, Player] = {}
-        self._ruler = stack.enter_context(Player("ruler", None, 1, plan.folder / "ruler.log"))
-        self._ruler.receive()
+        ruler = stack.enter_context(Player("ruler", None, 1, plan.folder / "ruler.log"))
+        ruler.receive()
+        self._ruler: Player | None = ruler
 
     def play(self, group: Sequence[tuple[str, Order]]) -> None:
         """Start some configurations, let them take all their turns, and end them."""
@@ -121,8 +122,13 @@ class _Game:
         self._running.pop(name).finish()
 
     def _measure_product(self) -> None:
-        if self._running:
-            self._found.product_flops_per_s.append(self._ruler.ask("measure"))
+        """Measure it, or do without from now on: what the configurations have done is worth more."""
+        if self._running and self._ruler:
+            try:
+                self._found.product_flops_per_s.append(self._ruler.ask("measure"))
+            except Failed as error:
+                self._say(f"matrix product: FAILED: {error}")
+                self._ruler = None
 
 
 def turns(names: Sequence[str], number: int) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from superoffload.bench.grid import AXES, constant
-from superoffload.bench.summary import REST, Report
+from superoffload.bench.report import REST, Report
 from superoffload.training.step_parts import PARTS
 
 GIB = 2**30

@@ -1,5 +1,6 @@
 """One rank of one configuration: the program's own engine, batches, loss and step. A process; see channel.py."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import count, islice
@@ -69,7 +70,8 @@ class Worker:
         if hasattr(self._run.engine.optimizer, "flush"):  # another configuration's turn begins
             self._run.engine.optimizer.flush()
         rates = asdict(numbers.rates)
-        return {"steps": steps, **rates, "parts": numbers.parts, "loss": numbers.loss, "clipped_steps": clipped}
+        loss = numbers.loss if math.isfinite(numbers.loss) else None  # JSON has no NaN
+        return {"steps": steps, **rates, "parts": numbers.parts, "loss": loss, "clipped_steps": clipped}
 
     def _train(self, steps: int) -> int:
         """Take steps; return how many were clipped."""

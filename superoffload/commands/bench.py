@@ -10,6 +10,7 @@ import click
 
 from superoffload import cli, config
 from superoffload.bench import grid
+from superoffload.ds_config import REPOSITORY
 from superoffload.errors import UserError
 
 INTERRUPTED = 130
@@ -27,6 +28,9 @@ def _bench(**values: Any) -> int:
     """
     from superoffload.bench import picture, subject
 
+    if not (REPOSITORY / "finetune_zero3.py").is_file():
+        raise UserError("superoffload bench: takes the steps of finetune_zero3.py, which is not installed; "
+                        "run `pip install -e .` in a clone of the repository")  # fmt: skip
     chosen = subject.choose(values)
     cases = grid.cases({axis: values[axis] for axis in grid.AXES}, values["against"])
     before = _read(values["compare"]) if values["compare"] else None

@@ -22,6 +22,7 @@ from superoffload.protocols import Model
 
 ROTARY = "apply_rotary_pos_emb"  # the function's name in the files of transformers
 ROWS, LENGTH, INNER_WIDTH = 2, 24, 96  # of the trial: rows, tokens in each, width of its MLP
+NO_CUDA = "they need a CUDA device"
 # The largest difference between two kernels, as a share of the largest element.
 TOLERANCE = {torch.float32: 1e-4}
 HALF_TOLERANCE = 2e-2
@@ -94,11 +95,10 @@ def use(requested: str, model: Model) -> None:
 
     Raises `UserError` if they were requested by name and cannot run, or suit no module.
     """
-    missing = _liger_is_missing()
-    if requested == "none" or (requested == "auto" and missing):
+    missing = problem = _liger_is_missing() if requested in ("auto", "liger") else None
+    if requested == "none" or (requested == "auto" and missing == NO_CUDA):
         return
     places: list[_Place] = []
-    problem = missing if requested == "liger" else None
     if problem is None:
         places, problem = _fitting(compiled if requested == "compiled" else liger, model)
     if distributed.all_ranks_ok(problem is None):
@@ -111,6 +111,8 @@ def use(requested: str, model: Model) -> None:
         served = ", ".join(f"{count} {name}" for name, count in counts.items())
         logger.info("Kernels: %s, in %s", "compiled" if requested == "compiled" else "liger", served)
         return
+    if requested == "auto" and missing:  # on this node: another may have it, so the ranks had to agree
+        return
     problem = problem or "another rank rejected them"
     if requested != "auto":
         raise UserError(f"--kernels {requested}: {problem}; use auto or none")
@@ -119,7 +121,7 @@ def use(requested: str, model: Model) -> None:
 
 def _liger_is_missing() -> str | None:
     if get_accelerator().device_name() != "cuda":
-        return "they need a CUDA device"
+        return NO_CUDA
     if find_spec("liger_kernel") is None:
         return 'liger-kernel is not installed; `pip install "superoffload[liger]"`'
     return None

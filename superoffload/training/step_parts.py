@@ -21,7 +21,7 @@ class StepParts:
     data: the wait for the next batches. forward: up to the output head. loss: the head and the loss. backward.
     optimizer: the exposed wait for the optimizer in `engine.step()`. upload: the part of that in which new weights are
     copied to the device; known in superoffload mode on the CPU only, where it waits for the copies. On CUDA these run
-    beside the next forward. What a step does besides (log lines, sums over ranks) is in no part.
+    beside the next forward. What a step does besides (counting, log lines) is in no part.
     """
 
     def __init__(self, model_engine: Engine | None = None) -> None:

@@ -44,7 +44,16 @@ def test_equal_benchmarks_differ_in_nothing() -> None:
 
 
 def test_another_model_or_number_of_ranks_is_not_compared() -> None:
-    other = report(model={"name": "llama-8b", "parameters": 1, "random_weights": True}, ranks=4)
+    name, count = "llama-1b", NOW["model"]["parameters"]
+    other = report(model={"name": name, "parameters": 1000, "random_weights": True}, ranks=4)
     assert compare.lines(other, NOW) == [
-        "Nothing to compare with: model was llama-8b, is llama-1b; ranks was 4, is 1."
-    ]  # fmt: skip
+        f"Nothing to compare with: model was {name} of 1,000 parameters, is {name} of {count:,} parameters; "
+        "ranks was 4, is 1."
+    ]
+    real = report(model={**NOW["model"], "random_weights": False})
+    assert compare.lines(real, NOW)[0].startswith("Nothing to compare with")
+
+
+def test_a_benchmark_that_ended_before_it_knew_the_model_is_compared_all_the_same() -> None:
+    early = report(configuration("a", [], failure="no memory"), model={**NOW["model"], "parameters": None})
+    assert compare.lines(NOW, early)[0] == "a: measured before, failed now"

@@ -40,3 +40,22 @@ def test_the_memory_of_the_device_counts_too() -> None:
     narrow = replace(MACHINE, devices=(replace(MACHINE.devices[0], free_bytes=8 * GIB),))
     why = fit.reason_to_be_alone([order("superoffload")] * 2, shape.built_in("llama-1b"), 1, narrow)
     assert why is not None and "of device memory, 8.0 GiB are free" in why
+
+
+def test_what_fills_the_device_does_not_share_it() -> None:
+    orders = [order("superoffload", offload_ratio="auto"), order("zerooffload")]
+    small = shape.built_in("llama-1b")
+    assert fit.reason_to_be_alone(orders, small, 1, MACHINE) == (
+        "--offload_ratio auto takes all of the device's memory that is free"
+    )
+    assert fit.reason_to_be_alone(orders, small, 1, replace(MACHINE, devices=())) is None
+
+
+def test_memory_that_torch_rounds_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without the options of the recipes."""
+    needs = []
+    for options in ("pinned_max_round_threshold_mb:64", ""):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", options)
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        needs.append(fit._need(order("zerooffload"), shape.built_in("llama-8b"), 1, on_cpu=False).host_peak)
+    assert needs[0] < needs[1]

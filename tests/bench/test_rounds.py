@@ -98,3 +98,14 @@ def test_an_interruption_ends_every_process_and_keeps_what_there_is(played: Any)
     _, found, living = played(answer)
     assert found.interrupted and not living
     assert [len(outcome.turns) for outcome in found.outcomes.values()] == [1, 1, 2]
+
+
+def test_the_turns_go_on_without_the_matrix_product(played: Any) -> None:
+    def answer(line: str, times: int) -> None:
+        if line == "ruler: measure" and times == 2:
+            raise Failed("killed")
+
+    asked, found, living = played(answer)
+    assert found.product_flops_per_s == [1e12] and asked.count("ruler: measure") == 2
+    assert all(len(outcome.turns) == 2 and not outcome.failure for outcome in found.outcomes.values())
+    assert not living

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from superoffload.bench import summary
+from superoffload.bench.report import summarise
 
 ONE: dict[str, tuple[Any, ...]] = {
     "mode": ("superoffload",), "layout": ("packed",), "batch_size": (2,), "max_length": (64,),
@@ -28,7 +28,7 @@ def configuration(name: str, rates: list[float], failure: str | None = None, **s
         "failure": failure,
         "peak_device_bytes": 0,
         "peak_host_bytes": 3 * 2**30,
-        **summary.configuration(turns, turns, 1e12),
+        **summarise(turns, turns, 1e12),
     }
 
 

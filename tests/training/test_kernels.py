@@ -1,4 +1,4 @@
-"""Compiled kernels in whole runs under ZeRO-3, and Liger's own kernels in Triton's interpreter."""
+"""Compiled kernels, also in whole runs under ZeRO-3, and Liger's own kernels in Triton's interpreter."""
 
 import json
 import sys
@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from superoffload import distributed
+from superoffload.model import kernels
 from tests.helpers.forked import launch
+from tests.helpers.packs import tiny
 from tests.helpers.ranks import REPOSITORY, run
 from tests.helpers.runs import logged
+from tests.model.test_kernels import gradients, said
 
 LOSS_NOISE = 5e-3  # of bf16, relative
 
@@ -30,6 +35,32 @@ def train(model: Path, rows: Path, out: Path, *flags: str, ranks: int = 1) -> tu
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_compiled_functions(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """They take rows of any length in one graph each. A backend without a compiler takes the place of the real one."""
+    monkeypatch.setattr(distributed, "all_ranks_ok", lambda ok: ok)
+    graphs: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(len(list(graph.graph.nodes)))
+        return graph.forward
+
+    compile_with = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_with(function, backend=backend, **options)
+    )
+    torch._dynamo.reset()
+    plain, model = tiny("llama", "eager"), tiny("llama", "eager")
+    with caplog.at_level("INFO", "superoffload"):
+        kernels.use("compiled", model)
+    assert said(caplog) == ["Kernels: compiled, in 2 LlamaAttention, 2 LlamaMLP, 5 LlamaRMSNorm"]
+    torch.testing.assert_close(gradients(model, recompute=True), gradients(plain), atol=1e-5, rtol=1e-4)
+    counts = []
+    for length in (5, 9, 14):  # the first without positions: cosines of one row for all rows
+        model(input_ids=torch.zeros(2, length, dtype=torch.int64))
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] == counts[2] >= 3
 
 
 @pytest.mark.slow  # each rank compiles
