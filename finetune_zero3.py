@@ -100,7 +100,8 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
     """Load the model, train, save and export (collective); return whether the last save or the export failed."""
     from superoffload import distributed
     from superoffload.checkpoint import resume
-    from superoffload.model import flops, head, isolation, load, loss_kernel, neftune, vocabulary
+    from superoffload.model import flops, isolation, load, loss_kernel, neftune, vocabulary
+    from superoffload.model.head import Objective
     from superoffload.training import engine, metrics, tracking
     from superoffload.training.progress import Progress
     from superoffload.training.run import Run
@@ -117,11 +118,8 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
     model = load.load_model(config.model, architecture, ds_config, attention_kernel, embedding_rows)
     model_engine = engine.create(model, resume.with_checkpoint_format(ds_config, source), config, batches.total_steps)
     isolation.check(model_engine, batches.layout)
-    objective = head.Objective.of(config.training)
-    loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout, objective)
-    if config.training.neftune_alpha:
-        distributed.seed_rank(config.training.seed)  # the ranks' noise must differ
-        neftune.install(model_engine, config.training.neftune_alpha)
+    loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout, Objective.of(config.training))
+    neftune.install(model_engine, config.training)
 
     state = resume.restore(model_engine, source, trusted=config.checkpoint.trust_checkpoint) if source else {}
     engine.replay_adam_beta_powers(model_engine)

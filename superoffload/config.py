@@ -14,6 +14,7 @@ from typing import Any, Literal
 from superoffload.errors import UserError
 
 AUTO = "auto"
+DECAY = 0.1
 NumberOrAuto = float | Literal["auto"]
 """The type of a setting that the program can choose itself; until it has, the value is `AUTO`."""
 
@@ -306,7 +307,7 @@ class TrainingSettings(Settings):
     )
     decay: float = setting(
         "Last steps over which wsd lowers the learning rate: up to 1 a fraction of all, above 1 their number.",
-        0.1,
+        DECAY,
         minimum=0,
         shapes_run=True,
     )
@@ -356,6 +357,8 @@ class TrainingSettings(Settings):
         for name, steps in (("warmup", self.warmup), ("decay", self.decay)):
             if steps > 1 and steps % 1:
                 raise UserError(f"--{name} {steps}: above 1 it is a number of steps, and must be a whole number")
+        if self.decay != DECAY and self.lr_scheduler != "wsd":
+            raise UserError(f"--decay {self.decay}: --lr_scheduler {self.lr_scheduler} has none; use wsd")
         if self.lr_scheduler == "cosine_with_min_lr" and not self.min_lr_ratio:
             raise UserError("--lr_scheduler cosine_with_min_lr: needs --min_lr_ratio, such as 0.1")
         if self.min_lr_ratio and self.lr_scheduler not in ("cosine_with_min_lr", "wsd"):

@@ -4,6 +4,7 @@ A value is read by the type of its setting, not by YAML's rules for plain words:
 for a switch but a text for a name.
 """
 
+import os
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -61,6 +62,7 @@ def read(path: str) -> dict[str, Any]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""
         advice = "; indent with spaces" if "\\t" in str(problem) else ""
+        advice = "; use single quotes" if "escape character" in str(problem) else advice
         raise UserError(f"--config {path}{where}: is not YAML: {problem or first_line(error)}{advice}") from error
     values = {} if root is None or _is_nothing(root) else _Reader(path).read(root)
     if values.get("deepspeed_config") == settings()["deepspeed_config"][1].default:
@@ -168,6 +170,8 @@ def _convert(spec: Field[Any], wanted: type, text: str) -> Any:
         return text
     if wanted is bool:
         return SWITCH[text.lower()]
+    if wanted is str:
+        return os.path.expanduser(text) if text.startswith("~/") else text  # as the shell does with a flag
     return config.whole_number(text) if wanted is int else wanted(text)
 
 

@@ -118,6 +118,7 @@ def test_whole_numbers_may_be_written_with_an_exponent() -> None:
         (["--weight_decay", "-0.1"], "--weight_decay -0.1: must be 0 <= value <= 1"),
         (["--warmup", "1.5"], "--warmup 1.5: above 1 it is a number of steps, and must be a whole number"),
         (["--decay", "2.5"], "--decay 2.5: above 1 it is a number of steps, and must be a whole number"),
+        (["--decay", "0.01"], "--decay 0.01: --lr_scheduler cosine has none; use wsd"),
         (["--warmup", "-1"], "--warmup -1.0: must be 0 <= value"),
         (["--lr_scheduler", "cosine_with_min_lr"], "--lr_scheduler cosine_with_min_lr: needs --min_lr_ratio, such as"),
         (["--min_lr_ratio", "0.1"], "--min_lr_ratio 0.1: --lr_scheduler cosine has none; use cosine_with_min_lr or"),

@@ -52,6 +52,9 @@ def test_a_flag_can_undo_each_switch(parsed: Any) -> None:
         ("sub_group_size: 4e8", 400_000_000),
         ("seed: 010", 10),  # 8 in YAML 1.1
         ("offload_ratio: auto", "auto"),
+        ("deepspeed_config: ~/ds.json", str(Path.home() / "ds.json")),
+        ("dataset_name: [~/a, b]", (str(Path.home() / "a"), "b")),
+        (r"freeze: 'layers\.[0-7]\.'", (r"layers\.[0-7]\.",)),
         ("offload_ratio: .5", 0.5),
         ("packing: no", False),
         ("packing: OFF", False),
@@ -119,6 +122,7 @@ def test_json_is_yaml(parsed: Any) -> None:
         ("revision: !include x", "line 1: revision: the tag !include has no meaning here; remove it"),
         ("revision: !!python/object/apply:os.system [ls]", "revision: the tag tag:yaml.org,2002:python/object/apply:"),
         ("data:\n\tlr: 1", "'\\t' that cannot start any token; indent with spaces"),
+        ('freeze: "layers\\.0"', "line 1: is not YAML: found unknown escape character '.'; use single quotes"),
         ("lr: [1", "is not YAML: "),
         ("a: b: c", "line 1: is not YAML: mapping values are not allowed here"),
         ("lr: 1\n---\nlr: 2", "is not YAML: "),

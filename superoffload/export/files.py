@@ -25,8 +25,9 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
 SETTINGS = (
     "revision", "dataset_name", "dataset_weights", "dataset_percentage", "max_length", "train_on_prompt", "lr",
     "lr_scheduler", "warmup", "weight_decay", "max_grad_norm", "batch_size", "gradient_accumulation_steps",
-    "num_train_epochs", "seed",
+    "num_train_epochs", "seed", "loss",
 )  # fmt: skip
+OPTIONS = ("min_lr_ratio", "label_smoothing", "neftune_alpha", "freeze")  # off if 0 or empty
 
 
 def empty_model(checkpoint: RankFiles, trust_remote_code: bool = False) -> Model:
@@ -126,12 +127,16 @@ def card(checkpoint: RankFiles, dtype: str) -> str:
         "base model": name,
         "revision": config.get("revision"),
         **{key: config.get(key) for key in SETTINGS},
+        "decay": config.get("decay") if config.get("lr_scheduler") == "wsd" else None,
+        **{key: config.get(key) or None for key in OPTIONS},
     }
     rows |= {"steps": progress.get("step"), "tokens trained on": progress.get("tokens") or None}
     rows["training loss"] = None if loss is None else f"{loss:.4f}"
     for key, value in rows.items():
         if value not in (None, "", [], ()):
-            lines.append(f"| {key} | {shown(tuple(value)) if isinstance(value, list | tuple) else value} |")
+            text = shown(tuple(value)) if isinstance(value, list | tuple) else str(value)
+            escaped = text.replace("|", r"\|")
+            lines.append(f"| {key} | {escaped} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,18 +4,22 @@ from typing import Any
 
 import torch
 
+from superoffload import distributed
+from superoffload.config import TrainingSettings
 from superoffload.protocols import Engine
 
 
-def install(model_engine: Engine, alpha: float) -> None:
-    """Add noise to the output of the input embedding in training mode; does nothing if `alpha` is 0.
+def install(model_engine: Engine, training: TrainingSettings) -> None:
+    """Add noise to the output of the input embedding in training mode; does nothing if `--neftune_alpha` is 0.
 
     Each element gets a number drawn evenly from [-1, 1], times alpha / sqrt(L d), with L the length of its own
     document, also within a pack, and d the width of the embedding (algorithm 1). The numbers come from the device's
-    default generator, whose state a checkpoint holds.
+    default generator, which is seeded here, differently on each rank; a checkpoint holds its state.
     """
+    alpha = training.neftune_alpha
     if not alpha:
         return
+    distributed.seed_rank(training.seed)
     model: Any = model_engine.module
     lengths: list[torch.Tensor] = []
 

@@ -77,6 +77,8 @@ class Run:
         else:
             logger.info("Nothing is left to train: %s was saved after the last step", path)
         distributed.restore_rng_state(state["random"])
+        if source.universal and self.config.training.neftune_alpha:  # all ranks have the state of the first
+            distributed.seed_rank(self.config.training.seed + self.progress.step)
 
     def watch_loss(self, bad_losses: int) -> None:
         """Count the steps in a row whose loss is infinite or NaN, given how many ranks had one in the step before.

@@ -80,3 +80,18 @@ def test_the_model_card_names_every_data_set(trained: dict[str, Trained]) -> Non
     assert "on one, rows.jsonl, two\n" in card
     assert "| dataset_name | owner/one:0.5 ./rows.jsonl owner/two#7 |" in card
     assert "| dataset_weights | 1.0 2.0 1.0 |" in card
+
+
+def test_the_model_card_names_what_was_trained(trained: dict[str, Trained]) -> None:
+    checkpoint = rank_files.read(trained["llama"].output_dir)
+    card = files.card(checkpoint, "bfloat16")
+    assert "| loss | cross_entropy |" in card
+    names = ("decay", "min_lr_ratio", "label_smoothing", "neftune_alpha", "freeze")
+    assert not any(f"| {name} |" in card for name in names)
+    for name in names:
+        checkpoint.config.pop(name)  # as in a checkpoint of 0.1.0
+    assert files.card(checkpoint, "bfloat16") == card
+    checkpoint.config.update(lr_scheduler="wsd", decay=0.1, label_smoothing=0.2, freeze=["embed|head", "norm"])
+    card = files.card(checkpoint, "bfloat16")
+    assert "| decay | 0.1 |" in card and "| label_smoothing | 0.2 |" in card
+    assert r"| freeze | embed\|head norm |" in card

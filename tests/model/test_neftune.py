@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from superoffload.config import TrainingSettings
 from superoffload.data.collate import Layout, collate
 from superoffload.model import attention, neftune
 from tests.helpers.packs import DOCUMENTS, PACKED, PADDED, VARLEN, make_engine, tiny
 
 pytestmark = pytest.mark.unit
 ALPHA = 5.0
+TRAINING = TrainingSettings(neftune_alpha=ALPHA)
 WIDTH = 32
 
 
@@ -32,7 +34,7 @@ def embeddings(engine: Any, layout: Layout) -> tuple[torch.Tensor, dict[str, Any
 def test_the_noise_has_the_size_of_each_document(layout: Layout) -> None:
     engine = make_engine(tiny("llama", attention.SDPA_VARLEN if layout.varlen else "sdpa"))
     clean, inputs = embeddings(engine, layout)
-    neftune.install(engine, ALPHA)
+    neftune.install(engine, TRAINING)
     engine.train()
     torch.manual_seed(0)
     noisy = torch.stack([embeddings(engine, layout)[0] for _ in range(20)])
@@ -51,7 +53,7 @@ def test_a_single_document_gets_the_noise_of_transformers() -> None:
     """A row as long as its document: neftune_post_forward_hook (transformers/integrations/neftune.py)."""
     model: Any = tiny("llama").train()
     engine = make_engine(model)
-    neftune.install(engine, ALPHA)
+    neftune.install(engine, TRAINING)
     embedding = model.get_input_embeddings()
     ids = torch.arange(5, 21)[None]
     torch.manual_seed(1)
@@ -66,7 +68,7 @@ def test_a_single_document_gets_the_noise_of_transformers() -> None:
 
 def test_evaluation_has_no_noise_and_draws_nothing() -> None:
     engine = make_engine(tiny("llama"))
-    neftune.install(engine, ALPHA)
+    neftune.install(engine, TRAINING)
     engine.eval()
     state = torch.get_rng_state()
     first, _ = embeddings(engine, PACKED)
@@ -75,9 +77,19 @@ def test_evaluation_has_no_noise_and_draws_nothing() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_ranks_have_noise_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny("llama").train())
+    neftune.install(engine, TRAINING)
+    first = embeddings(engine, PACKED)[0]
+    engine = make_engine(tiny("llama").train())
+    monkeypatch.setenv("RANK", "1")
+    neftune.install(engine, TRAINING)
+    assert not torch.equal(first, embeddings(engine, PACKED)[0])
+
+
 def test_without_alpha_nothing_is_installed() -> None:
     engine = make_engine(tiny("llama"))
-    neftune.install(engine, 0.0)
+    neftune.install(engine, TrainingSettings())
     assert not engine.module._forward_pre_hooks
     assert not engine.module.get_input_embeddings()._forward_hooks
 

@@ -59,6 +59,21 @@ def test_a_checkpoint_from_another_folder_is_saved_in_this_one(
     assert len(seen) == saves
 
 
+@pytest.mark.parametrize("universal", [False, True])
+def test_ranks_that_resume_from_one_state_have_noise_of_their_own(
+    universal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_rank: None
+) -> None:
+    """Every rank reads the random state of the first from a converted checkpoint."""
+    saved = {"data": {}, "random": distributed.capture_rng_state()}
+    drawn = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        run = make_run(output_dir=str(tmp_path), neftune_alpha=5.0)
+        run.restore_rng_and_check_data(Source(tmp_path / "global_step9", {"universal": universal}), saved)
+        drawn.append(torch.rand(1).item())
+    assert (drawn[0] == drawn[1]) != universal
+
+
 @pytest.mark.parametrize(("resumed_step", "exports"), [(9, 0), (5, 1)])
 def test_a_finished_run_that_is_started_again_exports_nothing_again(
     resumed_step: int, exports: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_rank: None
