@@ -272,7 +272,9 @@ set -m
 launcher=$!
 set +m
 [[ -z $pending ]] || forward "$pending"
-while kill -0 "$launcher" 2>/dev/null; do sleep 0.2 || true; done # a trap would interrupt `wait`, whose status is then lost
+# A trap would interrupt `wait`, whose status is then lost. bash ends the line when Ctrl-C kills `sleep`, which would move
+# the display, so `sleep` ignores it.
+while kill -0 "$launcher" 2>/dev/null; do (trap '' INT && exec sleep 0.2) || true; done
 status=0
 wait "$launcher" || status=$?
 left_alone=$(ranks)
