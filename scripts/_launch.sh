@@ -189,10 +189,11 @@ kernel_line() {
 }
 
 # The flags that `superoffload plan` takes as a run does.
-planned=" --model_name --revision --trust_remote_code --attn_implementation --activation_checkpointing --loss_kernel \
---max_length --packing --no_packing --padding --batch_size --gradient_accumulation_steps --deepspeed_config \
---offload_ratio --optimizer_state --offload_params --sub_group_size --save_checkpoint --save_steps --save_minutes \
---keep_checkpoints --export --output_dir "
+planned=" --config --model_name --revision --trust_remote_code --no_trust_remote_code --attn_implementation \
+--activation_checkpointing --no_activation_checkpointing --loss_kernel --freeze --max_length --packing --no_packing \
+--padding --batch_size --gradient_accumulation_steps --deepspeed_config --offload_ratio --optimizer_state \
+--offload_params --no_offload_params --sub_group_size --save_checkpoint --no_save_checkpoint --save_steps \
+--save_minutes --keep_checkpoints --export --no_export --output_dir "
 
 # Print those flags of this run that `superoffload plan` takes, with their values.
 plan_flags() {
@@ -272,9 +273,7 @@ set -m
 launcher=$!
 set +m
 [[ -z $pending ]] || forward "$pending"
-# A trap would interrupt `wait`, whose status is then lost. bash ends the line when Ctrl-C kills `sleep`, which would move
-# the display, so `sleep` ignores it.
-while kill -0 "$launcher" 2>/dev/null; do (trap '' INT && exec sleep 0.2) || true; done
+while kill -0 "$launcher" 2>/dev/null; do sleep 0.2 || true; done # a trap would interrupt `wait`, whose status is then lost
 status=0
 wait "$launcher" || status=$?
 left_alone=$(ranks)
