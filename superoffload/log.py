@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from superoffload.errors import FAILURES
+
 logger = logging.getLogger("superoffload")
 steps = logger.getChild("steps")
 """Takes the line of each logged step, which a display shows in another form."""
@@ -25,14 +27,17 @@ class Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one record."""
-        line = self.format(record)
-        if self.display is not None:
-            self.display(record, line)
-            return
-        from tqdm import tqdm
+        try:
+            line = self.format(record)
+            if self.display is not None:
+                self.display(record, line)
+                return
+            from tqdm import tqdm
 
-        with suppress(OSError):  # the terminal is gone; training goes on
-            tqdm.write(line, file=sys.stderr)  # above the progress bars of libraries
+            with suppress(OSError):  # the terminal is gone; training goes on
+                tqdm.write(line, file=sys.stderr)  # above the progress bars of libraries
+        except FAILURES:  # such as a library's record whose arguments do not fit its message
+            self.handleError(record)
 
 
 screen = Screen()

@@ -23,6 +23,8 @@ _printed = logging.getLogger("stdout")
 class _Prints(io.TextIOBase):
     """Takes the place of standard output and logs each complete line."""
 
+    encoding = "utf-8"
+
     def __init__(self) -> None:
         self._open_line = ""
         self._busy = False
@@ -40,6 +42,21 @@ class _Prints(io.TextIOBase):
     def writable(self) -> bool:
         """Say yes, as a file would."""
         return True
+
+
+class _File(logging.FileHandler):
+    """Says once that the disk is full, say, instead of a traceback for each record."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report what has just been raised."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            log.logger.warning("%s: cannot be written (%s); lines are missing there", self.baseFilename, error.strerror)
 
 
 class RunLog:
@@ -90,7 +107,7 @@ class RunLog:
         self.adopt_libraries()
         before, path = self._handler, Path(folder) / FILE
         try:
-            self._record_with(logging.FileHandler(path, encoding="utf-8"), before.level)
+            self._record_with(_File(path, encoding="utf-8"), before.level)
         except OSError as error:
             self._record_with(logging.NullHandler(), before.level)
             log.logger.warning("%s: cannot be written (%s)", path, error.strerror)

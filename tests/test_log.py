@@ -14,6 +14,8 @@ log.logger.error("an error")
 log.logger.debug("a detail")
 log.steps.info("a step")
 logging.getLogger("DeepSpeed").info("a library's info")
+logging.raiseExceptions = False
+log.logger.error("a record without its argument: %s %s", 1)
 """
 
 

@@ -96,11 +96,14 @@ def test_what_ended_the_run_is_on_the_screen_and_in_the_file(end: str, text: str
     assert ("Traceback" in screen, "Traceback" in file) == (end == "bug",) * 2
 
 
-def test_a_file_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
-    (tmp_path / "run.log").mkdir()
+@pytest.mark.parametrize("problem", ["Is a directory", "No space left on device"])
+def test_a_file_that_cannot_be_written_is_one_warning(problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    path.mkdir() if problem == "Is a directory" else path.symlink_to("/dev/full")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "INFO", str(tmp_path), "well"],
         capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, "RANK": "0"}, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "run.log: cannot be written (Is a directory)" in done.stderr
+    assert done.stderr.count(f"run.log: cannot be written ({problem})") == 1
+    assert "Traceback" not in done.stderr and "own info" in done.stderr

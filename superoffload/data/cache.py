@@ -23,6 +23,7 @@ from superoffload.data.formats import BadRow
 from superoffload.data.packing import Indices
 from superoffload.data.rows import RowCounts, TokenizedRows
 from superoffload.errors import UserError
+from superoffload.log import shows_bars
 from superoffload.protocols import Tokenizer
 
 COUNTS_FILE = "superoffload_counts.json"
@@ -289,7 +290,11 @@ def _save(done: datasets.Dataset, target: Path) -> None:
     )
     lost = columns["shortest"][columns["targets"] == 0]
     done = done.select(kept).remove_columns([*ONLY_COUNTED, "bad"])
+    # Not with its bar, which is drawn before TQDM_DELAY is over and then stays on the screen.
+    datasets.disable_progress_bars()
     done.save_to_disk(str(target))
+    if shows_bars():
+        datasets.enable_progress_bars()
     record = {**asdict(counts), "shortest_of_dropped": int(lost.max()) if len(lost) else 0}
     (target / COUNTS_FILE).write_text(json.dumps(record), encoding="utf-8")
 

@@ -5,15 +5,27 @@ import sys
 from pathlib import Path
 
 from superoffload import distributed
+from superoffload.errors import first_line
+from superoffload.log import logger
 from superoffload.reporting.display import Display
 from superoffload.training.run import Run
 
 
 def choose(run: Run) -> Display:
-    """Return the display that `--display` asks for, on rank 0; the other ranks show nothing."""
+    """Return the display that `--display` asks for, on rank 0; the other ranks show nothing.
+
+    If it cannot be made, a warning says so, and log lines take its place.
+    """
     output = run.config.output
-    if not distributed.is_rank_0() or not wants_rich(output.display, output.log_level):
-        return Display()
+    if distributed.is_rank_0() and wants_rich(output.display, output.log_level):
+        try:
+            return _live(run)
+        except Exception as error:  # noqa: BLE001  the run goes on whatever rich raises
+            logger.warning("The live display cannot be made, lines follow instead: %s", first_line(error))
+    return Display()
+
+
+def _live(run: Run) -> Display:
     from superoffload.reporting.live import LiveDisplay
     from superoffload.reporting.panel import Panel
 
@@ -24,11 +36,11 @@ def choose(run: Run) -> Display:
 
 
 def wants_rich(display: str, log_level: str) -> bool:
-    """Return whether to show the live display; with `auto`, on a terminal that can move its cursor.
+    """Return whether to show the live display; with `auto`, on a terminal and at the default level.
 
-    A log level other than INFO asks for lines, all of them or few.
+    Never if TERM says that the cursor cannot be moved, since rich then draws nothing. A log level other than INFO asks
+    for lines, all of them or few.
     """
-    if display == "auto":
-        dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown")
-        return sys.stderr.isatty() and not dumb and log_level == "INFO"
-    return display == "rich"
+    if os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+        return False
+    return display == "rich" or (display == "auto" and sys.stderr.isatty() and log_level == "INFO")

@@ -13,10 +13,22 @@ from rich.segment import SegmentLines
 from rich.text import Text
 
 from superoffload import log
-from superoffload.errors import FAILURES, first_line
+from superoffload.errors import first_line
 from superoffload.reporting.display import Display
 from superoffload.reporting.panel import Panel
 from superoffload.training.metrics import StepMetrics
+
+
+class _Live(Live):
+    """Draws only when something has changed: a draw would erase what another rank, or a killer, has said since."""
+
+    changed = True
+
+    def refresh(self) -> None:
+        """Draw again, if there is something new."""
+        if self.changed:
+            self.changed = False
+            super().refresh()
 
 
 class LiveDisplay(Display):
@@ -26,8 +38,8 @@ class LiveDisplay(Display):
         """Prepare the display; `with` starts it."""
         self._panel = panel
         self._error: BaseException | None = None
-        self._console = Console(file=sys.stderr, force_terminal=True, highlight=False)
-        self._live = Live(
+        self._console = Console(file=sys.stderr, force_terminal=True, force_interactive=True, highlight=False)
+        self._live = _Live(
             console=self._console,
             get_renderable=self._draw,
             refresh_per_second=1,
@@ -41,6 +53,7 @@ class LiveDisplay(Display):
         self._guarded(self._live.start)
         # The cursor stays visible: a run that is killed could not bring it back.
         self._guarded(lambda: self._console.show_cursor(True))
+        self._report()
         return self
 
     def __exit__(
@@ -54,6 +67,7 @@ class LiveDisplay(Display):
     def advance(self, step: int) -> None:
         """Count a step."""
         self._panel.advance(step)
+        self._live.changed = True
         self._report()
 
     def show(self, numbers: StepMetrics, memory: dict[str, int]) -> None:
@@ -65,11 +79,15 @@ class LiveDisplay(Display):
         self._guarded(self._live.refresh)
 
     def _draw(self) -> RenderableType:
-        """Return what to draw: lines that rich only has to put out, so that a failure to draw them is noticed here."""
+        """Return what to draw: lines that rich only has to put out, so that a failure to draw them is noticed here.
+
+        The cursor stays on an empty line below, where the terminal's ^C and the lines of other programs do no harm.
+        """
         if self._error is None:
             try:
-                return SegmentLines(self._console.render_lines(self._panel, pad=False), new_lines=True)
-            except FAILURES as error:
+                lines = self._console.render_lines(self._panel, pad=False)
+                return SegmentLines([*lines, []], new_lines=True)
+            except Exception as error:  # noqa: BLE001  the run goes on whatever rich raises
                 self._error = error
         return Text("")
 
@@ -81,15 +99,17 @@ class LiveDisplay(Display):
             time_of_day = time.strftime("%H:%M:%S", time.localtime(record.created))
             style = "bold magenta" if record.levelno >= logging.WARNING else ""
             self._panel.add_event(time_of_day, record.getMessage(), style)
+            self._live.changed = True
 
     def _guarded(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except FAILURES as error:
+        except Exception as error:  # noqa: BLE001  the run goes on whatever rich raises
             self._error = error
 
     def _report(self) -> None:
         """Say that the display has failed, and leave the terminal to lines; not while drawing, which holds a lock."""
         if self._error is not None and log.screen.display is not None:
             log.screen.display = None
+            self._guarded(self._live.stop)
             log.logger.warning("The display failed and is disabled: %s", first_line(self._error))

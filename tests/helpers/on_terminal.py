@@ -94,6 +94,8 @@ def _happen(word: str, display: Any, panel: Any) -> None:
         log.logger.warning("look here")
     elif word == "error":
         log.logger.error("an error " * 12)
+    elif word == "other":  # another process on the same terminal
+        os.write(2, b"[rank 1] Error: memory ran out\r\n")
     elif word == "break":
         panel.show(numbers(4, 2.5), {"host_bytes": "none"})
     elif word == "grow":

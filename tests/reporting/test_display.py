@@ -2,10 +2,19 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.errors import ConsoleError
+from rich.live import Live
 
+from superoffload import log
+from superoffload.reporting import choice
 from superoffload.reporting.choice import wants_rich
+from superoffload.reporting.display import Display
+from superoffload.reporting.live import LiveDisplay
+from superoffload.reporting.panel import Panel
 from tests.helpers.on_terminal import run_display
 
 
@@ -44,6 +53,12 @@ def test_a_run_that_is_killed_leaves_the_cursor_visible(tmp_path: Path) -> None:
     assert not terminal.screen.cursor.hidden
 
 
+def test_what_another_rank_says_before_it_dies_stays(tmp_path: Path) -> None:
+    terminal = run_display(["step", "other", "kill"], 80, tmp_path)
+    assert terminal.lines()[-1] == "[rank 1] Error: memory ran out"
+    assert "\n".join(terminal.lines()).count("org/model") == 1
+
+
 def test_a_terminal_that_grows(tmp_path: Path) -> None:
     terminal = run_display(["step", "grow", "step"], 80, tmp_path)
     assert terminal.status == 0
@@ -59,6 +74,26 @@ def test_a_display_that_fails_leaves_the_run_alone(tmp_path: Path) -> None:
     assert terminal.lines()[-1].endswith("INFO after")
 
 
+@pytest.mark.unit
+def test_a_display_that_cannot_be_made_or_started_leaves_lines(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ConsoleError("no console")
+
+    monkeypatch.setenv("TERM", "xterm")
+    output = SimpleNamespace(display="rich", log_level="INFO")
+    monkeypatch.setattr(choice, "_live", fail)
+    run: Any = SimpleNamespace(config=SimpleNamespace(output=output))
+    assert type(choice.choose(run)) is Display
+    assert caplog.messages == ["The live display cannot be made, lines follow instead: no console"]
+
+    monkeypatch.setattr(Live, "start", fail)
+    with LiveDisplay(Panel("m", 10, 0)):
+        assert log.screen.display is None
+    assert caplog.messages[1:] == ["The display failed and is disabled: no console"]
+
+
 def test_no_color_is_obeyed(tmp_path: Path) -> None:
     assert b"\x1b[36m" in run_display(["step"], 80, tmp_path).raw
     assert b"\x1b[36m" not in run_display(["step"], 80, tmp_path, NO_COLOR="1").raw
@@ -72,7 +107,9 @@ def test_no_color_is_obeyed(tmp_path: Path) -> None:
         ("auto", "INFO", "xterm", False, False),
         ("auto", "INFO", "dumb", True, False),
         ("auto", "DEBUG", "xterm", True, False),
-        ("rich", "INFO", "dumb", False, True),
+        ("rich", "INFO", "xterm", False, True),
+        ("rich", "DEBUG", "xterm", False, True),
+        ("rich", "INFO", "dumb", True, False),
         ("plain", "INFO", "xterm", True, False),
     ],
 )

@@ -22,7 +22,8 @@ from superoffload import config
 from superoffload.training import tracking
 name, folder = sys.argv[1:3]
 state = json.loads(sys.argv[3]) if len(sys.argv) > 3 else None
-made = config.build({"model_name": "org/m", "output_dir": folder, "report_to": [name], "wandb_project": "p"})
+made = config.build({"model_name": "org/m", "output_dir": folder, "report_to": [name], "wandb_project": "p",
+                     "wandb_run_name": "r"})
 trackers = tracking.start(made, True, 2 if state else 0, state)
 for step in (3, 5) if state else (1, 2, 3, 4):
     values = {"step": step, "loss": (10 if state else 1) * step, "host_bytes": 7, "loss/a": None}
@@ -47,6 +48,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     state = run("tensorboard", tmp_path)
+    assert run("tensorboard", tmp_path) == state  # again from the start, in place of the first
     assert run("tensorboard", tmp_path, state) == state
     (folder,) = (tmp_path / "tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()
