@@ -199,7 +199,8 @@ def attend(module: torch.nn.Module, *states: Any, **options: Any) -> tuple[torch
     `[1, positions, heads, width]`, as transformers requires. Uses transformers' sdpa, or on the CPU the kernel that
     sdpa would use there, with faster gradients.
     """
-    lengths, sliding_window = options.pop("document_lengths"), options.pop("sliding_window", None)
+    lengths = [length for length in options.pop("document_lengths") if length]  # the kernels take no empty document
+    sliding_window = options.pop("sliding_window", None)
     if flash_cpu.suits(*states[:3]) and _unusual(module, options) is None:
         return flash_cpu.attend(states[:3], lengths, sliding_window, options.get("scaling")), None
     # Split, not sliced: the gradient of each slice would be as large as the whole pack.

@@ -33,7 +33,7 @@ def run_rank(path: Path) -> None:
     """Run the program as the launcher starts it, and write when each phase ended and the CPU time until then."""
     found = {"launcher": (time.time(), _cpu_s())}
     import finetune_zero3
-    from superoffload import cli, log
+    from superoffload import cli
 
     def mark(phase: str, module: Any, name: str, then: Callable[[], None] = lambda: None) -> None:
         function = getattr(module, name)
@@ -55,7 +55,7 @@ def run_rank(path: Path) -> None:
         mark("model", load, "load_model")
         mark("engine", loss_kernel, "choose")
 
-    mark("imports", log, "setup", mark_the_rest)
+    mark("imports", finetune_zero3, "merge_flags", mark_the_rest)  # the first call after the imports
     mark("rows", finetune_zero3, "load_inputs")
     mark("first step", finetune_zero3, "train_step")
     cli.run(finetune_zero3.main)
@@ -66,16 +66,16 @@ def _cpu_s() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def measure(tree: Path, folder: Path, port: int) -> Marks:
-    """Start the program of a tree once; return the wall and CPU time of each phase.
+def measure(tree: Path, start: Path, output: Path, port: int) -> Marks:
+    """Start the program of a tree once, on the model and the rows in `start`; return the times of each phase.
 
     The CPU time of the launcher is the rest of the whole command's: its two processes, and what comes after the step.
     """
-    marks = folder / "marks.json"
+    marks = output / "marks.json"
     flags = {
-        "--model_name": folder / "start" / "model",
-        "--dataset_name": folder / "start" / "train.json",
-        "--output_dir": folder / "output",
+        "--model_name": start / "model",
+        "--dataset_name": start / "train.json",
+        "--output_dir": output,
         "--deepspeed_config": tree / "configs" / "superoffload.json",
         "--max_length": 64,
         "--batch_size": 4,
@@ -140,7 +140,8 @@ def main() -> None:
             rounds: dict[str, list[Marks]] = {name: [] for name in trees}
             for number in range(options.rounds + 1):
                 for name, tree in trees.items():
-                    marks = measure(tree, folder, options.port)
+                    output = Path(tempfile.mkdtemp(dir=folder))
+                    marks = measure(tree, folder / "start", output, options.port)
                     if number:  # the first run fills the caches
                         rounds[name].append(marks)
         finally:

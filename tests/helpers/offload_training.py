@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from superoffload.offload.install import installed
 from superoffload.offload.settings import OffloadSettings
+from superoffload.offload.trainer.trials import SpeculationTrials
 
 WIDTH, VOCABULARY, LENGTH = 32, 50, 12
 
@@ -26,7 +27,10 @@ cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way of training; steps are numbered from 0."""
+    """One way of training; steps are numbered from 0.
+
+    in_turns: speculate in every other step, in which the other ranks do not.
+    """
 
     clip: float = 0.0
     accumulation: int = 1
@@ -51,7 +55,8 @@ class Case:
     by_hand: int = 0
     unmanaged: int = 0
     checkpointing: bool = False
-    speculate: bool = True
+    speculate: bool | None = True
+    in_turns: bool = False
     direct_gradients: bool = True
     fused: bool = True
     persistence_threshold: int = 40
@@ -282,9 +287,26 @@ def real_elements(optimizer: Any, sub_group: int, flat: torch.Tensor) -> torch.T
     return torch.cat(pieces)
 
 
+class Turns(SpeculationTrials):
+    """Choose the other way in each round."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.way = first
+
+    @property
+    def speculate(self) -> bool:
+        return self.way
+
+    def end_round(self, *, counts: bool) -> None:
+        self.way = not self.way
+
+
 def train(case: Case, super_offload: bool) -> dict[str, Any]:
     """Train a fresh model; return losses, norms, all tensors, and the engine's statistics."""
     engine = make_engine(case, super_offload)
+    if case.in_turns and super_offload:
+        engine.optimizer._service.coordinator.trials = Turns(torch.distributed.get_rank() % 2 == 0)
     trainer = Trainer(engine, case)
     trainer.run(0, case.steps)
     result = snapshot(engine)

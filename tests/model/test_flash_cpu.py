@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from superoffload.model import attention, flash_cpu
 
@@ -111,3 +112,53 @@ def test_what_goes_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes(states((5, 3), 2, torch.float32))
     monkeypatch.setattr(flash_cpu, "_has_amx", lambda: True)
     assert not takes(given)
+    monkeypatch.setattr(flash_cpu, "_has_amx", lambda: False)
+    spread = torch.zeros(1, 2, 8, 32, dtype=torch.bfloat16)[..., ::2]  # the kernel would read what lies between
+    assert not takes([given[0], spread, given[2]])
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_empty_documents_change_nothing(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    monkeypatch.setattr(flash_cpu, "_has_amx", lambda: amx)
+    given = states((20, 33), 2, torch.bfloat16)
+    found = results(by_sdpa((0, 20, 0, 0, 33, 0), 9, None), given)
+    expected = results(by_sdpa((20, 33), 9, None), given)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", flash_cpu.KNOWN)
+@pytest.mark.parametrize("what", ["operator", "arguments"])
+def test_without_torchs_operators_as_they_are_known_sdpa_is_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    monkeypatch.setattr(flash_cpu, "_has_amx", lambda: False)
+    given = states((5, 3), 2, torch.bfloat16)
+    flash_cpu._has_known_operators.cache_clear()
+    assert flash_cpu.suits(*given)
+    arguments, results_ = flash_cpu.KNOWN[name]
+    changed = {"missing": (arguments, results_)} if what == "operator" else {name: (arguments[:-1], results_)}
+    monkeypatch.setattr(flash_cpu, "KNOWN", changed)
+    flash_cpu._has_known_operators.cache_clear()
+    assert not flash_cpu.suits(*given)
+    flash_cpu._has_known_operators.cache_clear()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_in_backward_the_gradients_are_the_same(reentrant: bool) -> None:
+    def attend(*given: torch.Tensor) -> torch.Tensor:
+        return flash_cpu.attend(given, MIXED, 9, None)
+
+    found = []
+    for recompute in (True, False):
+        given = states(MIXED, 2, torch.bfloat16)
+        output = checkpoint(attend, *given, use_reentrant=reentrant) if recompute else attend(*given)
+        output.sum().backward()  # the gradient of the output has strides of 0
+        found.append([output.detach(), *(state.grad for state in given)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    given = states((5, 3), 2, torch.bfloat16)
+    output = flash_cpu.attend(given, (5, 3), None, None)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(output.sum(), given, create_graph=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.offload_training import Case, train
+from tests.helpers.offload_training import Case, on_cpu, train
 from tests.helpers.ranks import run_ranks
 
 WARMUP = {"warmup_min_lr": 0.0, "warmup_max_lr": 3e-3, "warmup_num_steps": 2}
@@ -63,6 +63,8 @@ CASES = {
     "gradient-set-twice": Case(clip=100.0, gradient_set_steps=(2, 3), twice_steps=(3,)),
     "no-direct-gradients": Case(direct_gradients=False, clip=2.1),
     "no-speculation": Case(speculate=False, clip=2.1),
+    "trials": Case(speculate=None, steps=22),
+    "in-turns": Case(in_turns=True, clip=2.1, nan_steps=(4,), dropped_steps=(6,)),
     "no-fused-kernel": Case(fused=False, clip=2.1),
 }
 
@@ -87,7 +89,7 @@ SLOW_ON_ONE_RANK = (
     "no-fused-kernel",
 )
 QUICK_ON_ONE_RANK = tuple(n for n in CASES if n not in SLOW_ON_ONE_RANK)
-QUICK_ON_TWO_RANKS = ("clip-some", "accumulation", "nan", "unused", "device-share")
+QUICK_ON_TWO_RANKS = ("clip-some", "accumulation", "nan", "unused", "device-share", "in-turns")
 SLOW_ON_TWO_RANKS = tuple(n for n in CASES if n not in QUICK_ON_TWO_RANKS)
 
 
@@ -171,6 +173,8 @@ def test_cases_reach_what_they_are_meant_to_reach(one_rank: list[Any]) -> None:
     assert stats["lr-moved"].cancelled > 0 and stats["two-backwards"].cancelled > 0
     assert stats["gradient-set"].cancelled == 1
     assert stats["no-speculation"].speculated == 0
+    assert stats["trials"].stepping_rounds >= 8 or not on_cpu()  # both ways of a trial
+    assert 0 < stats["in-turns"].accepted and 0 < stats["in-turns"].stepping_rounds < stats["in-turns"].steps
     assert stats["device-only"].speculated == 0
     accumulated = {name for name, r in results.items() if r["ours"]["has_accumulated"]}
     needed = {"accumulation", "fp16-overflow", "two-backwards", "gradient-set"}

@@ -118,7 +118,6 @@ class SubGroupAdam:
         Returns False if `abandoned()` became true between two chunks; the staging region is then undefined.
         """
         self._use_threads(trainer_waits=False)
-        self._products.prepare(task)
         for chunk in self._chunks(state.parameters.numel()):
             if abandoned():
                 return False
@@ -143,7 +142,6 @@ class SubGroupAdam:
         round is stepped with the old ones again.
         """
         self._use_threads(trainer_waits=stage)
-        self._products.prepare(task)
         done = self._fused.step(task, state, stage=stage) if self._fused and self._fused.serves(state) else 0
         for chunk in self._chunks(state.parameters.numel(), done):
             gradients = state.gradients[chunk]
@@ -155,6 +153,7 @@ class SubGroupAdam:
                 state.staging[chunk].copy_(parameters)
 
     def _update(self, task: Task, parameters: torch.Tensor, gradients: torch.Tensor, *moments: torch.Tensor) -> None:
+        self._products.prepare(task)  # not where the kernel computes all: then the op's object stays as it is
         h = task.hyper
         self._op.adam_update(
             _OPTIMIZER_ID,

@@ -92,10 +92,11 @@ class OptimizerService:
         Where the trainer computes on the same cores, a step gets all of them, because the trainer waits for it.
         """
         op = zero.optimizer.ds_opt_adam
-        cores = self.cores.trainer + self.cores.optimizer if shares_cores else self.cores.optimizer
+        everything = set(self.cores.trainer + self.cores.optimizer)  # which overlap if the rank has a single core
+        cores = tuple(sorted(everything)) if shares_cores else self.cores.optimizer
         return WorkerSetup(
             layout=partitions.arena.layout,
-            cores=tuple(sorted(set(cores))),
+            cores=cores,
             threads_beside_trainer=len(self.cores.optimizer),
             op_name=op.__name__,
             op_path=str(op.__file__),
