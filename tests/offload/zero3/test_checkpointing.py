@@ -240,7 +240,7 @@ def special(folder: str) -> dict[str, Any]:
 
 
 def hold_commits_back(process: Any) -> None:
-    """Keep every COMMIT from the optimizer process until the trainer waits for a reply."""
+    """Keep every COMMIT from the optimizer process until the trainer waits for one."""
     send, receive = process.send, process.receive
     held: list[Task] = []
 
@@ -251,7 +251,7 @@ def hold_commits_back(process: Any) -> None:
             send(task, relieve)
 
     def release(timeout_s: float, doing: str) -> Reply | None:
-        while timeout_s > 0 and held:
+        while timeout_s > 0 and held and "commit" in doing:
             send(held.pop(0))
         reply: Reply | None = receive(timeout_s, doing)
         return reply
