@@ -34,7 +34,7 @@ class Screen(logging.Handler):
                 return
             from tqdm import tqdm
 
-            with suppress(OSError):  # the terminal is gone; training goes on
+            with suppress(OSError):  # the terminal is gone; training continues
                 tqdm.write(line, file=sys.stderr)  # above the progress bars of libraries
         except FAILURES:  # such as a library's record whose arguments do not fit its message
             self.handleError(record)

@@ -24,7 +24,7 @@ CLOSE_S, OTHERS_S = 30.0, 2.0
 
 
 class Failed(UserError):
-    """Why a configuration cannot go on, in one line."""
+    """Why a configuration cannot continue, in one line."""
 
 
 class Player:

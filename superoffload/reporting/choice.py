@@ -3,12 +3,16 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from superoffload import distributed
 from superoffload.errors import first_line
 from superoffload.log import logger
 from superoffload.reporting.display import Display
 from superoffload.training.run import Run
+
+if TYPE_CHECKING:
+    from superoffload.reporting.panel import Panel
 
 
 def choose(run: Run) -> Display:
@@ -18,21 +22,22 @@ def choose(run: Run) -> Display:
     """
     output = run.config.output
     if distributed.is_rank_0() and wants_rich(output.display, output.log_level):
+        from superoffload.reporting import live  # only here: it loads rich
+
         try:
-            return _live(run)
-        except Exception as error:  # noqa: BLE001  the run goes on whatever rich raises
+            return live.LiveDisplay(_panel(run))
+        except live.DRAWING_FAILURES as error:
             logger.warning("The live display cannot be made, lines follow instead: %s", first_line(error))
     return Display()
 
 
-def _live(run: Run) -> Display:
-    from superoffload.reporting.live import LiveDisplay
+def _panel(run: Run) -> "Panel":
     from superoffload.reporting.panel import Panel
 
     mode = Path(run.config.offload.deepspeed_config).stem
     device = f"{distributed.world_size()} x {distributed.device_name()}"
     name = run.config.model.model_name.rstrip("/")
-    return LiveDisplay(Panel(f"{'/'.join(name.split('/')[-2:])} | {mode} | {device}", run.last_step, run.progress.step))
+    return Panel(f"{'/'.join(name.split('/')[-2:])} | {mode} | {device}", run.last_step, run.progress.step)
 
 
 def wants_rich(display: str, log_level: str) -> bool:

@@ -1,4 +1,4 @@
-"""The display on a terminal: one panel that is drawn again each second, below what must stay visible."""
+"""The display on a terminal: one panel, drawn again when something has changed, below what must stay visible."""
 
 import logging
 import sys
@@ -8,15 +8,19 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console, RenderableType
+from rich.errors import ConsoleError, StyleError
 from rich.live import Live
 from rich.segment import SegmentLines
 from rich.text import Text
 
 from superoffload import log
-from superoffload.errors import first_line
+from superoffload.errors import FAILURES, first_line
 from superoffload.reporting.display import Display
 from superoffload.reporting.panel import Panel
 from superoffload.training.metrics import StepMetrics
+
+DRAWING_FAILURES = (*FAILURES, ConsoleError, StyleError)
+"""What rich raises, or the terminal; none of it may end a run."""
 
 
 class _Live(Live):
@@ -87,7 +91,7 @@ class LiveDisplay(Display):
             try:
                 lines = self._console.render_lines(self._panel, pad=False)
                 return SegmentLines([*lines, []], new_lines=True)
-            except Exception as error:  # noqa: BLE001  the run goes on whatever rich raises
+            except DRAWING_FAILURES as error:
                 self._error = error
         return Text("")
 
@@ -104,7 +108,7 @@ class LiveDisplay(Display):
     def _guarded(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:  # noqa: BLE001  the run goes on whatever rich raises
+        except DRAWING_FAILURES as error:
             self._error = error
 
     def _report(self) -> None:

@@ -7,7 +7,7 @@
 * metrics: the numbers of a step and the summary of a run
 * step_parts: where the time of a step goes
 * source_losses: the loss of each source
-* tracking: metrics.jsonl and Weights & Biases
+* tracking, trackers/: metrics.jsonl, and what `--report_to` names
 * evaluation: held-out loss, and answers to prompts
 * run_control: stop and save on demand: signals, save_now, the clock
 * run: what belongs to one run, its checkpoint and its export

@@ -83,7 +83,7 @@ def test_a_display_that_cannot_be_made_or_started_leaves_lines(
 
     monkeypatch.setenv("TERM", "xterm")
     output = SimpleNamespace(display="rich", log_level="INFO")
-    monkeypatch.setattr(choice, "_live", fail)
+    monkeypatch.setattr(choice, "_panel", fail)
     run: Any = SimpleNamespace(config=SimpleNamespace(output=output))
     assert type(choice.choose(run)) is Display
     assert caplog.messages == ["The live display cannot be made, lines follow instead: no console"]
