@@ -76,19 +76,31 @@ devices=$((nodes * GPUS_PER_NODE))
 output_dir=${OUTPUT_DIR:-./${recipe}_${mode}_output}
 
 labels="" # the file of node names, if this script is to write one
-launch=(deepspeed --num_gpus "$GPUS_PER_NODE")
-if [[ "$*" != *--log_level?DEBUG* ]]; then launch+=(--quiet); fi # only errors; run.log has the command
-if on BIND_CORES "$BIND_CORES"; then launch+=(--bind_cores_to_rank); fi
-if [[ -n ${HOSTFILE:-} ]]; then
-    launch+=(--hostfile "$HOSTFILE")
-elif ((nodes > 1)); then
-    # The launcher reads the nodes only from a file. Without ssh, their names are mere labels.
-    [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
-        fail "NUM_NODES=$nodes also needs NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR (the address of node 0)"
-    labels=$output_dir/hostfile_$NODE_RANK
-    launch+=(--hostfile "$labels" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+program=$repository/finetune_zero3.py
+bind_cores=false
+if on BIND_CORES "$BIND_CORES"; then bind_cores=true; fi
+if [[ $devices == 1 && -z ${HOSTFILE:-} ]] && ! $bind_cores; then
+    # One rank needs no launcher, whose two processes take several seconds to import torch and DeepSpeed.
+    launch=(python3 "$program" --local_rank 0)
+    unset RANK LOCAL_RANK WORLD_SIZE
+    visible=${CUDA_VISIBLE_DEVICES-0}
+    export CUDA_VISIBLE_DEVICES=${visible%%,*} # one device, as the launcher does it
+else
+    launch=(deepspeed --num_gpus "$GPUS_PER_NODE")
+    if [[ "$*" != *--log_level?DEBUG* ]]; then launch+=(--quiet); fi # only errors; run.log has the command
+    if $bind_cores; then launch+=(--bind_cores_to_rank); fi
+    if [[ -n ${HOSTFILE:-} ]]; then
+        launch+=(--hostfile "$HOSTFILE")
+    elif ((nodes > 1)); then
+        # The launcher reads the nodes only from a file. Without ssh, their names are mere labels.
+        [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
+            fail "NUM_NODES=$nodes also needs NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR (the address of node 0)"
+        labels=$output_dir/hostfile_$NODE_RANK
+        launch+=(--hostfile "$labels" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+    fi
+    [[ -z ${MASTER_PORT:-} ]] || launch+=(--master_port "$MASTER_PORT")
+    launch+=("$program")
 fi
-[[ -z ${MASTER_PORT:-} ]] || launch+=(--master_port "$MASTER_PORT")
 
 arguments=(
     --deepspeed_config "$repository/configs/$mode.json"
@@ -154,7 +166,7 @@ echo "================================================"
 echo "Fine-tuning $MODEL_NAME on $devices x $DEVICE_KIND, $mode"
 echo "================================================"
 more=("$@")
-command=("${launch[@]}" "$repository/finetune_zero3.py" "${arguments[@]}" "${more[@]}")
+command=("${launch[@]}" "${arguments[@]}" "${more[@]}")
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${command[@]}"
     echo

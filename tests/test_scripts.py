@@ -9,7 +9,7 @@ import pytest
 
 from superoffload import cli, config
 from tests.helpers.ranks import REPOSITORY
-from tests.helpers.recipes import RECIPES, SCRIPTS, TINY, call, changed, program, script_of, seen
+from tests.helpers.recipes import RECIPES, SCRIPTS, TINY, call, changed, program, script_of, seen, starter
 from tests.helpers.recipes import stand_in as stand_in
 
 NODE_FLAGS = ("--node_rank", "--master_addr", "--master_port", "--batch_size", "--max_steps")
@@ -17,14 +17,14 @@ NODE_FLAGS = ("--node_rank", "--master_addr", "--master_port", "--batch_size", "
 
 @pytest.mark.parametrize("mode", ["superoffload", "zerooffload"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_starts_the_launcher_with_its_values(recipe: str, mode: str, stand_in: Path) -> None:
+def test_a_recipe_starts_the_program_with_its_values(recipe: str, mode: str, stand_in: Path) -> None:
     model, gpus, max_length, sub_group, ratio, leaf, attention = RECIPES[recipe]
     result = call(script_of(recipe), stand_in, mode)
     assert result.returncode == 7, result.stderr  # the launcher's own status
     banner = result.stdout.splitlines()[1]
     assert banner == f"Fine-tuning {model} on {gpus} x GPU, {mode}"
     launcher, flags = seen(stand_in)
-    assert launcher == ["--num_gpus", str(gpus), "--quiet", *(["--bind_cores_to_rank"] if gpus > 1 else [])]
+    assert launcher == (["--num_gpus", str(gpus), "--quiet", "--bind_cores_to_rank"] if gpus > 1 else [])
     values = config.flat(cli.parse(flags))
     expected = {
         "model_name": model, "max_length": max_length, "sub_group_size": sub_group, "leaf_module": leaf,
@@ -130,10 +130,19 @@ def test_a_dry_run_prints_a_command_that_a_shell_reads_back(stand_in: Path) -> N
     assert not (stand_in.parent / "seen").exists()
 
 
+@pytest.mark.parametrize(("visible", "device"), [(None, "0"), ("3,1", "3"), ("", "")])
+def test_one_rank_needs_no_launcher(visible: str | None, device: str, stand_in: Path) -> None:
+    starter(stand_in, 'echo "$1 ${*: -2} $CUDA_VISIBLE_DEVICES ${WORLD_SIZE-unset}" > "$SEEN"')
+    more = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    result = call(script_of("llama-8b"), stand_in, "superoffload", "4", "--lr", "1", WORLD_SIZE="8", **more)
+    assert result.returncode == 0
+    assert (stand_in.parent / "seen").read_text() == f"{REPOSITORY}/finetune_zero3.py --lr 1 {device} unset\n"
+
+
 def allocator(stand_in: Path, **env: str) -> list[str]:
     """Return what the launcher finds in the two variables of torch's allocator, "unset" if it finds none."""
     program(stand_in / "deepspeed", 'echo "${PYTORCH_ALLOC_CONF-unset} ${PYTORCH_CUDA_ALLOC_CONF-unset}" > "$SEEN"')
-    assert call(script_of("llama-8b"), stand_in, "superoffload", **env).returncode == 0
+    assert call(script_of("llama-70b"), stand_in, "superoffload", **env).returncode == 0
     return (stand_in.parent / "seen").read_text().splitlines()[0].split(" ")
 
 
@@ -255,7 +264,7 @@ def test_without_deepspeed_the_setup_command_is_named(tmp_path: Path) -> None:
 def test_the_example_is_scored_after_a_complete_run(
     launcher: str, status: int, tools: list[str], stand_in: Path
 ) -> None:
-    program(stand_in / "deepspeed", launcher)
+    starter(stand_in, launcher)
     program(stand_in / "superoffload", 'echo "$@" >> "$SEEN"')
     result = call(TINY, stand_in, "superoffload", OUTPUT_DIR="out")
     assert result.returncode == status, result.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from superoffload.commands import plan
-from tests.helpers.recipes import SCRIPTS, call, changed, program, script_of
+from tests.helpers.recipes import SCRIPTS, call, changed, program, script_of, starter
 from tests.helpers.recipes import stand_in as stand_in
 
 COUNT = "kills_before=$(oom_kills)"
@@ -30,7 +30,7 @@ TWO_LESS = "kills_before=$(($(oom_kills) - 2))"
     ],
 )
 def test_a_killed_rank_is_explained(status: int, line: str, words: str, stand_in: Path) -> None:
-    program(stand_in / "deepspeed", f"exit {status}")
+    starter(stand_in, f"exit {status}")
     more = ["--columns", "a=b c", "--max_length=99", "--verify_steps", "-1", "--revision", "a b"]
     script = changed("llama-8b", stand_in.parent, COUNT, line)
     result = call(script, stand_in, "superoffload", "8", *more)
@@ -58,7 +58,7 @@ def test_the_flags_of_plan_are_known_to_the_recipes() -> None:
 
 @pytest.mark.parametrize("status", [0, 1, 2, 3, 143])
 def test_no_other_end_is_explained(status: int, stand_in: Path) -> None:
-    program(stand_in / "deepspeed", f"exit {status}")
+    starter(stand_in, f"exit {status}")
     result = call(script_of("llama-8b"), stand_in, "superoffload")
     assert (result.returncode, result.stderr) == (status, "")
 
@@ -67,7 +67,7 @@ def test_a_killed_launcher_is_no_complete_run(stand_in: Path) -> None:
     """`deepspeed` exits with 0 if its launcher is killed; the ranks, which it started, go on."""
     program(stand_in / "rank", 'sleep 1; touch "$SEEN"')
     program(stand_in / "deepspeed", f"{stand_in}/rank --local_rank=0 & sleep 0.2")
-    script = changed("llama-8b", stand_in.parent, "LOG_INTERVAL=1", "LOG_INTERVAL=1; afterwards() { echo scored; }")
+    script = changed("llama-70b", stand_in.parent, "LOG_INTERVAL=1", "LOG_INTERVAL=1; afterwards() { echo scored; }")
     result = call(script, stand_in, "superoffload")
     assert result.returncode == 137
     assert (stand_in.parent / "seen").exists()

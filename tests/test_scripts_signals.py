@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.recipes import TINY, changed, program, script_of
+from tests.helpers.recipes import TINY, changed, program, script_of, starter
 from tests.helpers.recipes import stand_in as stand_in
 
 # A rank that is asked to save does so once the file `release` exists.
@@ -37,7 +37,7 @@ def default_signals() -> None:
 
 
 class Started:
-    """A running recipe, whose launcher has started a rank."""
+    """A running recipe, which has started a rank."""
 
     def __init__(self, script: Path, folder: Path, traps: str = SAVES) -> None:
         self.folder = folder
@@ -75,8 +75,9 @@ Start = Callable[..., Started]
 
 @pytest.fixture
 def start(stand_in: Path) -> Iterator[Start]:
-    """Start a recipe whose launcher has a rank below it, as DeepSpeed's has: neither forwards signals."""
+    """Start a recipe, whose launcher has a rank below it, as DeepSpeed's has: neither forwards signals."""
     program(stand_in / "launch", f"trap '' INT; {stand_in}/rank --local_rank=0 & wait $!")
+    starter(stand_in, f"exec {stand_in}/rank --local_rank 0")  # a recipe for one device has no launcher
     program(stand_in / "deepspeed", f"{stand_in}/launch & wait $!")
     program(stand_in / "helper", "sleep 300")  # as a worker that tokenises, which outlives its rank
     program(stand_in / "superoffload", ":")
@@ -92,7 +93,7 @@ def assert_nothing_is_left(stand_in: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("script", [script_of("llama-8b"), TINY], ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", [script_of("llama-8b"), script_of("llama-70b"), TINY], ids=lambda path: path.stem)
 def test_signals_reach_the_ranks_and_their_status_comes_back(
     script: Path,
     number: signal.Signals,
@@ -110,7 +111,7 @@ def test_signals_reach_the_ranks_and_their_status_comes_back(
 
 def test_ranks_are_waited_for_when_everything_is_signalled(start: Start) -> None:
     """A scheduler signals every process. The launcher ends at once, the ranks still save."""
-    recipe = start(script_of("llama-8b"))
+    recipe = start(script_of("llama-70b"))
     for child in psutil.Process(recipe.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # the rank's short sleep
             child.terminate()

@@ -3,9 +3,9 @@
     python tests/benchmarks/startup.py
     python tests/benchmarks/startup.py --against main --rounds 3
 
-Runs the program under DeepSpeed's launcher on the model and the rows of the quick start, after one run that fills the
-caches; with `--against`, in turn with another revision. Prints the median of the rounds and writes startup.md and
-startup.json.
+Runs the program on the model and the rows of the quick start, after one run that fills the caches: as a recipe for one
+device starts it, and under DeepSpeed's launcher, in turns; with `--against`, in turn with another revision too. Prints
+the median of the rounds and writes startup.md and startup.json.
 """
 
 import argparse
@@ -66,10 +66,10 @@ def _cpu_s() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def measure(tree: Path, start: Path, output: Path, port: int) -> Marks:
+def measure(tree: Path, start: Path, output: Path, launcher: list[str]) -> Marks:
     """Start the program of a tree once, on the model and the rows in `start`; return the times of each phase.
 
-    The CPU time of the launcher is the rest of the whole command's: its two processes, and what comes after the step.
+    The CPU time of the launcher is the rest of the whole command's: its processes, and what comes after the step.
     """
     marks = output / "marks.json"
     flags = {
@@ -81,7 +81,7 @@ def measure(tree: Path, start: Path, output: Path, port: int) -> Marks:
         "--batch_size": 4,
         "--max_steps": 1,
     }
-    command = ["deepspeed", "--num_gpus", "1", "--master_port", str(port), str(Path(__file__).resolve())]
+    command = [*launcher, str(Path(__file__).resolve())]
     env = {**os.environ, MARKS: str(marks), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(tree)}
     started_s, before_s = time.time(), _cpu_s()
     words = [str(word) for pair in flags.items() for word in pair]
@@ -129,19 +129,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        trees = {"here": REPOSITORY}
+        launcher = ["deepspeed", "--num_gpus", "1", "--master_port", str(options.port)]
+        starts = {"one process": (REPOSITORY, [sys.executable]), "launcher": (REPOSITORY, launcher)}
         if options.against:
-            trees[options.against] = folder / "tree"
+            starts[f"launcher, {options.against}"] = (folder / "tree", launcher)
             git = ["git", "-C", str(REPOSITORY), "worktree"]
             subprocess.run([*git, "add", "--detach", str(folder / "tree"), options.against], check=True)
         try:
             write = [sys.executable, "-m", "superoffload.commands", "tiny", "write", str(folder / "start")]
             subprocess.run(write, check=True, cwd=REPOSITORY)
-            rounds: dict[str, list[Marks]] = {name: [] for name in trees}
+            rounds: dict[str, list[Marks]] = {name: [] for name in starts}
             for number in range(options.rounds + 1):
-                for name, tree in trees.items():
+                for name, (tree, command) in starts.items():
                     output = Path(tempfile.mkdtemp(dir=folder))
-                    marks = measure(tree, folder / "start", output, options.port)
+                    marks = measure(tree, folder / "start", output, command)
                     if number:  # the first run fills the caches
                         rounds[name].append(marks)
         finally:

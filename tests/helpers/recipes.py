@@ -1,4 +1,4 @@
-"""Run the recipes of scripts/ with a stand-in for DeepSpeed's launcher."""
+"""Run the recipes of scripts/ with a stand-in for what starts their ranks."""
 
 import os
 import subprocess
@@ -45,12 +45,18 @@ def program(path: Path, commands: str) -> None:
     path.chmod(0o755)
 
 
+def starter(folder: Path, commands: str) -> None:
+    """Write what a recipe starts its ranks with: the launcher, or Python if there is one rank."""
+    program(folder / "deepspeed", commands)
+    program(folder / "python3", f'[[ $1 != -c ]] || exec {sys.executable} "$@"\n{commands}')
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """Make a folder for PATH whose `deepspeed` writes its arguments to `$SEEN`, one per line, and exits with 7."""
+    """Make a folder for PATH whose `deepspeed` and `python3` write their arguments to `$SEEN`, and exit with 7."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    program(folder / "deepspeed", 'for word in "$@"; do printf "%s\\n" "$word"; done > "$SEEN"; exit 7')
+    starter(folder, 'for word in "$@"; do printf "%s\\n" "$word"; done > "$SEEN"; exit 7')
     return folder
 
 
@@ -66,7 +72,7 @@ def call(script: Path, stand_in: Path, *arguments: str, **env: str) -> "subproce
 
 
 def seen(stand_in: Path) -> tuple[list[str], list[str]]:
-    """Return the arguments that the stand-in received: the launcher's own, and the training script's."""
+    """Return the arguments that the stand-in received: those before the training script, and the script's."""
     arguments = (stand_in.parent / "seen").read_text().splitlines()
     script = arguments.index(str(REPOSITORY / "finetune_zero3.py"))
     return arguments[:script], arguments[script + 1 :]
