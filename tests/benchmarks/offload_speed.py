@@ -4,11 +4,12 @@
     python tests/benchmarks/offload_speed.py --preset llama-1b --length 4096 --loss chunked     # on a GPU
 
 Every mode runs in a process of its own. The processes take turns of a few steps each, so that a change in the
-machine's load affects all of them, and only one runs at a time. With --alone, they do not even live at the same time:
-three models of 3 billion parameters need 170 GB of host memory. A step is split into forward, backward and optimizer
-(`engine.step()`, which is the exposed wait). On a GPU the device is waited for after each part, which hides what parts
-overlap, so the time of a whole step is measured in steps of its own, without any wait between their parts. Weights and
-tokens are random.
+machine's load affects all of them, and only one runs at a time. Where their memory lies differs from start to start,
+and so does their speed, by several percent: --starts repeats a case with new processes. With --alone, the processes do
+not even live at the same time: three models of 3 billion parameters need 170 GB of host memory. A step is split into
+forward, backward and optimizer (`engine.step()`, which is the exposed wait). On a GPU the device is waited for after
+each part, which hides what parts overlap, so the time of a whole step is measured in steps of its own, without any wait
+between their parts. Weights and tokens are random.
 
 Clipping: "off"; "rare", a threshold of twice the usual norm; "always", half the usual norm.
 
@@ -289,22 +290,12 @@ def run_case(name: str, shape: Shape, options: dict[str, Any]) -> list[dict[str,
     modes = options["modes"]
     lengths = options["length"] or [shape.length]
     found: list[Measured] = []
-    for together in [[mode] for mode in modes] if options["alone"] else [modes]:
-        running = {mode: start(mode, shape, options) for mode in together}
-        try:
-            connections = {mode: connection for mode, (_, connection) in running.items()}
-            found.append(measure(connections, lengths, options))
-            for connection in connections.values():
-                connection.send(None)
-        finally:
-            for process, connection in running.values():
-                connection.close()
-                process.join(60)
-                if process.is_alive():
-                    process.kill()
+    for _ in range(options["starts"]):
+        for together in [[mode] for mode in modes] if options["alone"] else [modes]:
+            found.append(measure_processes(together, shape, lengths, options))
     results = []
     for length in lengths:
-        cells = {kind: {k: v for m in found for k, v in m.cells[length, kind].items()} for kind in options["clipping"]}
+        cells = {kind: joined([m.cells[length, kind] for m in found]) for kind in options["clipping"]}
         results.append(
             {
                 "case": name if len(lengths) == 1 else f"{name} {length}",
@@ -318,12 +309,40 @@ def run_case(name: str, shape: Shape, options: dict[str, Any]) -> list[dict[str,
     return results
 
 
+def measure_processes(modes: list[str], shape: Shape, lengths: list[int], options: dict[str, Any]) -> Measured:
+    """Start a process for each mode, let them take turns, and end them."""
+    running = {mode: start(mode, shape, options) for mode in modes}
+    try:
+        connections = {mode: connection for mode, (_, connection) in running.items()}
+        found = measure(connections, lengths, options)
+        for connection in connections.values():
+            connection.send(None)
+    finally:
+        for process, connection in running.values():
+            connection.close()
+            process.join(60)
+            if process.is_alive():
+                process.kill()
+    return found
+
+
 @dataclass(slots=True)
 class Cell:
     """What one mode did at one length and clipping: its times by round, and the statistics of its optimizer."""
 
     rounds: list[dict[str, float]] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
+
+
+def joined(starts: list[dict[str, Cell]]) -> dict[str, Cell]:
+    """Join the cells of several starts: the rounds one after the other, the statistics added."""
+    cells: dict[str, Cell] = {}
+    for start_cells in starts:
+        for mode, cell in start_cells.items():
+            whole = cells.setdefault(mode, Cell())
+            whole.rounds += cell.rounds
+            whole.statistics = added(whole.statistics, cell.statistics)
+    return cells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,11 +402,13 @@ def summary(times: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     result = {}
     for mode, rounds in times.items():
         entry: dict[str, Any] = {p: statistics.median(r[p] for r in rounds) for p in PARTS}
-        entry["relative_to"] = {
-            other: statistics.median(a["step_s"] / b["step_s"] for a, b in zip(rounds, others, strict=True))
+        ratios = {
+            other: [a["step_s"] / b["step_s"] for a, b in zip(rounds, others, strict=True)]
             for other, others in times.items()
             if other != mode
         }
+        entry["relative_to"] = {other: statistics.median(found) for other, found in ratios.items()}
+        entry["spread"] = {other: [min(found), max(found)] for other, found in ratios.items()}
         result[mode] = entry
     return result
 
@@ -400,7 +421,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Machine: {report['machine']}. DeepSpeed {report['deepspeed']}, torch {report['torch']}. "
         f"Command: `{report['command']}`.",
         "",
-        "Medians in milliseconds; ratios are medians over interleaved rounds (below 1: this package is faster).",
+        "Medians in milliseconds; ratios are medians over interleaved rounds, with the lowest and the highest "
+        "(below 1: this package is faster).",
         "",
         "| case | clipping | mode | forward | backward | optimizer | step | this package / mode |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -408,9 +430,12 @@ def markdown(report: dict[str, Any]) -> str:
     for case in report["cases"]:
         for kind, modes in case["clipping"].items():
             ours = modes.get("ours", {}).get("relative_to", {})
+            spread = modes.get("ours", {}).get("spread", {})
             for mode, entry in modes.items():
                 milliseconds = " | ".join(f"{1000 * entry[p]:.1f}" for p in PARTS)
                 ratio = f"{ours[mode]:.2f}" if mode in ours else ""
+                if mode in spread:
+                    ratio += " ({:.2f} to {:.2f})".format(*spread[mode])
                 lines.append(f"| {case['case']} | {kind} | {MODE_NAMES[mode]} | {milliseconds} | {ratio} |")
     lines += ["", "Cases:", ""]
     lines += [
@@ -439,6 +464,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps per mode and round")
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--starts", type=int, default=1, help="start the processes so many times, rounds in each")
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--ratio", type=float, default=1.0)
     parser.add_argument("--cores-perc", type=float, default=0.8)
