@@ -1,6 +1,7 @@
 """Trackio, whose runs are in a local database; TRACKIO_DIR says where."""
 
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from superoffload import config as settings
@@ -28,6 +29,9 @@ class Trackio:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Store the numbers of a step."""
         self._trackio.log(names.numbers(values), step=step)
+
+    def attach(self, path: Path) -> None:
+        """Store nothing: trackio has no place for files."""
 
     def finish(self) -> None:
         """End the run and wait until its data is stored."""
