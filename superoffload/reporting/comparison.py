@@ -60,7 +60,7 @@ def figure(runs: Sequence[Records]) -> Any:
 
 def labels(runs: Sequence[Records]) -> list[str]:
     """Name each run by its folder and the settings in which the runs differ, and these alone if that is enough."""
-    known = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_NAMED)
+    known = [name for name in runs[0].settings if name not in NOT_NAMED] if all(run.settings for run in runs) else []
     differing = [name for name in known if len({_value(run, name) for run in runs}) > 1]
     names = [", ".join(f"{name} {_value(run, name)}" for name in differing) for run in runs]
     folders = [run.folder.name or str(run.folder) for run in runs]

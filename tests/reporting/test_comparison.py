@@ -31,10 +31,10 @@ def labels(*folders: Path) -> list[str]:
 def test_runs_are_named_by_the_settings_in_which_they_differ(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a", lr=1e-5, model_name="/x/models/m8/")
     second = make_run(tmp_path / "b", lr=2e-5, model_name="/y/models/m8/", packing=False)
-    assert labels(first, second) == ["lr 1e-05, packing True", "lr 2e-05, packing False"]
+    assert labels(first, second) == ["packing True, lr 1e-05", "packing False, lr 2e-05"]
     third = make_run(tmp_path / "c", lr=1e-5, model_name="m8", batch_size=1)
     assert labels(first, second, third) == [
-        "a: lr 1e-05, packing True", "b: lr 2e-05, packing False", "c: lr 1e-05, packing True",
+        "a: packing True, lr 1e-05", "b: packing False, lr 2e-05", "c: packing True, lr 1e-05",
     ]  # fmt: skip
     assert labels(first) == ["a"]
 
@@ -42,7 +42,7 @@ def test_runs_are_named_by_the_settings_in_which_they_differ(tmp_path: Path) -> 
 def test_a_run_without_settings_is_named_by_its_folder(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     (second / "config.yaml").unlink()
-    assert [label.split(":")[0] for label in labels(first, second)] == ["a", "b"]
+    assert labels(first, second) == ["a", "b"]
 
 
 def test_the_picture_has_the_curves_of_all_runs(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from superoffload.data.statistics import Statistics
 from superoffload.reporting import recorder, report
 from superoffload.training.progress import Progress
 
-pytestmark = pytest.mark.unit
-
 STATISTICS = Statistics(
     counts=RowCounts(given=3, dropped=0, truncated=1, bad=0), rows=3, tokens=30, target_tokens=12,
     percentiles=(1,) * 7, histogram=((5, 1), (10, 2)), longest=10, packs=2, fill=0.75, packed=True, steps_per_epoch=2,
