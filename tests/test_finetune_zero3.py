@@ -93,7 +93,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
     assert all(line["prompts"] == ["Say <b>one</b> thing."] and len(line["answers"]) == 1 for line in samples)
     page = (out / "report.html").read_text()
     assert f"Finished after {steps} of {steps} steps" in page
-    assert "Say &lt;b&gt;one&lt;/b&gt; thing." in page and "Host memory" in page and "Length of rows" in page
+    assert "Say &lt;b&gt;one&lt;/b&gt; thing." in page and "Host memory" in page and "Lengths of rows" in page
 
 
 def test_a_failed_save_is_logged_and_sets_the_exit_status(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from superoffload.reporting.records import Points
@@ -11,6 +12,8 @@ SIZE = 1000
 MOST_POINTS = 600
 """About as many points of a line as a wide screen has columns for; a longer line keeps the extremes of each part."""
 AREA_POINTS = 120
+SMOOTHED_PARTS = 60
+"""A smoothed value is the mean of about a thirtieth of its line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +92,16 @@ def chart(  # noqa: PLR0913 - what is written around a chart
     )
 
 
-def stacked(parts: dict[str, Points]) -> list[Series]:
+def stacked(parts: dict[str, Points], colors: dict[str, int]) -> list[Series]:
     """Turn parts of a whole, with the same steps, into areas one on top of the other, the first at the bottom."""
     thin = {name: means(points, AREA_POINTS) for name, points in parts.items()}
     base = [0.0] * max((len(points) for points in thin.values()), default=0)
     result = []
-    for color, (name, points) in enumerate(thin.items()):
+    for name, points in thin.items():
         tops = [below + (value or 0.0) for below, (_, value) in zip(base, points, strict=True)]
         outline = [(x, top) for (x, _), top in zip(points, tops, strict=True)]
         floor = [(x, below) for (x, _), below in zip(points, base, strict=True)]
-        result.append(Series(name=name, points=[*outline, *reversed(floor)], kind="area", color=color))
+        result.append(Series(name=name, points=[*outline, *reversed(floor)], kind="area", color=colors.get(name, 7)))
         base = tops
     return result
 
@@ -110,14 +113,20 @@ def means(points: Points, most: int) -> Points:
     return [(part[len(part) // 2][0], sum(value or 0.0 for _, value in part) / len(part)) for part in parts]
 
 
-def smoothed(points: Points, kept: float) -> Points:
-    """Return the exponential mean, without bias to its start (Adam, algorithm 1); None stays None."""
-    total = weight = 0.0
+def smoothed(points: Points) -> Points:
+    """Return the mean of each value and its neighbours, fewer of them near the ends; None stays None.
+
+    A mean over both sides does not lag behind, as an exponential mean does.
+    """
+    reach = len(points) // SMOOTHED_PARTS
+    sums = [0.0, *accumulate(value or 0.0 for _, value in points)]
+    counts = [0, *accumulate(value is not None for _, value in points)]
     result: Points = []
-    for x, value in points:
-        if value is not None:
-            total, weight = kept * total + (1 - kept) * value, kept * weight + (1 - kept)
-        result.append((x, None if value is None else total / weight))
+    for place, (x, value) in enumerate(points):
+        half = min(reach, place, len(points) - 1 - place)
+        first, after = place - half, place + half + 1
+        mean = None if value is None else (sums[after] - sums[first]) / (counts[after] - counts[first])
+        result.append((x, mean))
     return result
 
 
@@ -133,7 +142,7 @@ def scale(low: float, high: float, from_zero: bool = False) -> tuple[float, floa
 
 def steps_between(low: float, high: float) -> list[float]:
     """Return ticks within an axis of whole numbers."""
-    step = max(1.0, _nice((high - low) / 4))
+    step = max(1.0, _nice((high - low) / 6))
     first = math.ceil(low / step)
     return [number * step for number in range(first, math.floor(high / step) + 1)]
 

@@ -8,7 +8,6 @@ from superoffload import config
 from superoffload.errors import UserError
 from superoffload.reporting import records
 from superoffload.reporting.charts import smoothed
-from superoffload.reporting.curves import SMOOTHED_FROM, SMOOTHING
 from superoffload.reporting.records import Points, Records
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2330", "#8a93a3")
@@ -41,12 +40,11 @@ def figure(runs: Sequence[Records]) -> Any:
     names = labels(runs)
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         look = {"color": COLORS[number % len(COLORS)], "linewidth": 1.6}
-        losses = run.series("loss")
-        _line(loss, smoothed(losses, SMOOTHING if len(losses) >= SMOOTHED_FROM else 0.0), label=name, **look)
+        _line(loss, smoothed(run.series("loss")), label=name, **look)
         held_out = records.points(run.evaluations, "eval_loss")
         _line(loss, held_out, marker="o", markersize=5, linestyle=":", **look)
         _line(speed, run.series("target_tokens_per_s"), **look)
-    loss.set_title("Loss (dots: held out)", loc="left", fontsize=10)
+    loss.set_title("Loss, smoothed (dots: held out)", loc="left", fontsize=10)
     speed.set_title("Target tokens per second", loc="left", fontsize=10)
     speed.set_ylim(bottom=0)
     speed.set_xlabel("step")

@@ -6,10 +6,7 @@ from superoffload.reporting.charts import Chart, Series, chart, smoothed, stacke
 from superoffload.reporting.records import Points, Records, number, points
 
 GIB = 2**30
-SMOOTHING = 0.9
-"""Share of the smoothed loss that stays from one logged step to the next."""
-SMOOTHED_FROM = 50
-"""A loss of fewer logged steps is drawn as it is."""
+PART_COLORS = {"data": 7, "forward": 2, "loss": 5, "backward": 0, "optimizer": 1, "upload": 4, "rest": 6}
 
 
 def training(records: Records) -> list[Chart]:
@@ -26,15 +23,22 @@ def speed(records: Records) -> list[Chart]:
     parts = {name: _scaled(values, 1000.0) for name, values in step_parts(records).items()}
     return _drawn(
         chart("Throughput", rates, unit="per second", from_zero=True),
-        chart("Where the time of a step goes", stacked(parts), unit="ms per step") if len(records.steps) > 1 else None,
+        chart("Where the time of a step goes", stacked(parts, PART_COLORS), unit="ms per step")
+        if len(records.steps) > 1
+        else None,
     )
 
 
 def memory(records: Records) -> list[Chart]:
     """Return the charts of the memory in use against the plan."""
     return _drawn(
-        _memory(records, "device", "Device memory", "what torch has allocated on rank 0's device"),
-        _memory(records, "host", "Host memory", "in use on rank 0's machine, by all programs"),
+        _memory(records, "device", "Device memory", "What torch has allocated on rank 0's device."),
+        _memory(
+            records,
+            "host",
+            "Host memory",
+            "In use on rank 0's machine, by all programs. The plan is on top of what others had in use at the start.",
+        ),
     )
 
 
@@ -44,7 +48,7 @@ def lengths(histogram: Any) -> list[Chart]:
     if not pairs:
         return []
     bars = Series(name="rows", points=[(0.0, None), *pairs], kind="bars")
-    return _drawn(chart("Length of rows", [bars], unit="rows", x_name="tokens"))
+    return _drawn(chart("Lengths of rows", [bars], unit="number of rows", x_name="tokens"))
 
 
 def clipped(records: Records) -> tuple[Points, float]:
@@ -74,13 +78,10 @@ def _drawn(*charts: Chart | None) -> list[Chart]:
 def _loss(records: Records) -> Chart | None:
     losses = records.series("loss")
     held_out = points(records.evaluations, "eval_loss")
-    if len(losses) >= SMOOTHED_FROM:
-        lines = [
-            Series(name="logged", points=losses, kind="faint", hidden=True),
-            Series(name="training, smoothed", points=smoothed(losses, SMOOTHING)),
-        ]
-    else:
-        lines = [Series(name="training", points=losses)]
+    lines = [
+        Series(name="as logged", points=losses, kind="faint", hidden=True),
+        Series(name="training, smoothed", points=smoothed(losses)),
+    ]
     bad = sum(value is None for _, value in losses)
     return chart(
         "Loss",
@@ -102,8 +103,7 @@ def _by_source(records: Records) -> Chart | None:
     lines: list[Series] = []
     for color, name in enumerate(records.sources):
         found = records.series(f"loss/{name}")
-        kept = SMOOTHING if len(found) >= SMOOTHED_FROM else 0.0
-        lines.append(Series(name=name, points=smoothed(found, kept), color=color))
+        lines.append(Series(name=name, points=smoothed(found), color=color))
         held_out = points(records.evaluations, f"eval_loss/{name}")
         lines.append(Series(name=f"{name}, held out", points=held_out, kind="dots", color=color))
     return chart("Loss of each data set", lines, wide=True)
@@ -128,11 +128,14 @@ def _gradient_norm(records: Records) -> Chart | None:
 
 
 def _memory(records: Records, place: str, title: str, what: str) -> Chart | None:
-    planned = records.run.get("planned_memory") or {}
+    plan = records.run.get("planned_memory") or {}
     used = _scaled(records.series(f"{place}_bytes"), 1 / GIB)
     peak = _scaled(records.series(f"{place}_peak_bytes"), 1 / GIB)
     total = next((value for _, value in records.series(f"{place}_total_bytes") if value), None)
-    limits = {"planned": number(planned.get(f"{place}_bytes")), "there is": total}
+    planned, available = number(plan.get(f"{place}_bytes")), number(plan.get(f"{place}_available_bytes"))
+    if place == "host" and planned and total and available:
+        planned += max(0.0, total - available)
+    limits = {"planned": planned, "total": total}
     return chart(
         title,
         [

@@ -14,12 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from superoffload.reporting.curves import SMOOTHING
 from superoffload.training.metrics import StepMetrics
 
 GIB = 2**30
 BARS = "▁▂▃▄▅▆▇█"
 EVENTS = 4
+SMOOTHING = 0.9
+"""Share of the smoothed loss that stays from one logged step to the next."""
 _TIMED_STEPS = 100
 _KEPT_LOSSES = 200
 

@@ -1,5 +1,6 @@
 """The report of a run: one HTML file that needs no network, made of what is in the output folder."""
 
+import json
 import shlex
 import statistics
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def _head(found: Records) -> list[str]:
     run, began = found.run, records.starts(found.run)
     model = run.get("model") or {}
     parameters = number(model.get("parameters"))
-    words = [str(run.get("mode") or ""), f"{parameters / 1e9:.3g} B parameters" if parameters else ""]
+    words = [str(run.get("mode") or ""), f"{_count(parameters)} parameters" if parameters else ""]
     if run.get("device"):
         words.append(f"{run.get('ranks', 1)} x {run['device']}")
     if began:
@@ -115,7 +116,7 @@ def _tiles(found: Records) -> list[tuple[str, str, str]]:
         tiles.append(("Target tokens/s", f"{speed:,.0f}", f"{flops:,.3g} TFLOPS per device" if flops else ""))
     time_s = _median(found, "step_time_s")
     if time_s is not None:
-        tiles.append(("Time of a step", _seconds(time_s), "median of the logged steps"))
+        tiles.append(("Time of a step", _seconds(time_s), "median"))
     for place in ("device", "host"):
         tiles += _peak(found, place)
     return tiles
@@ -126,12 +127,16 @@ def _peak(found: Records, place: str) -> list[tuple[str, str, str]]:
     total = next((value for _, value in found.series(f"{place}_total_bytes") if value), None)
     if not used or not total:
         return []
-    return [(f"Peak of {place} memory", f"{max(used) / GIB:.1f} GiB", f"of {total / GIB:.1f} GiB")]
+    return [(f"{place.capitalize()} memory", f"{max(used) / GIB:.1f} GiB", f"peak, of {total / GIB:.1f} GiB")]
 
 
 def _median(found: Records, name: str) -> float | None:
     values = [value for _, value in found.series(name) if value is not None]
     return statistics.median(values) if values else None
+
+
+def _count(parameters: float) -> str:
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
 
 
 def _seconds(time_s: float) -> str:
@@ -174,7 +179,10 @@ def _use(found: Records) -> list[tuple[str, str]]:
         ("Talk to it", f"superoffload chat {run}"),
         *export,
         ("Upload it to the hub", f"superoffload push {run} USER/NAME"),
-        ("Use it in transformers", f'from transformers import pipeline\npipeline("text-generation", {str(model)!r})'),
+        (
+            "Use it in transformers",
+            f'from transformers import pipeline\npipeline("text-generation", {json.dumps(str(model))})',
+        ),
         ("Serve it with vLLM", f"vllm serve {target}"),
     ]
 

@@ -39,7 +39,7 @@ def test_an_axis_around_one_value_has_a_height(value: float) -> None:
 
 
 def test_ticks_of_steps_are_within_the_axis() -> None:
-    assert charts.steps_between(10, 3000) == [1000, 2000, 3000]
+    assert charts.steps_between(10, 3000) == [500, 1000, 1500, 2000, 2500, 3000]
     assert charts.steps_between(1, 4) == [1, 2, 3, 4]
     assert charts.steps_between(0.5, 1.5) == [1]
 
@@ -85,12 +85,22 @@ def test_a_long_line_keeps_its_extremes() -> None:
 
 
 def test_areas_lie_on_top_of_each_other() -> None:
-    below, above = charts.stacked({"a": [(1, 1.0), (2, 2.0)], "b": [(1, 3.0), (2, None)]})
+    below, above = charts.stacked({"a": [(1, 1.0), (2, 2.0)], "b": [(1, 3.0), (2, None)]}, {"a": 3})
+    assert (below.color, above.color) == (3, 7)
     assert below.points == [(1, 1.0), (2, 2.0), (2, 0.0), (1, 0.0)]
     assert above.points == [(1, 4.0), (2, 2.0), (2, 2.0), (1, 1.0)]
 
 
-def test_smoothing_has_no_bias_to_its_start() -> None:
-    assert charts.smoothed([(1, 3.0), (2, None), (3, 2.0)], 0.9) == [
-        (1, pytest.approx(3.0)), (2, None), (3, pytest.approx((0.9 * 3 + 2) / 1.9)),
-    ]  # fmt: skip
+def test_a_smoothed_value_is_the_mean_of_its_neighbours() -> None:
+    values: Points = [(step, float(step % 2)) for step in range(120)]
+    values[50] = (50, None)
+    found = charts.smoothed(values)
+    assert found[0] == values[0] and found[-1] == values[-1]  # none on the other side
+    assert found[1] == (1, pytest.approx(1 / 3))
+    assert found[9] == (9, pytest.approx(3 / 5)) and found[10] == (10, pytest.approx(2 / 5))
+    assert found[50] == (50, None) and found[51] == (51, pytest.approx(3 / 4))
+
+
+def test_a_short_line_is_not_smoothed() -> None:
+    values: Points = [(step, float(step % 2)) for step in range(59)]
+    assert charts.smoothed(values) == values

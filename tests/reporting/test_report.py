@@ -59,7 +59,7 @@ def test_the_whole_of_a_run(tmp_path: Path) -> None:
         "Settings", "Environment",
     ]  # fmt: skip
     titles = ["Loss", "Learning rate", "Gradient norm before clipping", "step 300", "step 3,000", "Throughput",
-              "Where the time of a step goes", "Device memory", "Host memory", "Length of rows"]  # fmt: skip
+              "Where the time of a step goes", "Device memory", "Host memory", "Lengths of rows"]  # fmt: skip
     assert list(dict.fromkeys(page.texts["h3"])) == titles
     assert "Finished after 3,000 of 3,000 steps" in page.texts["p"]
     assert {"planned 121.3", "held out", "clipped", "backward"} <= set(page.texts["li"])
