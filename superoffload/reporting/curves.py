@@ -64,7 +64,7 @@ def step_parts(records: Records) -> dict[str, Points]:
     keys = dict.fromkeys(key for line in lines for key in line)  # in the order of a step
     known = [key.removesuffix("_s") for key in keys if key.endswith("_s") and not key.endswith(("_time_s", "_per_s"))]
     found = {part: [(float(line["step"]), number(line.get(f"{part}_s"))) for line in lines] for part in known}
-    rest = []
+    rest: Points = []
     for place, line in enumerate(lines):
         in_parts_s = sum(values[place][1] or 0.0 for values in found.values())
         rest.append((float(line["step"]), max(0.0, (number(line.get("step_time_s")) or 0.0) - in_parts_s)))

@@ -226,7 +226,8 @@ Row = tuple[str, str, str]
 
 def _settings(values: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     """Return name, value and default of the settings that differ from their default, and of the others."""
-    changed, others = [], []
+    changed: list[Row] = []
+    others: list[Row] = []
     for name, value in values.items():
         default = records.default(name)
         row = (name, "" if value is None else config.shown(value), "" if default is None else config.shown(default))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from superoffload import config
+from superoffload import config, distributed
 from superoffload.data.rows import RowCounts
 from superoffload.data.statistics import Statistics
 from superoffload.reporting import recorder, report
@@ -94,7 +94,7 @@ def test_what_goes_wrong_is_a_warning(
 
 
 def test_other_ranks_write_nothing(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder.distributed, "is_rank_0", lambda: False)
+    monkeypatch.setattr(distributed, "is_rank_0", lambda: False)
     recorder.start(make_run(tmp_path), PLAN, pytest.fail)
     recorder.end(make_run(tmp_path))
     assert list(tmp_path.iterdir()) == []

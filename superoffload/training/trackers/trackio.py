@@ -1,5 +1,6 @@
 """Trackio, whose runs are in a local database; TRACKIO_DIR says where."""
 
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ class Trackio:
         self._trackio.log(names.numbers(values), step=step)
 
     def attach(self, path: Path) -> None:
-        """Store nothing: trackio has no place for files."""
+        """Store a file as an artifact of the run, under a name that trackio accepts."""
+        name = re.sub(r"[^\w.-]", "-", f"{path.stem}-{self.run_id}")
+        self._trackio.log_artifact(path, name=name, type=path.stem)
 
     def finish(self) -> None:
         """End the run and wait until its data is stored."""
