@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from superoffload import config
+from superoffload import config, config_file
 from superoffload.errors import UserError
 from superoffload.reporting import records
 from superoffload.reporting.charts import smoothed
@@ -12,8 +13,9 @@ from superoffload.reporting.records import Points, Records
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2330", "#8a93a3")
 FORMATS = (".png", ".svg", ".pdf")
-NOT_NAMED = ("output_dir", "wandb_run_name", "wandb_tags", "resume", "log_level", "display")
-"""Settings that are no reason for a difference between runs."""
+NOT_NAMED = ("evaluation", "output", "checkpoint", "measurement", "tracking")
+"""Groups of settings that do not change a curve."""
+LEGEND_WIDTH = 100
 
 
 def draw(runs: Sequence[Records], path: Path) -> None:
@@ -40,7 +42,7 @@ def figure(runs: Sequence[Records]) -> Any:
     names = labels(runs)
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         look = {"color": COLORS[number % len(COLORS)], "linewidth": 1.6}
-        _line(loss, smoothed(run.series("loss")), label=name, **look)
+        _line(loss, smoothed(run.series("loss")), label=fill(name, LEGEND_WIDTH), **look)
         held_out = records.points(run.evaluations, "eval_loss")
         _line(loss, held_out, marker="o", markersize=5, linestyle=":", **look)
         _line(speed, run.series("target_tokens_per_s"), **look)
@@ -58,7 +60,8 @@ def figure(runs: Sequence[Records]) -> Any:
 
 def labels(runs: Sequence[Records]) -> list[str]:
     """Name each run by its folder and the settings in which the runs differ, and these alone if that is enough."""
-    known = [name for name in runs[0].settings if name not in NOT_NAMED] if all(run.settings for run in runs) else []
+    known = [name for name, (group, _) in config_file.settings().items() if group not in NOT_NAMED]
+    known = known if all(run.settings for run in runs) else []
     differing = [name for name in known if len({_value(run, name) for run in runs}) > 1]
     names = [", ".join(f"{name} {_value(run, name)}" for name in differing) for run in runs]
     folders = [run.folder.name or str(run.folder) for run in runs]

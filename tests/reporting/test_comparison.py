@@ -32,7 +32,7 @@ def test_runs_are_named_by_the_settings_in_which_they_differ(tmp_path: Path) -> 
     first = make_run(tmp_path / "a", lr=1e-5, model_name="/x/models/m8/")
     second = make_run(tmp_path / "b", lr=2e-5, model_name="/y/models/m8/", packing=False)
     assert labels(first, second) == ["packing True, lr 1e-05", "packing False, lr 2e-05"]
-    third = make_run(tmp_path / "c", lr=1e-5, model_name="m8", batch_size=1)
+    third = make_run(tmp_path / "c", lr=1e-5, model_name="m8", batch_size=1, eval_percentage=0.0, use_wandb=True)
     assert labels(first, second, third) == [
         "a: packing True, lr 1e-05", "b: packing False, lr 2e-05", "c: packing True, lr 1e-05",
     ]  # fmt: skip
