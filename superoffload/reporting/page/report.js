@@ -7,6 +7,9 @@ for (const plot of document.querySelectorAll(".plot")) {
   cursor.className = "cursor";
   tip.className = "tip";
   const hide = () => { cursor.hidden = tip.hidden = true; };
+  const written = (value) =>
+    Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en")
+      : value && Math.abs(value) < 0.001 ? value.toExponential(3) : `${+value.toPrecision(4)}`;
   const nearest = (points, x) =>
     points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
   const move = (event) => {
@@ -20,7 +23,7 @@ for (const plot of document.querySelectorAll(".plot")) {
       const row = tip.appendChild(document.createElement("div"));
       const number = row.appendChild(document.createElement("b"));
       number.className = `c${line.color % 8}`;
-      number.textContent = Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : `${+value.toPrecision(4)}`;
+      number.textContent = written(value);
       row.append(` ${line.name}` + (step === x ? "" : ` at ${step.toLocaleString("en")}`));
     }
     cursor.style.left = `${place * 100}%`;
