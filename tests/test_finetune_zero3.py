@@ -87,6 +87,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
 
     recorded = json.loads((out / "run.json").read_text())
     assert (recorded["ranks"], recorded["total_steps"], recorded["data"]["rows"]) == (ranks, steps, 40)
+    assert recorded["environment"]["packages"].keys() >= {"Python", "torch", "deepspeed"}
     assert recorded["model"]["parameters"] > 0 and recorded["planned_memory"]["host_bytes"] > 0
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == list(range(10, steps + 1, 10))
