@@ -132,8 +132,11 @@ def start(config: Config, is_rank_0: bool, step: int = 0, state: dict[str, Any] 
 
 
 def start_samples(config: Config, is_rank_0: bool, step: int = 0) -> Trackers:
-    """Start to record the answers to `--sample_prompts` in `samples.jsonl`, on rank 0 and if there are prompts."""
-    if not (is_rank_0 and config.evaluation.sample_prompts):
-        return Trackers({})
+    """Start to record the answers to `--sample_prompts` in `samples.jsonl`, on rank 0.
+
+    Without prompts there is no such file, unless an earlier run has left one, whose later answers are removed.
+    """
     path = Path(config.output.output_dir) / "samples.jsonl"
+    if not is_rank_0 or not (config.evaluation.sample_prompts or path.exists()):
+        return Trackers({})
     return Trackers({path.name: Guarded(path.name, lambda: JsonLines(path, step))})

@@ -157,3 +157,5 @@ def test_answers_are_recorded_if_there_are_prompts(tmp_path: Path) -> None:
     tracking.start_samples(asked, True, step=2).log(3, {"step": 3, "answers": []})
     kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in kept] == [1, 2, 3] and kept[2]["answers"] == []
+    tracking.start_samples(silent, True, step=0)
+    assert (tmp_path / "samples.jsonl").read_text() == ""  # those of another run
