@@ -135,7 +135,7 @@ def count(name: str, job: Job, **changes: Any) -> int:
             bucket = Bucket(job.bucket)
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(bucket.take)
-            _loss(model, job).backward()
+            loss(model, job).backward()
             bucket.empty()
     return live.peak
 
@@ -145,7 +145,8 @@ def recomputed(job: Job) -> str:
     return "none" if not job.recompute else "offload" if job.offload_activations else "full"
 
 
-def _loss(model: Any, job: Job) -> Any:
+def loss(model: Any, job: Job) -> Any:
+    """Run the forward of a step, whose rows are full and all targets; return the sum of its losses."""
     ids = torch.zeros((job.batch, job.length), dtype=torch.int64)
     # Packs that all scores are computed for have a mask too, which transformers would make from their positions.
     masked = job.eager or not job.packed
