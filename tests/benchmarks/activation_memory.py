@@ -49,7 +49,7 @@ class Row:
     kept: of each layer and token. predicted_kept, predicted_peak: what the plan computes.
     """
 
-    flags: dict[str, str]
+    flags: dict[str, Any]
     length: int
     kept: float
     peak: int
@@ -57,13 +57,13 @@ class Row:
     predicted_peak: int
 
 
-def combinations() -> list[dict[str, str]]:
+def combinations() -> list[dict[str, Any]]:
     """List the combinations of flags that this version of the program has."""
     known = {spec.name for spec in config.settings_of(config.ModelSettings)}
     return [{**kept, "loss_kernel": loss} for kept in KEPT if kept.keys() <= known for loss in LOSSES]
 
 
-def count(flags: dict[str, str], length: int, layers: int) -> tuple[int, int]:
+def count(flags: dict[str, Any], length: int, layers: int) -> tuple[int, int]:
     """Return the bytes that are alive when the loss begins, and the most in the whole step, of one row."""
     wanted = _job(flags, length)
     at_loss: list[int] = []
@@ -79,7 +79,7 @@ def count(flags: dict[str, str], length: int, layers: int) -> tuple[int, int]:
     return at_loss[0], live.peak
 
 
-def _model(flags: dict[str, str], layers: int) -> Any:
+def _model(flags: dict[str, Any], layers: int) -> Any:
     """Make the model on the meta device, ready for training as a run makes it."""
     model = builtin_shapes.skeleton(MODEL, num_hidden_layers=layers)
     settings = config.ModelSettings(model_name=MODEL, kernels="none", **flags)
@@ -88,11 +88,11 @@ def _model(flags: dict[str, str], layers: int) -> Any:
     return model.train()
 
 
-def _job(flags: dict[str, str], length: int) -> job.Job:
+def _job(flags: dict[str, Any], length: int) -> job.Job:
     return job_of(max_length=length, batch_size=1, **flags)
 
 
-def measure(flags: dict[str, str], length: int, layers: int) -> Row:
+def measure(flags: dict[str, Any], length: int, layers: int) -> Row:
     """Count one combination with all layers and with half of them."""
     kept, peak = count(flags, length, layers)
     half, _ = count(flags, length, layers // 2)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -139,10 +139,9 @@ def no_wait_before(copies: str) -> Iterator[None]:
     copy = recomputation._Kept._copy
 
     def hasty(self: Any, target: torch.Tensor, source: torch.Tensor) -> None:
-        if (target is self._on_host) != (copies == "to the host"):
-            return copy(self, target, source)
-        with mock.patch.object(Stream, "wait_stream", lambda *_: None):
-            return copy(self, target, source)
+        waits = Stream.wait_stream if (target is self._on_host) != (copies == "to the host") else lambda *_: None
+        with mock.patch.object(Stream, "wait_stream", waits):
+            copy(self, target, source)
 
     with mock.patch.object(recomputation._Kept, "_copy", hasty):
         yield
@@ -161,7 +160,7 @@ def no_wait_in(method: str) -> Iterator[None]:
         yield
 
 
-SABOTAGES = {
+SABOTAGES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
     "a copy to the host waits for the input": (lambda: no_wait_before("to the host"), "(copy), which reads"),
     "a copy to the device waits for users of its memory": (
         lambda: no_wait_before("to the device"), "(copy), which writes"
