@@ -75,8 +75,8 @@ class HostStates:
         if self._newest is before and torch.is_grad_enabled() and not self._warned:
             self._warned = True
             logger.warning(
-                "--activation_checkpointing offload: this model passes the input of a layer by name, and it stays on the "
-                "device"
+                "--activation_checkpointing offload: inputs of layers stay on the device, "
+                "because this model passes them by name"
             )
         return result
 

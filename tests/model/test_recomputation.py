@@ -125,7 +125,7 @@ def test_a_model_whose_inputs_stay_on_the_device_is_named_once(caplog: Any) -> N
     for _ in range(2):
         states.checkpoint(partial(lambda hidden: hidden * hidden, hidden=hidden))
     states.checkpoint(lambda x: x * x, hidden)
-    assert [record.getMessage() for record in caplog.records if "stays on the device" in record.getMessage()] != []
+    assert [record.getMessage() for record in caplog.records if "stay on the device" in record.getMessage()] != []
     assert len(caplog.records) == 1
 
 
