@@ -8,7 +8,7 @@ import click
 import pytest
 
 from superoffload import commands, config
-from tests.helpers import documents
+from tests.helpers import documents, overlap
 from tests.helpers.ranks import REPOSITORY
 
 pytestmark = pytest.mark.unit
@@ -57,6 +57,15 @@ def test_the_index_lists_every_page() -> None:
     index = documents.read(REPOSITORY / "docs/README.md")
     pages = {path.name for path in (REPOSITORY / "docs").glob("*.md")} - {"README.md"}
     assert sorted(re.findall(r"^\* \[[^\]]*\]\((\w+\.md)\)", index, re.M)) == sorted(pages)
+
+
+def test_the_drawing_of_the_overlap_is_what_the_program_writes() -> None:
+    """And it shows what the text says: the clipped step waits for all of Adam, the other for one sub-group."""
+    assert documents.read(REPOSITORY / "docs/overlap.svg") == overlap.draw()
+    accepted, clipped, offload = (
+        sum(end - start for _, start, end, kind, _ in line.blocks if kind == "idle") for line in overlap.timelines()
+    )
+    assert accepted < 2 * overlap.SPECULATE < len(overlap.SUB_GROUPS) * overlap.STEP < clipped < offload
 
 
 def test_the_tree_is_that_of_the_repository() -> None:
