@@ -224,8 +224,13 @@ class DataSettings(Settings):
         "Percentage of the rows to use, starting with the first.", 100.0, above=0, maximum=100, shapes_run=True
     )
     shuffle_rows: bool = setting("Draw the rows of --dataset_percentage with --seed.", False, shapes_run=True)
-    max_length: int = setting(
-        "Maximum tokens per row or pack; longer rows are truncated.", 2048, minimum=8, shapes_run=True
+    max_length: int = setting("Maximum tokens per row or pack.", 2048, minimum=8, shapes_run=True)
+    long_rows: str = setting(
+        "What to do with rows longer than --max_length: truncate keeps their first tokens, split makes several rows of "
+        "them and loses no target, drop leaves them out.",
+        "truncate",
+        choices=("truncate", "split", "drop"),
+        shapes_run=True,
     )
     train_on_prompt: bool = setting("Train on the tokens of the prompt too.", False, shapes_run=True)
     packing: bool = setting(

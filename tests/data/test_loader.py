@@ -37,7 +37,14 @@ class Table:
 def make_rows(count: int = 103, seed: int = 0) -> TokenizedRows:
     lengths = np.random.default_rng(seed).integers(2, 30, size=count)
     counts = RowCounts(given=count, dropped=0, truncated=0, bad=0)
-    return TokenizedRows(table=Table(lengths), lengths=lengths, targets=lengths - 1, counts=counts)
+    return TokenizedRows(
+        table=Table(lengths),
+        lengths=lengths,
+        targets=lengths - 1,
+        numbers=np.arange(count),
+        pieces=np.zeros(count, dtype=np.int64),
+        counts=counts,
+    )
 
 
 def make(rows: TokenizedRows, world_size: int = 1, rank: int = 0, packs: bool = True, **training: Any) -> Batches:
