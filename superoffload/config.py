@@ -23,8 +23,9 @@ def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
     """Declare a setting: its help, its default, and its limits.
 
     `limits` may hold `minimum` and `maximum` (inclusive), `above` and `below` (exclusive), `choices` (a tuple),
-    `several` (the flag takes one or more values) and `shapes_run` (changing it makes a different run, which does not
-    resume from the checkpoint). A setting without a default is a required flag.
+    `several` (the flag takes one or more values), `alone` (the choice that the flag means without a value; the setting
+    was a switch once, so it takes true for that choice, and false for the first) and `shapes_run` (changing it makes a
+    different run, which does not resume from the checkpoint). A setting without a default is a required flag.
     """
     metadata = {"help": help_text, **limits}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
@@ -94,6 +95,13 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     return f"; did you mean {next(name for name in known if name.lower() == found[0])}?" if found else ""
 
 
+def from_switch(spec: Field[Any], value: Any) -> Any:
+    """Return the choice that true or false stands for in a setting that was a switch once; any other value as it is."""
+    if isinstance(value, bool) and "alone" in spec.metadata:
+        return spec.metadata["alone"] if value else spec.metadata["choices"][0]
+    return value
+
+
 def shown(value: Any) -> str:
     """Write a value as on the command line; several values, if there are none, as `(none)`."""
     return " ".join(map(str, value)) or "(none)" if isinstance(value, tuple) else str(value)
@@ -107,10 +115,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise `UserError` for the first value outside its limits; make several values a tuple."""
         for spec in settings_of(self):
-            value = getattr(self, spec.name)
-            if "several" in spec.metadata:
-                value = several(value)
-                object.__setattr__(self, spec.name, value)
+            given = getattr(self, spec.name)
+            value = several(given) if "several" in spec.metadata else from_switch(spec, given)
+            object.__setattr__(self, spec.name, value)
             if not accepts(spec, value):
                 raise UserError(f"--{spec.name} {shown(value)}: must be {allowed(spec)}")
 
@@ -154,7 +161,13 @@ class ModelSettings(Settings):
         several=True,
         shapes_run=True,
     )
-    activation_checkpointing: bool = setting("Recompute activations during backward to save device memory.", False)
+    activation_checkpointing: str = setting(
+        "Recompute activations in backward, to save device memory. full, which the flag alone means, keeps the input "
+        "of each layer on the device; offload keeps it on the host.",
+        "none",
+        choices=("none", "full", "offload"),
+        alone="full",
+    )
     loss_kernel: str = setting(
         "How to compute the loss: chunked never holds all logits; plain does; auto uses chunked if a test at the start "
         "finds the model's own losses. A run may be resumed with another kernel, but then rounds differently.",
@@ -170,6 +183,11 @@ class ModelSettings(Settings):
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"--freeze {pattern}: is not a regular expression ({error})") from error
+
+    @property
+    def recomputes(self) -> bool:
+        """Return whether layers are computed a second time, in backward."""
+        return self.activation_checkpointing != "none"
 
     @property
     def origin(self) -> tuple[str, str | None, bool]:

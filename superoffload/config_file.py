@@ -168,6 +168,8 @@ def _is_nothing(node: "Node") -> bool:
 def _convert(spec: Field[Any], wanted: type, text: str) -> Any:
     if spec.type == config.NumberOrAuto and text == config.AUTO:
         return text
+    if "alone" in spec.metadata:
+        return config.from_switch(spec, SWITCH.get(text.lower(), text))
     if wanted is bool:
         return SWITCH[text.lower()]
     if wanted is str:
@@ -221,6 +223,8 @@ def _described(spec: Field[Any]) -> dict[str, Any]:
     one |= {keys[name]: limit for name, limit in limits.items() if name in keys}
     one |= {"enum": list(limits["choices"])} if "choices" in limits else {}
     forms = [one]
+    if "alone" in limits:
+        forms.append({"type": "boolean"})
     if spec.type == config.NumberOrAuto:
         forms.append({"const": config.AUTO})
     if "several" in limits:

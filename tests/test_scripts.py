@@ -29,7 +29,7 @@ def test_a_recipe_starts_the_launcher_with_its_values(recipe: str, mode: str, st
     expected = {
         "model_name": model, "max_length": max_length, "sub_group_size": sub_group, "leaf_module": leaf,
         "attn_implementation": attention, "batch_size": 4 // gpus, "lr": 1e-5, "warmup": 0.05, "weight_decay": 0.01,
-        "seed": 42, "num_train_epochs": 1, "dataset_name": ("tatsu-lab/alpaca",), "activation_checkpointing": True,
+        "seed": 42, "num_train_epochs": 1, "dataset_name": ("tatsu-lab/alpaca",), "activation_checkpointing": "full",
         "save_checkpoint": False, "fail_on_checkpoint_error": False, "use_wandb": False, "deterministic": False,
         "output_dir": f"./{recipe}_{mode}_output", "deepspeed_config": str(REPOSITORY / f"configs/{mode}.json"),
         "offload_ratio": ratio if mode == "superoffload" else 1.0,

@@ -95,8 +95,13 @@ def _otherwise(plan: Plan) -> Iterator[str]:
     """Say the peak of the device with the other loss and the other treatment of activations."""
     job = plan.job
     loss = "--loss_kernel plain" if job.chunked_loss else "--loss_kernel chunked"
-    again = "without --activation_checkpointing" if job.recompute else "with --activation_checkpointing"
-    changes = {f"with {loss}": {"chunked_loss": not job.chunked_loss}, again: {"recompute": not job.recompute}}
+    changes = {f"with {loss}": {"chunked_loss": not job.chunked_loss}}
+    if not job.recompute:
+        changes["with --activation_checkpointing"] = {"recompute": True}
+    else:
+        changes["without --activation_checkpointing"] = {"recompute": False, "offload_activations": False}
+        other = "full" if job.offload_activations else "offload"
+        changes[f"with --activation_checkpointing {other}"] = {"offload_activations": not job.offload_activations}
     peaks = {
         words: gib(budget(plan.shape, replace(job, **change)).device_peak)  # type: ignore[arg-type]
         for words, change in changes.items()

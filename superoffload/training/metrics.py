@@ -112,7 +112,7 @@ class Meter:
         `sources` are the labels of the sources if there are several. `parts` divides the time of a step.
         """
         self.parts = parts or StepParts()
-        self._recomputed = config.model.activation_checkpointing
+        self._recomputed = config.model.recomputes
         self._shape = shape
         self._clock = clock
         self._mark = clock()

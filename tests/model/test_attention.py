@@ -9,7 +9,7 @@ import transformers
 from superoffload import config
 from superoffload.data.collate import collate
 from superoffload.errors import UserError
-from superoffload.model import attention
+from superoffload.model import attention, recomputation
 from superoffload.model.head import summed_loss
 from tests.helpers.packs import DOCUMENTS, KINDS, PACKED, PACKS, VARLEN, tiny
 
@@ -73,7 +73,7 @@ def split(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), *WINDOWED.items()])
 def test_packed_logits_and_gradients_equal_those_of_each_document_alone(kind: str, changes: dict[str, Any]) -> None:
     ours, plain = make_pair(kind, **changes)
-    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputation.enable(ours, "full")
     inputs = collate(PACKS, 2, VARLEN).inputs
     labels = inputs.pop("labels")
     logits = ours(**inputs).logits

@@ -22,6 +22,7 @@ class Job:
     sum_bytes: of an element of DeepSpeed's sums of gradients. on_cpu: there is no device, so the host holds its part.
     pinned_rounding: torch rounds pinned memory of any size up to a power of two, as without the recipes' options.
     divided: the batch of all ranks that a recipe's script divides among them; 0 where `batch` was given.
+    offload_activations: with `recompute`, the inputs of the layers are kept on the host.
     """
 
     mode: str
@@ -50,6 +51,7 @@ class Job:
     on_cpu: bool = False
     pinned_rounding: bool = False
     divided: int = 0
+    offload_activations: bool = False
 
     @property
     def tokens(self) -> int:
@@ -81,7 +83,8 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         ratio=offload["ratio"],
         sub_group=zero["sub_group_size"],
         bucket=zero["reduce_bucket_size"],
-        recompute=config.model.activation_checkpointing,
+        recompute=config.model.recomputes,
+        offload_activations=config.model.activation_checkpointing == "offload",
         chunked_loss=config.model.loss_kernel != "plain",
         eager=config.model.attn_implementation == "eager",
         bf16_state=has_bf16_state(ds_config),

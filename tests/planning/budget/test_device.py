@@ -134,6 +134,7 @@ COUNTED = [
     Case(model="llama-1b", layers=2, changes={"length": 2048, "recompute": False}),
     Case(model="qwen3-4b", layers=1, changes={"chunked_loss": False, "length": 1024}),
     Case(model="mistral-7b", layers=1, changes={"packed": False}),
+    Case(model="llama-8b", layers=8, changes={"offload_activations": True, "batch": 1, "length": 65536}),
     Case(model="phi-4", layers=2, changes={"eager": True, "length": 512}),
     Case(model="qwen3-30b-a3b", layers=1, changes={"batch": 2}),
     Case(model="seed-oss-36b", layers=4, changes={"batch": 2}),  # its bucket is full where a layer holds the most
