@@ -152,9 +152,10 @@ def _make_ready(settings: ModelSettings, model: Any, untrained: set[str], dtype:
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)
-    from superoffload.model import kernels  # only here: an export loads no DeepSpeed
+    from superoffload.model import kernels, tiled_mlp  # only here: an export loads no DeepSpeed
 
     kernels.use(settings.kernels, model)
+    tiled_mlp.use(settings.tiled_mlp, model)
 
 
 def _options(settings: ModelSettings, ds_config: DsConfig, attention: str | None) -> dict[str, Any]:
