@@ -17,6 +17,9 @@ AUTO = "auto"
 DECAY = 0.1
 NumberOrAuto = float | Literal["auto"]
 """The type of a setting that the program can choose itself; until it has, the value is `AUTO`."""
+CountOrAuto = int | Literal["auto"]
+"""The same for a whole number."""
+OR_AUTO = (NumberOrAuto, CountOrAuto)
 
 
 def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
@@ -36,7 +39,7 @@ def allowed(spec: Field[Any]) -> str:
     limits = spec.metadata
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
-    or_auto = f" or {AUTO}" if spec.type == NumberOrAuto else ""
+    or_auto = f" or {AUTO}" if spec.type in OR_AUTO else ""
     low = f"{limits['above']} < " if "above" in limits else f"{limits['minimum']} <= " if "minimum" in limits else ""
     high = f" <= {limits['maximum']}" if "maximum" in limits else f" < {limits['below']}" if "below" in limits else ""
     return f"{low}value{high}{or_auto}" if low or high else ""
@@ -50,7 +53,7 @@ def settings_of(group: Any) -> tuple[Field[Any], ...]:
 def accepts(spec: Field[Any], value: Any) -> bool:
     """Return whether a value is within the limits of a setting; None always is."""
     limits = spec.metadata
-    if value is None or (value == AUTO and spec.type == NumberOrAuto):
+    if value is None or (value == AUTO and spec.type in OR_AUTO):
         return True
     if isinstance(value, tuple):
         return all(accepts(spec, item) for item in value)
@@ -167,6 +170,13 @@ class ModelSettings(Settings):
         "none",
         choices=("none", "full", "offload"),
         alone="full",
+    )
+    tiled_mlp: int | Literal["auto"] = setting(
+        "Run the MLP of each decoder layer in this many tiles over the tokens, so that its activations exist for one tile "
+        "at a time, and again in backward; 0: untiled; auto: in as many as make a tile at most as long as the model is "
+        "wide, if the MLP works token by token. A run may be resumed with another number, but then rounds differently.",
+        0,
+        minimum=0,
     )
     loss_kernel: str = setting(
         "How to compute the loss: chunked never holds all logits; plain does; auto uses chunked if a test at the start "
