@@ -33,7 +33,8 @@ def measure(kernel: str, options: argparse.Namespace) -> dict[str, Any]:
     from torch.nn import functional
 
     from superoffload.data.encode import IGNORED
-    from superoffload.model.head import following, summed_loss, token_losses
+    from superoffload.data.collate import following
+    from superoffload.model.head import summed_loss, token_losses
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
