@@ -148,9 +148,9 @@ def _check_same_run(config: Config, path: Path, described: Manifest) -> None:
     another `--sequence_parallel_size` and as many packs per step.
     """
     found = settings.differences(config, described["config"])
-    packs = [_packs_per_step(values, described["world_size"]) for values in (settings.flat(config), described["config"])]
-    parts = "--sequence_parallel_size:"
-    if described.get("universal") or (packs[0] == packs[1] and any(text.startswith(parts) for text in found)):
+    parts, ranks, saved = "--sequence_parallel_size:", described["world_size"], described["config"]
+    as_many = _packs_per_step(settings.flat(config), ranks) == _packs_per_step(saved, ranks)
+    if described.get("universal") or (as_many and any(text.startswith(parts) for text in found)):
         # The position in the data is counted in packs, however they are distributed over ranks and micro-batches.
         distribution = ("--batch_size:", "--gradient_accumulation_steps:", parts)
         found = [text for text in found if not text.startswith(distribution)]

@@ -34,9 +34,7 @@ TRIAL_LENGTHS, TRIAL_WINDOW = (40, 1, 23), 7
 TRIAL_TOLERANCE = 2e-2  # of the largest element; a token of another document would change as much as the element itself
 
 
-def choose(
-    settings: ModelSettings, config: Any, ds_config: DsConfig, packs: bool, parts: int = 1
-) -> str | None:
+def choose(settings: ModelSettings, config: Any, ds_config: DsConfig, packs: bool, parts: int = 1) -> str | None:
     """Choose the attention implementation for transformers; None leaves the choice to the model (sdpa or eager).
 
     `parts` is the number of ranks that share each row: then it is one of the kernels for packs. Raises `UserError` if
@@ -86,7 +84,7 @@ def _for_parts(settings: ModelSettings, config: Any, ds_config: DsConfig, parts:
         )
     if not _passes_documents(transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)):
         raise UserError(
-            f"--sequence_parallel_size {parts}: {config.model_type} does not let others compute its attention; use 1"
+            f"--sequence_parallel_size {parts}: {config.model_type} does not attend document by document; use 1"
         )
     return _for_documents(config, ds_config, _on_cuda_in_half(ds_config))
 

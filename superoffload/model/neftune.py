@@ -43,9 +43,10 @@ def document_lengths(inputs: dict[str, Any]) -> torch.Tensor:
     `attention_mask`, and a part of a row the lengths of all documents. Does not wait for the device.
     """
     if parts := inputs.get("sequence_parts"):
-        whole = torch.tensor(inputs["document_lengths"]).repeat_interleave(torch.tensor(inputs["document_lengths"]))
-        own = whole.chunk(parts)[distributed.rank() % parts][None].float()
-        return own.to(inputs["input_ids"].device, non_blocking=True)
+        each = torch.tensor(inputs["document_lengths"])
+        own = each.repeat_interleave(each).float().chunk(parts)[distributed.rank() % parts]
+        device: torch.device = inputs["input_ids"].device
+        return own[None].to(device, non_blocking=True)
     mask: torch.Tensor | None = inputs.get("attention_mask")
     if mask is not None:
         return mask.float().sum(dim=1, keepdim=True).expand(mask.shape)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from superoffload import distributed
-from superoffload.data.collate import Batch, Layout, collate
+from superoffload.data.collate import Batch, Layout, collate, take_targets
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
 from superoffload.model.loss_kernel import FATAL
@@ -37,7 +37,7 @@ _groups: dict[int, Any] = {}
 def form_groups(parts: int) -> None:
     """Form groups of `parts` consecutive ranks, which share their rows (collective)."""
     if parts > 1:
-        _groups[parts], _ = torch.distributed.new_subgroups(parts)
+        _groups[parts], _ = torch.distributed.new_subgroups(parts)  # type: ignore[no-untyped-call]
 
 
 def check_heads(config: Any, parts: int) -> None:
@@ -84,7 +84,8 @@ def _exchange(states: torch.Tensor, group: Any) -> torch.Tensor:
     From `[batch, heads, length / parts, width]` to `[batch, heads / parts, length, width]`, and from
     `[batch, length, heads / parts, width]` to `[batch, length / parts, heads, width]`.
     """
-    by_rank = states.unflatten(1, (torch.distributed.get_world_size(group), -1)).movedim(1, 0)
+    sizes = (torch.distributed.get_world_size(group), -1)
+    by_rank = states.unflatten(1, sizes).movedim(1, 0)  # type: ignore[no-untyped-call]
     received: torch.Tensor = _AllToAll.apply(by_rank, group)  # type: ignore[no-untyped-call]
     return received.movedim(0, 2).flatten(2, 3)
 
@@ -108,14 +109,18 @@ class _AllToAll(torch.autograd.Function):
 def check(model_engine: Engine, layout: Layout) -> None:
     """Raise `UserError` if a model does not give the logits of a whole row when ranks share it (collective).
 
-    Finds layers that mix positions outside of the attention kernel, such as convolutions, by trying: every rank
-    computes a small row alone, and then its part of it. The first part lacks nothing, because models are causal: any
-    difference there is rounding, which other parts may show too. Does nothing without sequence parallel.
+    Finds layers that mix positions outside of the attention kernel by trying: every rank computes a small row alone,
+    and then its part of it. The first part lacks nothing, because models are causal: any difference there is rounding,
+    which other parts may show too. Convolutions over positions need no trial, and in a fresh model they have hardly any
+    effect that it would find. Does nothing without sequence parallel.
     """
     parts = layout.parts
     if parts == 1:
         return
     what = f"--sequence_parallel_size {parts}: {type(model_engine.module).__name__}"
+    for name, module in model_engine.module.named_modules():
+        if isinstance(module, torch.nn.Conv1d):
+            raise UserError(f"{what} mixes positions outside of its attention ({name} is a convolution); use 1")
     found = distributed.all_gather_objects(_difference(model_engine, layout))
     if refusal := next((each for each in found if isinstance(each, str)), None):
         raise UserError(f"{what} does not accept a part of a row ({refusal}); use 1")
@@ -163,6 +168,7 @@ def _batch(model_engine: Engine, layout: Layout) -> Batch:
 
 
 def _logits(model_engine: Engine, batch: Batch) -> torch.Tensor:
-    inputs = {name: value for name, value in batch.on(distributed.device()).items() if name not in ("labels", "targets")}
+    inputs = batch.on(distributed.device())
+    take_targets(inputs)
     logits: torch.Tensor = model_engine(**inputs).logits
     return logits[0].float()

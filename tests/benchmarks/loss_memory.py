@@ -32,8 +32,8 @@ def measure(kernel: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from torch.nn import functional
 
-    from superoffload.data.encode import IGNORED
     from superoffload.data.collate import following
+    from superoffload.data.encode import IGNORED
     from superoffload.model.head import summed_loss, token_losses
 
     torch.set_num_threads(options.threads)
