@@ -162,7 +162,9 @@ class Batches:
         self._rows = rows
         self.layout = layout
         self._training = training
-        self._rank, self._world_size = rank, world_size
+        # The ranks that share a row get the same rows: they count as one rank, and each cuts out its part.
+        self._rank, self._part = divmod(rank, layout.parts)
+        self._world_size = world_size // layout.parts
         sizes = _sizes(rows)
         self._per_epoch = (
             mixture.rows_per_epoch(list(sizes.values()), rows.weights, list(sizes)) if rows.weights else None
@@ -200,7 +202,7 @@ class Batches:
 
     @property
     def packs_per_step(self) -> int:
-        """Return the number of packs of one optimizer step, over all ranks."""
+        """Return the number of packs of one optimizer step, over all ranks; ranks that share a row count as one."""
         return self._training.batch_size * self._training.gradient_accumulation_steps * self._world_size
 
     def packs_in(self, epoch: int) -> int:
@@ -290,4 +292,5 @@ class Batches:
             sources, targets = self._rows.source_of_row[every], self._rows.targets[every]
             by_source = targets_by_source(sources, targets, len(self.sources))
         packed = [[next(documents) for _ in pack] for pack in rows]
-        return collate(packed, self._training.batch_size, self.layout, by_source)
+        batch = collate(packed, self._training.batch_size, self.layout, by_source)
+        return batch.part(self._part, self.layout.parts)

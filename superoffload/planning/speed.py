@@ -166,7 +166,7 @@ def _host_sub_groups(shape: Shape, job: Job) -> int:
 
 def step_time(shape: Shape, job: Job, machine: Hardware) -> StepTime:
     """Estimate one optimizer step of one rank, with full rows."""
-    flops = hardware_flops(job.batch * model_flops(shape.flops, [job.length]), job.recompute)
+    flops = hardware_flops(job.batch / job.parts * model_flops(shape.flops, [job.length]), job.recompute)
     micro = flops / machine.flops
     forward, backward = (micro / 4, micro * 3 / 4) if job.recompute else (micro / 3, micro * 2 / 3)
     gather = _gather_s(shape, job)  # in forward, again in backward, and once more to reduce the gradients
