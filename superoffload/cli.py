@@ -79,16 +79,6 @@ class Choice(click.Choice):  # type: ignore[type-arg]
         return message + (config.nearest(value, self.choices) or ".")
 
 
-class FormerSwitch(click.Option):
-    """A choice that was a switch once: the flag alone means one of its values, and `--no_NAME` the first."""
-
-    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Add both forms; the second is left out of the help."""
-        super().add_to_parser(parser, ctx)
-        first = next(iter(self.type.choices))  # type: ignore[attr-defined]  # of a Choice
-        parser.add_option(self, [f"--no_{self.name}"], self.name, action="store_const", const=first)
-
-
 class Switch(click.Option):
     """A switch that is off by default; `--no_NAME`, which undoes the value of a file, is left out of the help."""
 
@@ -98,6 +88,20 @@ class Switch(click.Option):
         record = super().get_help_record(ctx)
         self.secondary_opts = secondary
         return record
+
+
+class FormerSwitch(Switch):
+    """A choice that was a switch once: the flag alone means one of its values, and `--no_NAME` the first."""
+
+    def __init__(self, *declarations: Any, **options: Any) -> None:
+        super().__init__(*declarations, **options)
+        self.secondary_opts = [f"--no_{self.name}"]
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Add both forms."""
+        super().add_to_parser(parser, ctx)
+        first = next(iter(self.type.choices))  # type: ignore[attr-defined]  # of a Choice
+        parser.add_option(self, self.secondary_opts, self.name, action="store_const", const=first)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]

@@ -74,6 +74,17 @@ def test_a_recipe_with_a_list_of_data_sets(stand_in: Path) -> None:
     assert (data.dataset_name, data.dataset_weights) == (("my rows.jsonl", "b.parquet:0.5"), (1.0, 2.0))
 
 
+@pytest.mark.parametrize(("value", "flag"), [("false", "none"), ("offload", "offload"), ("ofload", None)])
+def test_recomputation_of_a_recipe(stand_in: Path, value: str, flag: str | None) -> None:
+    line = "ACTIVATION_CHECKPOINTING="
+    result = call(changed("llama-8b", stand_in.parent, f"{line}true", line + value), stand_in, "superoffload")
+    if flag is None:
+        assert result.returncode == 2 and result.stderr.endswith("it must be true, false or offload\n")
+    else:
+        words = (stand_in.parent / "seen").read_text().splitlines()
+        assert cli.parse(words[words.index("--model_name") :]).model.activation_checkpointing == flag
+
+
 def test_data_sets_after_the_mode_replace_those_of_the_recipe(stand_in: Path) -> None:
     call(script_of("llama-8b"), stand_in, "superoffload", "--dataset_name", "a.jsonl", "b.jsonl")
     assert cli.parse(seen(stand_in)[1]).data.dataset_name == ("a.jsonl", "b.jsonl")

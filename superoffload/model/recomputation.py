@@ -52,7 +52,7 @@ class HostStates:
     On a device with streams, copies have a stream of their own. In forward, an input is copied while its layer runs,
     and leaves the device when the next one begins; the last one is still there when backward begins. In backward, the
     input of the layer before is copied back while a layer runs. So the device holds two inputs at a time, and one
-    between forward and backward. The host's threads wait for no copy.
+    between forward and backward. The host waits for no copy, unless a buffer must grow.
 
     Buffers on the host are reused, in this order: autograd drops what the buffer held, another input takes it. That
     needs no event, because all copies are in the order of their stream.
@@ -100,7 +100,9 @@ class HostStates:
         for number, buffer in enumerate(self._free):
             if buffer.numel() >= size:
                 return self._free.pop(number)
-        if self._free:
+        if self._free:  # and all are too small
+            if self.stream is not None:
+                self.stream.synchronize()  # copies from it have ended, before its memory is released
             self._free.pop()
         return self.allocate(buffer_bytes(size))
 
@@ -124,6 +126,7 @@ class _Kept:
         self._states, self.before = states, before
         self._event: Any = None  # of the last copy
         self._on_device: torch.Tensor | None = tensor
+        self._version = tensor._version
         buffer = states.take_buffer(tensor.nbytes)
         weakref.finalize(self, states.give_back, buffer).atexit = False
         self._on_host = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -149,21 +152,30 @@ class _Kept:
     def leave_device(self) -> None:
         """Drop the tensor on the device: whoever gets its memory next comes after the copy to the host."""
         if self._on_device is not None:
-            self._wait()
-            self._on_device = None
+            self._take()
 
     def begin_fetch(self) -> None:
         """Begin to copy the tensor to the device, unless it is there. Its memory belongs to the current stream."""
         if self._on_device is None:
             self._on_device = torch.empty(self._on_host.shape, dtype=self._on_host.dtype, device=self._device)
             self._copy(self._on_device, self._on_host)
+            self._version = self._on_device._version
 
     def fetch(self) -> torch.Tensor:
         """Return the tensor on the device, and keep it there no longer than the caller does."""
         self.begin_fetch()
+        return self._take()
+
+    def _take(self) -> torch.Tensor:
+        """Take the tensor away, once it has been copied."""
         self._wait()
         tensor, self._on_device = self._on_device, None
         assert tensor is not None
+        if tensor._version != self._version:  # autograd notices it without hooks
+            raise RuntimeError(
+                "a layer has changed its input in place, so that it cannot be computed again; use "
+                "--activation_checkpointing none"
+            )
         return tensor
 
 

@@ -119,6 +119,19 @@ def test_what_has_no_gradient_stays_where_it_is() -> None:
     assert len(states._free) == 1
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_layer_that_changes_its_input_is_noticed(layers: int) -> None:
+    states, hidden = HostStates(), torch.ones(2, 3, requires_grad=True) * 2
+
+    def run(hidden: torch.Tensor) -> None:
+        for _ in range(layers):
+            hidden = states.checkpoint(lambda x: x.mul_(2) * x, hidden)
+        hidden.sum().backward()  # type: ignore[no-untyped-call]
+
+    with pytest.raises(RuntimeError, match="a layer has changed its input in place"):
+        run(hidden)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_race_on_a_device_with_streams(seed: int) -> None:
     expected = gradients(model_with("full"))
