@@ -44,9 +44,8 @@ def document_lengths(inputs: dict[str, Any]) -> torch.Tensor:
     """
     if parts := inputs.get("sequence_parts"):
         each = torch.tensor(inputs["document_lengths"])
-        own = each.repeat_interleave(each).float().chunk(parts)[distributed.rank() % parts]
-        device: torch.device = inputs["input_ids"].device
-        return own[None].to(device, non_blocking=True)
+        own: torch.Tensor = each.repeat_interleave(each).float().chunk(parts)[distributed.rank() % parts]
+        return own[None].to(inputs["input_ids"].device, non_blocking=True)
     mask: torch.Tensor | None = inputs.get("attention_mask")
     if mask is not None:
         return mask.float().sum(dim=1, keepdim=True).expand(mask.shape)

@@ -55,8 +55,8 @@ def test_a_run_on_two_ranks_that_share_rows_logs_the_numbers_of_one_rank(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Say the thing.\n")
     other = write_rows(tmp_path / "other.json", 12, seed=5)
-    options = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--save_checkpoint",
-               "--sample_prompts", str(prompts), "--dataset_name", str(rows_file), str(other)]  # fmt: skip
+    options = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--save_checkpoint", "--sample_prompts",
+               str(prompts), "--activation_checkpointing", "--dataset_name", str(rows_file), str(other)]  # fmt: skip
     runs, said = {}, {}
     for ranks, mode, more in ((1, "superoffload", ()), (2, "superoffload", SHARED), (2, "zerooffload", SHARED)):
         out = tmp_path / f"{ranks}-{mode}"
