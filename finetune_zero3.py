@@ -140,6 +140,7 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
             state.get("meter"),
             sources=batches.sources,
             parts=StepParts(model_engine),
+            tiled=flops.tiled_parameters(model),
         ),
         trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
         evaluation=evaluation,
