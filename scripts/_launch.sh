@@ -116,7 +116,12 @@ arguments=(
 if [[ $mode == superoffload ]]; then arguments+=(--offload_ratio "$OFFLOAD_RATIO"); fi
 if [[ -n $LEAF_MODULE ]]; then arguments+=(--leaf_module "$LEAF_MODULE"); fi
 if ! on PACKING "$PACKING"; then arguments+=(--no_packing); fi
-if on ACTIVATION_CHECKPOINTING "$ACTIVATION_CHECKPOINTING"; then arguments+=(--activation_checkpointing); fi
+case "$ACTIVATION_CHECKPOINTING" in
+    true) arguments+=(--activation_checkpointing full) ;;
+    false) ;;
+    offload) arguments+=(--activation_checkpointing offload) ;;
+    *) fail "ACTIVATION_CHECKPOINTING=$ACTIVATION_CHECKPOINTING in $0: it must be true, false or offload" ;;
+esac
 if on DETERMINISTIC "$DETERMINISTIC"; then arguments+=(--deterministic); fi
 saves=false
 if on SAVE_CHECKPOINT "$SAVE_CHECKPOINT"; then

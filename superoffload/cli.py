@@ -49,8 +49,29 @@ class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
 
 
+class CountOrAuto(WholeNumber):
+    """A whole number, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value as an int unless it is `auto`; fail if it is neither."""
+        return config.AUTO if value == config.AUTO else super().convert(value, param, ctx)
+
+
 class Choice(click.Choice):  # type: ignore[type-arg]
-    """One of some words; an error names the nearest."""
+    """One of some words; an error names the nearest. `alone`: true and false stand for it and for the first."""
+
+    def __init__(self, words: Sequence[str], alone: str | None = None) -> None:
+        super().__init__(words)
+        self.alone = alone
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the word; fail for any other."""
+        switched = config_file.SWITCH.get(str(value).lower()) if self.alone else None
+        if switched is not None:
+            value = self.alone if switched else next(iter(self.choices))
+        return super().convert(value, param, ctx)
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         """Return what is wrong with a word that is none of them."""
@@ -67,6 +88,20 @@ class Switch(click.Option):
         record = super().get_help_record(ctx)
         self.secondary_opts = secondary
         return record
+
+
+class FormerSwitch(Switch):
+    """A choice that was a switch once: the flag alone means one of its values, and `--no_NAME` the first."""
+
+    def __init__(self, *declarations: Any, **options: Any) -> None:
+        super().__init__(*declarations, **options)
+        self.secondary_opts = [f"--no_{self.name}"]
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Add both forms."""
+        super().add_to_parser(parser, ctx)
+        first = next(iter(self.type.choices))  # type: ignore[attr-defined]  # of a Choice
+        parser.add_option(self, self.secondary_opts, self.name, action="store_const", const=first)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -116,13 +151,18 @@ class GroupedCommand(Command):
 def option(spec: Field[Any]) -> click.Option:
     """Build the click option of a setting."""
     kinds: dict[Any, Any] = {
-        int: WholeNumber(), float: float, config.NumberOrAuto: NumberOrAuto(), bool: bool, tuple[float, ...]: float
+        int: WholeNumber(), float: float, config.NumberOrAuto: NumberOrAuto(), config.CountOrAuto: CountOrAuto(),
+        bool: bool, tuple[float, ...]: float,
     }  # fmt: skip
-    kind = Choice(spec.metadata["choices"]) if "choices" in spec.metadata else kinds.get(spec.type, str)
+    alone = spec.metadata.get("alone")
+    kind = Choice(spec.metadata["choices"], alone) if "choices" in spec.metadata else kinds.get(spec.type, str)
     limits = "" if "choices" in spec.metadata else config.allowed(spec)
     required = spec.default is MISSING
     default: dict[str, Any] = {} if required else {"default": spec.default}  # click counts default=None as a default
-    return (Switch if spec.default is False else click.Option)(
+    if alone is not None:
+        default["flag_value"] = alone
+    made = FormerSwitch if alone is not None else Switch if spec.default is False else click.Option
+    return made(
         [f"--{spec.name}/--no_{spec.name}" if spec.type is bool else f"--{spec.name}"],
         type=kind,
         is_flag=spec.type is bool,

@@ -17,14 +17,18 @@ AUTO = "auto"
 DECAY = 0.1
 NumberOrAuto = float | Literal["auto"]
 """The type of a setting that the program can choose itself; until it has, the value is `AUTO`."""
+CountOrAuto = int | Literal["auto"]
+"""The same for a whole number."""
+OR_AUTO = (NumberOrAuto, CountOrAuto)
 
 
 def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
     """Declare a setting: its help, its default, and its limits.
 
     `limits` may hold `minimum` and `maximum` (inclusive), `above` and `below` (exclusive), `choices` (a tuple),
-    `several` (the flag takes one or more values) and `shapes_run` (changing it makes a different run, which does not
-    resume from the checkpoint). A setting without a default is a required flag.
+    `several` (the flag takes one or more values), `alone` (the choice that the flag means without a value; the setting
+    was a switch once, so it takes true for that choice, and false for the first) and `shapes_run` (changing it makes a
+    different run, which does not resume from the checkpoint). A setting without a default is a required flag.
     """
     metadata = {"help": help_text, **limits}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
@@ -35,7 +39,7 @@ def allowed(spec: Field[Any]) -> str:
     limits = spec.metadata
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
-    or_auto = f" or {AUTO}" if spec.type == NumberOrAuto else ""
+    or_auto = f" or {AUTO}" if spec.type in OR_AUTO else ""
     low = f"{limits['above']} < " if "above" in limits else f"{limits['minimum']} <= " if "minimum" in limits else ""
     high = f" <= {limits['maximum']}" if "maximum" in limits else f" < {limits['below']}" if "below" in limits else ""
     return f"{low}value{high}{or_auto}" if low or high else ""
@@ -49,7 +53,7 @@ def settings_of(group: Any) -> tuple[Field[Any], ...]:
 def accepts(spec: Field[Any], value: Any) -> bool:
     """Return whether a value is within the limits of a setting; None always is."""
     limits = spec.metadata
-    if value is None or (value == AUTO and spec.type == NumberOrAuto):
+    if value is None or (value == AUTO and spec.type in OR_AUTO):
         return True
     if isinstance(value, tuple):
         return all(accepts(spec, item) for item in value)
@@ -94,6 +98,13 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     return f"; did you mean {next(name for name in known if name.lower() == found[0])}?" if found else ""
 
 
+def from_switch(spec: Field[Any], value: Any) -> Any:
+    """Return the choice that true or false stands for in a setting that was a switch once; any other value as it is."""
+    if isinstance(value, bool) and "alone" in spec.metadata:
+        return spec.metadata["alone"] if value else spec.metadata["choices"][0]
+    return value
+
+
 def shown(value: Any) -> str:
     """Write a value as on the command line; several values, if there are none, as `(none)`."""
     return " ".join(map(str, value)) or "(none)" if isinstance(value, tuple) else str(value)
@@ -107,10 +118,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise `UserError` for the first value outside its limits; make several values a tuple."""
         for spec in settings_of(self):
-            value = getattr(self, spec.name)
-            if "several" in spec.metadata:
-                value = several(value)
-                object.__setattr__(self, spec.name, value)
+            given = getattr(self, spec.name)
+            value = several(given) if "several" in spec.metadata else from_switch(spec, given)
+            object.__setattr__(self, spec.name, value)
             if not accepts(spec, value):
                 raise UserError(f"--{spec.name} {shown(value)}: must be {allowed(spec)}")
 
@@ -154,7 +164,20 @@ class ModelSettings(Settings):
         several=True,
         shapes_run=True,
     )
-    activation_checkpointing: bool = setting("Recompute activations during backward to save device memory.", False)
+    activation_checkpointing: str = setting(
+        "Recompute activations in backward, to save device memory. full, which the flag alone means, keeps the input "
+        "of each layer on the device; offload keeps it on the host.",
+        "none",
+        choices=("none", "full", "offload"),
+        alone="full",
+    )
+    tiled_mlp: int | Literal["auto"] = setting(
+        "Run the MLP of each decoder layer in this many tiles over the tokens, so that its activations exist for one tile "
+        "at a time, and again in backward; 0: untiled; auto: in as many as make a tile at most as long as the model is "
+        "wide, if the MLP works token by token. A run may be resumed with another number, but then rounds differently.",
+        0,
+        minimum=0,
+    )
     loss_kernel: str = setting(
         "How to compute the loss: chunked never holds all logits; plain does; auto uses chunked if a test at the start "
         "finds the model's own losses. A run may be resumed with another kernel, but then rounds differently.",
@@ -170,6 +193,11 @@ class ModelSettings(Settings):
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"--freeze {pattern}: is not a regular expression ({error})") from error
+
+    @property
+    def recomputes(self) -> bool:
+        """Return whether layers are computed a second time, in backward."""
+        return self.activation_checkpointing != "none"
 
     @property
     def origin(self) -> tuple[str, str | None, bool]:
@@ -224,8 +252,13 @@ class DataSettings(Settings):
         "Percentage of the rows to use, starting with the first.", 100.0, above=0, maximum=100, shapes_run=True
     )
     shuffle_rows: bool = setting("Draw the rows of --dataset_percentage with --seed.", False, shapes_run=True)
-    max_length: int = setting(
-        "Maximum tokens per row or pack; longer rows are truncated.", 2048, minimum=8, shapes_run=True
+    max_length: int = setting("Maximum tokens per row or pack.", 2048, minimum=8, shapes_run=True)
+    long_rows: str = setting(
+        "What to do with rows longer than --max_length: truncate keeps their first tokens, split makes several rows of "
+        "them and loses no target, drop leaves them out.",
+        "truncate",
+        choices=("truncate", "split", "drop"),
+        shapes_run=True,
     )
     train_on_prompt: bool = setting("Train on the tokens of the prompt too.", False, shapes_run=True)
     packing: bool = setting(
@@ -289,6 +322,13 @@ class TrainingSettings(Settings):
     lr: float = setting("Peak learning rate.", 1e-5, above=0, maximum=10, shapes_run=True)
     batch_size: int = setting("Rows (packs, if packed) per device and micro-batch.", 1, minimum=1, shapes_run=True)
     gradient_accumulation_steps: int = setting("Micro-batches per optimizer step.", 1, minimum=1, shapes_run=True)
+    sequence_parallel_size: int = setting(
+        "Number of consecutive ranks that share each row, each with a part of its positions; --batch_size is then that "
+        "of all of them together. It must divide the number of ranks and of attention heads.",
+        1,
+        minimum=1,
+        shapes_run=True,
+    )
     num_train_epochs: int = setting("Passes over the data.", 1, minimum=1, shapes_run=True)
     max_steps: int = setting(
         "Stop after this many optimizer steps and fit the schedule to them; 0: no limit.", 0, minimum=0, shapes_run=True

@@ -51,6 +51,33 @@ def test_a_flag_may_take_several_values() -> None:
     assert cli.parse(REQUIRED).data.dataset_name == ("tatsu-lab/alpaca",)
 
 
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        ("", "none"),
+        ("--activation_checkpointing", "full"),  # a switch once
+        ("--activation_checkpointing --lr 1e-5", "full"),
+        ("--activation_checkpointing --wandb_tags a b", "full"),
+        ("--no_activation_checkpointing", "none"),
+        ("--activation_checkpointing --no_activation_checkpointing", "none"),
+        ("--no_activation_checkpointing --activation_checkpointing", "full"),
+        ("--activation_checkpointing none", "none"),
+        ("--activation_checkpointing full", "full"),
+        ("--activation_checkpointing offload", "offload"),
+        ("--activation_checkpointing=offload", "offload"),
+        ("--activation_checkpointing true", "full"),
+        ("--activation_checkpointing off", "none"),
+    ],
+)
+def test_a_former_switch_takes_a_value(flags: str, value: str) -> None:
+    found = cli.parse([*flags.split(), *REQUIRED])
+    assert found.model.activation_checkpointing == value
+    assert found.model.recomputes == (value != "none")
+    assert ("activation_checkpointing" in found.explicit) == bool(flags)
+    built = config.build({"model_name": "m", "output_dir": "o", "activation_checkpointing": value != "none"})
+    assert built.model.activation_checkpointing == ("full" if value != "none" else "none")
+
+
 @pytest.mark.parametrize("last", [["--dataset_name", "c", "d"], ["--dataset_name=c", "d"]])
 def test_the_last_of_two_equal_flags_counts(last: list[str]) -> None:
     """A recipe gives its own values before those of its arguments."""
@@ -111,6 +138,7 @@ def test_whole_numbers_may_be_written_with_an_exponent() -> None:
         (["--dataset_weights", "much"], "'much' is not a valid float"),
         (["--batch_size", "0"], "--batch_size 0: must be 1 <= value"),
         (["--batch_size", "-2"], "--batch_size -2"),
+        (["--sequence_parallel_size", "0"], "--sequence_parallel_size 0: must be 1 <= value"),
         (["--batch_size", "1.5"], "'1.5' is not a whole number"),
         (["--max_length", "0"], "--max_length 0"),
         (["--num_train_epochs", "0"], "--num_train_epochs 0"),

@@ -59,6 +59,10 @@ def test_a_flag_can_undo_each_switch(parsed: Any) -> None:
         ("packing: no", False),
         ("packing: OFF", False),
         ("save_checkpoint: yes", True),
+        ("activation_checkpointing: true", "full"),  # a switch once
+        ("activation_checkpointing: off", "none"),
+        ("activation_checkpointing: none", "none"),
+        ("activation_checkpointing: offload", "offload"),
         ("revision: no", "no"),  # false in YAML 1.1
         ("revision: 2024-01-01", "2024-01-01"),  # a date
         ("revision: 12e5678", "12e5678"),  # a number
@@ -114,6 +118,7 @@ def test_json_is_yaml(parsed: Any) -> None:
         ("batch_size: 1e400", "line 1: batch_size 1e400: must be a whole number"),
         ("seed: 0x10", "line 1: seed 0x10: must be a whole number"),
         ("packing: 1", "line 1: packing 1: must be true or false"),
+        ("activation_checkpointing: ofload", "must be one of none, full, offload; did you mean offload?"),
         ("lr_scheduler: cosin", "did you mean cosine?"),
         ("log_level: info", "did you mean INFO?"),
         ("model_name: {a: b}", "line 1: model_name: must be one text"),
@@ -261,11 +266,13 @@ def test_the_schema_in_a_validator() -> None:
     for flags in ([], CHANGED):
         written = config_file.write(cli.parse(["--model_name", "m", "--output_dir", "o", *flags]))
         assert valid(yaml.safe_load(written), schema)
-    for good in ({}, {"data": None}, {"lr": 1}, {"offload_ratio": "auto"}, {"dataset_name": "a"}, {"seed": 4e8}):
+    for good in ({}, {"data": None}, {"lr": 1}, {"offload_ratio": "auto"}, {"dataset_name": "a"}, {"seed": 4e8},
+                 {"activation_checkpointing": True}, {"activation_checkpointing": "offload"}):  # fmt: skip
         assert valid(good, schema), good
     wrong: list[Any] = [
         {"lr": 0}, {"lr": "1"}, {"max_lenght": 8}, {"data": {"lr": 1}}, {"dataset_name": []}, {"packing": 1},
         {"offload_ratio": "most"}, {"lr_scheduler": "zigzag"}, {"batch_size": 1.5}, {"local_rank": 0},
+        {"activation_checkpointing": 1},
     ]  # fmt: skip
     for bad in wrong:
         assert not valid(bad, schema), bad

@@ -60,7 +60,7 @@ LIBRARIES: dict[str, set[str]] = {
     "datasets": {"data.cache", "data.folders", "data.sources"},
     "deepspeed": {
         "distributed",
-        "model.attention", "model.kernels", "model.load", "model.vocabulary",
+        "model.attention", "model.kernels", "model.load", "model.recomputation", "model.tiled_mlp", "model.vocabulary",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save", "checkpoint.trust",
         "training.engine",
         "bench.alternatives",
@@ -79,7 +79,8 @@ LIBRARIES: dict[str, set[str]] = {
         "distributed", "protocols",
         "data.collate",
         "model.architecture", "model.attention", "model.buffers", "model.flash_cpu", "model.head", "model.isolation",
-        "model.kernels", "model.load", "model.loss_kernel", "model.neftune", "model.vocabulary", "model.weights",
+        "model.kernels", "model.load", "model.loss_kernel", "model.neftune", "model.recomputation",
+        "model.sequence_parallel", "model.tiled_mlp", "model.vocabulary", "model.weights",
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",

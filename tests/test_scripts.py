@@ -29,7 +29,7 @@ def test_a_recipe_starts_the_launcher_with_its_values(recipe: str, mode: str, st
     expected = {
         "model_name": model, "max_length": max_length, "sub_group_size": sub_group, "leaf_module": leaf,
         "attn_implementation": attention, "batch_size": 4 // gpus, "lr": 1e-5, "warmup": 0.05, "weight_decay": 0.01,
-        "seed": 42, "num_train_epochs": 1, "dataset_name": ("tatsu-lab/alpaca",), "activation_checkpointing": True,
+        "seed": 42, "num_train_epochs": 1, "dataset_name": ("tatsu-lab/alpaca",), "activation_checkpointing": "full",
         "save_checkpoint": False, "fail_on_checkpoint_error": False, "use_wandb": False, "deterministic": False,
         "output_dir": f"./{recipe}_{mode}_output", "deepspeed_config": str(REPOSITORY / f"configs/{mode}.json"),
         "offload_ratio": ratio if mode == "superoffload" else 1.0,
@@ -72,6 +72,17 @@ def test_a_recipe_with_a_list_of_data_sets(stand_in: Path) -> None:
     words = (stand_in.parent / "seen").read_text().splitlines()
     data = cli.parse(words[words.index("--model_name") :]).data
     assert (data.dataset_name, data.dataset_weights) == (("my rows.jsonl", "b.parquet:0.5"), (1.0, 2.0))
+
+
+@pytest.mark.parametrize(("value", "flag"), [("false", "none"), ("offload", "offload"), ("ofload", None)])
+def test_recomputation_of_a_recipe(stand_in: Path, value: str, flag: str | None) -> None:
+    line = "ACTIVATION_CHECKPOINTING="
+    result = call(changed("llama-8b", stand_in.parent, f"{line}true", line + value), stand_in, "superoffload")
+    if flag is None:
+        assert result.returncode == 2 and result.stderr.endswith("it must be true, false or offload\n")
+    else:
+        words = (stand_in.parent / "seen").read_text().splitlines()
+        assert cli.parse(words[words.index("--model_name") :]).model.activation_checkpointing == flag
 
 
 def test_data_sets_after_the_mode_replace_those_of_the_recipe(stand_in: Path) -> None:

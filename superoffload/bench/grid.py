@@ -42,6 +42,7 @@ AXES = ("mode", "layout", *SETTINGS)
 AGAINST: dict[str, dict[str, str]] = {"deepspeed": {"mode": STOCK}, "upstream-shape": {"layout": "max_length"}}
 """Alternatives: how each differs from the first configuration."""
 MOST = 24
+RECOMPUTING = {"none": "not recomputing", "full": "recomputing", "offload": "recomputing from the host"}
 
 Values = dict[str, Any]
 """One value for each axis."""
@@ -112,7 +113,7 @@ def _word(axis: str, value: Any) -> str:
         "batch_size": f"batch {value}",
         "max_length": f"length {value}",
         "gradient_accumulation_steps": f"{value} micro-batches",
-        "activation_checkpointing": "recomputing" if value else "not recomputing",
+        "activation_checkpointing": RECOMPUTING.get(value, value),
         "loss_kernel": f"{value} loss",
         "attn_implementation": f"{value} attention",
         "kernels": f"{value} kernels",

@@ -26,7 +26,7 @@ MODEL = (
 SETTINGS = {
     config.ModelSettings: MODEL,
     config.DataSettings: ("max_length", "packing", "padding"),
-    config.TrainingSettings: ("batch_size", "gradient_accumulation_steps"),
+    config.TrainingSettings: ("batch_size", "gradient_accumulation_steps", "sequence_parallel_size"),
     config.OffloadSettings: (
         "deepspeed_config", "offload_ratio", "optimizer_state", "offload_params", "sub_group_size"
     ),

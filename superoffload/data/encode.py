@@ -59,6 +59,21 @@ class Encoded:
         """Truncate to the first `max_length` tokens, which keeps the start of an answer that is too long."""
         return replace(self, input_ids=self.input_ids[:max_length], labels=self.labels[:max_length])
 
+    def pieces(self, max_length: int) -> "list[Encoded]":
+        """Split into pieces of at most `max_length` tokens, which together have exactly the row's targets.
+
+        A piece begins with the last token of the one before. A token is predicted from the one before it, so without
+        this overlap the first token of each later piece would be lost as a target. The shared token is a target in the
+        earlier piece only, since the first token of a row never is one. The first piece has the counts of the row.
+        """
+        if len(self.input_ids) <= max_length:
+            return [self]
+        result = [self.head(max_length)]
+        for start in range(max_length - 1, len(self.input_ids) - 1, max_length - 1):
+            ids = self.input_ids[start : start + max_length]
+            result.append(Encoded(ids, [IGNORED, *self.labels[start + 1 : start + max_length]]))
+        return result
+
 
 def alpaca_prompt(pair: Pair) -> str:
     """Write a prompt as upstream does, in the Alpaca template; the input heading is left out if there is no input."""

@@ -149,12 +149,12 @@ def _make_ready(settings: ModelSettings, model: Any, untrained: set[str], dtype:
     model.config.use_cache = False
     buffers.restore_precision(model, dtype)
     _freeze(model, untrained)
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _set_leaf_modules(model, settings.leaf_module)
-    from superoffload.model import kernels  # only here: an export loads no DeepSpeed
+    from superoffload.model import kernels, recomputation, tiled_mlp  # only here: an export loads no DeepSpeed
 
+    recomputation.enable(model, settings.activation_checkpointing)
     kernels.use(settings.kernels, model)
+    tiled_mlp.use(settings.tiled_mlp, model)
 
 
 def _options(settings: ModelSettings, ds_config: DsConfig, attention: str | None) -> dict[str, Any]:

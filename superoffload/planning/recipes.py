@@ -11,7 +11,6 @@ SCRIPTS = REPOSITORY / "scripts"
 NUMBERS = {"MAX_LENGTH": "max_length", "KEEP_CHECKPOINTS": "keep_checkpoints", "SAVE_STEPS": "save_steps"}
 SWITCHES = {
     "PACKING": "packing",
-    "ACTIVATION_CHECKPOINTING": "activation_checkpointing",
     "SAVE_CHECKPOINT": "save_checkpoint",
     "EXPORT": "export",
 }
@@ -49,6 +48,7 @@ def settings(name: str, superoffload: bool) -> dict[str, Any]:
     optimizer is on the host. Raises `UserError` for an unknown recipe.
     """
     found = values(name)
+    recomputed = found["ACTIVATION_CHECKPOINTING"]
     return {
         "model_name": name,
         "batch_size": batch(name) // devices(name),
@@ -57,4 +57,5 @@ def settings(name: str, superoffload: bool) -> dict[str, Any]:
         "attn_implementation": found["ATTN_IMPLEMENTATION"],
         **{flag: int(found[key]) for key, flag in NUMBERS.items()},
         **{flag: found[key] == "true" for key, flag in SWITCHES.items()},
+        "activation_checkpointing": {"true": "full", "false": "none"}.get(recomputed, recomputed),
     }

@@ -128,6 +128,14 @@ def _kept(job: Job) -> Sequence[Step]:
     return Countdown("--keep_checkpoints", "kept", job.kept)
 
 
+def _recomputation(job: Job) -> list[Step]:
+    full = Step(flag="--activation_checkpointing", changes={"recompute": True})
+    offload = Step(flag="--activation_checkpointing offload", changes={"recompute": True, "offload_activations": True})
+    if job.on_cpu:  # the host holds them anyway
+        return [] if job.recompute else [full]
+    return [] if job.offload_activations else [offload] if job.recompute else [full, offload]
+
+
 DEVICE, HOST, DISK = frozenset({"device"}), frozenset({"host"}), frozenset({"disk"})
 # What costs least comes first.
 LADDERS = (
@@ -135,7 +143,7 @@ LADDERS = (
     Ladder(steps=_more_on_host, saves=DEVICE),
     Ladder(steps=_less_on_host, saves=HOST),
     Ladder(steps=_switch("--loss_kernel chunked", lambda job: not job.chunked_loss, chunked_loss=True), saves=DEVICE),
-    Ladder(steps=_switch("--activation_checkpointing", lambda job: not job.recompute, recompute=True), saves=DEVICE),
+    Ladder(steps=_recomputation, saves=DEVICE),
     Ladder(steps=_batch, saves=DEVICE),
     Ladder(steps=_length, saves=DEVICE),
     Ladder(steps=_switch("--offload_params", lambda job: not job.offload_params, offload_params=True), saves=DEVICE),

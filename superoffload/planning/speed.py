@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from superoffload.model.flops import hardware_flops, model_flops
+from superoffload.planning.budget.activations import layer_input_bytes
 from superoffload.planning.budget.device import on_device, sub_groups
 from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.shape import Shape
@@ -165,12 +166,16 @@ def _host_sub_groups(shape: Shape, job: Job) -> int:
 
 def step_time(shape: Shape, job: Job, machine: Hardware) -> StepTime:
     """Estimate one optimizer step of one rank, with full rows."""
-    flops = hardware_flops(job.batch * model_flops(shape.flops, [job.length]), job.recompute)
+    flops = hardware_flops(job.batch / job.parts * model_flops(shape.flops, [job.length]), job.recompute)
     micro = flops / machine.flops
     forward, backward = (micro / 4, micro * 3 / 4) if job.recompute else (micro / 3, micro * 2 / 3)
     gather = _gather_s(shape, job)  # in forward, again in backward, and once more to reduce the gradients
     stream = 2 * shape.parameters / job.ranks / machine.up if job.offload_params else 0.0
-    forward, backward = max(forward, gather, stream), max(backward, gather, stream) + gather
+    inputs = layer_input_bytes(shape) * shape.layers * job.tokens if job.offload_activations else 0
+    forward, backward = (
+        max(forward, gather, stream, inputs / machine.down),
+        max(backward, gather, stream, inputs / machine.up) + gather,
+    )
 
     number = host_elements(shape, job)
     memory = machine.machine_memory(job.ranks_per_node) / job.ranks_per_node

@@ -66,10 +66,11 @@ def _title(plan: Plan, packed: bool) -> list[str]:
     job = plan.job
     ranks = f"{_several(job.ranks, 'rank')} on {_several(job.ranks // job.ranks_per_node, 'machine')}"
     rows = f"{_several(job.batch, 'pack' if packed else 'row')} of {'' if packed else 'up to '}{job.length} tokens"
+    whose = f"{job.parts} ranks that share them" if job.parts > 1 else "rank"
     more = f", {job.accumulation} micro-batches per step" if job.accumulation > 1 else ""
     return [
         *_wrap(f"{plan.shape.name}: {count(plan.shape.parameters)} parameters, {job.mode}, {ranks}", 2),
-        *_wrap(f"{rows} per rank and micro-batch{more}; optimizer {job.ratio:.0%} on the host"),
+        *_wrap(f"{rows} per {whose} and micro-batch{more}; optimizer {job.ratio:.0%} on the host"),
     ]
 
 
@@ -95,8 +96,13 @@ def _otherwise(plan: Plan) -> Iterator[str]:
     """Say the peak of the device with the other loss and the other treatment of activations."""
     job = plan.job
     loss = "--loss_kernel plain" if job.chunked_loss else "--loss_kernel chunked"
-    again = "without --activation_checkpointing" if job.recompute else "with --activation_checkpointing"
-    changes = {f"with {loss}": {"chunked_loss": not job.chunked_loss}, again: {"recompute": not job.recompute}}
+    changes = {f"with {loss}": {"chunked_loss": not job.chunked_loss}}
+    if not job.recompute:
+        changes["with --activation_checkpointing"] = {"recompute": True}
+    else:
+        changes["without --activation_checkpointing"] = {"recompute": False, "offload_activations": False}
+        other = "full" if job.offload_activations else "offload"
+        changes[f"with --activation_checkpointing {other}"] = {"offload_activations": not job.offload_activations}
     peaks = {
         words: gib(budget(plan.shape, replace(job, **change)).device_peak)  # type: ignore[arg-type]
         for words, change in changes.items()

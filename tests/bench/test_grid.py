@@ -17,13 +17,13 @@ def test_every_axis_has_values_in_the_tests_and_is_a_setting() -> None:
 
 
 def test_configurations_are_the_product_and_are_named_by_what_differs() -> None:
-    found = grid.cases({**ONE, "mode": grid.MODES, "activation_checkpointing": (False, True)}, ())
+    found = grid.cases({**ONE, "mode": grid.MODES, "activation_checkpointing": ("none", "full", "offload")}, ())
     assert [case.name for case in found] == [
-        "superoffload, not recomputing", "superoffload, recomputing", "zerooffload, not recomputing",
-        "zerooffload, recomputing",
+        "superoffload, not recomputing", "superoffload, recomputing", "superoffload, recomputing from the host",
+        "zerooffload, not recomputing", "zerooffload, recomputing", "zerooffload, recomputing from the host",
     ]  # fmt: skip
-    assert found[1].values == {axis: values[0] for axis, values in ONE.items()} | {"activation_checkpointing": True}
-    assert [case.ds_config for case in found] == ["superoffload.json"] * 2 + ["zerooffload.json"] * 2
+    assert found[1].values == {axis: values[0] for axis, values in ONE.items()} | {"activation_checkpointing": "full"}
+    assert [case.ds_config for case in found] == ["superoffload.json"] * 3 + ["zerooffload.json"] * 3
 
 
 def test_a_single_configuration_is_named_by_its_mode() -> None:

@@ -105,6 +105,8 @@ def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from transformers import LlamaForCausalLM
 
+    from superoffload.model import recomputation
+
     torch.manual_seed(0)
     ds_config = {
         "train_micro_batch_size_per_gpu": shape.batch,
@@ -129,7 +131,7 @@ def build_engine(mode: str, shape: Shape, options: dict[str, Any]) -> Any:
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = LlamaForCausalLM(llama_config(shape)).to(torch.bfloat16)
     if torch.cuda.is_available():
-        model.gradient_checkpointing_enable()
+        recomputation.enable(model, "full")
     adam = DeepSpeedCPUAdam(model.parameters(), lr=1e-5)
     initialize: Callable[[], Any] = lambda: deepspeed.initialize(  # noqa: E731
         model=model, optimizer=adam, config=ds_config

@@ -61,6 +61,7 @@ class Row:
     packed: bool
     predicted: int
     counted: int
+    offload_activations: bool = False
 
     @property
     def error(self) -> float:
@@ -110,6 +111,10 @@ def _others() -> list[Case]:
         Case(model="llama-8b", layers=4, changes={"packed": False}),
         Case(model="qwen3-4b", layers=2, changes={"packed": False, "recompute": False}),
         Case(model="mistral-7b", layers=4, changes={"batch": 8, "recompute": False}),
+        Case(model="llama-8b", layers=1, changes={"offload_activations": True}),
+        Case(model="llama-8b", layers=32, changes={"offload_activations": True}),
+        Case(model="llama-8b", layers=32, changes={"offload_activations": True, "batch": 1, "length": 131072}),
+        Case(model="qwen3-30b-a3b", layers=48, changes={"offload_activations": True, "batch": 2}),
     ]
 
 
@@ -139,6 +144,7 @@ def measure(case: Case) -> Row:
         chunked_loss=job.chunked_loss,
         eager=job.eager,
         packed=job.packed,
+        offload_activations=job.offload_activations,
         predicted=predict(case),
         counted=counted_memory.count(case.model, job, **_changes(case)),
     )
@@ -152,12 +158,16 @@ def report(rows: list[Row]) -> str:
     ]
     for row in rows:
         words = (
-            row.model, str(row.layers), f"{row.batch} x {row.length}", "recomputed" if row.recompute else "kept",
+            row.model, str(row.layers), f"{row.batch} x {row.length}", _activations(row),
             "chunked" if row.chunked_loss else "plain", "eager" if row.eager else "flash" if row.packed else "masked",
             f"{row.predicted / GIB:.2f}", f"{row.counted / GIB:.2f}", f"{row.error:+.1%}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join([*lines, ""])
+
+
+def _activations(row: Row) -> str:
+    return "kept" if not row.recompute else "inputs on the host" if row.offload_activations else "recomputed"
 
 
 def recipes() -> str:

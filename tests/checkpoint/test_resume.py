@@ -265,6 +265,23 @@ def test_a_converted_checkpoint_takes_any_batch(tmp_path: Path, one_rank: None) 
     assert resume.progress_of(None) == {}
 
 
+def test_other_groups_of_ranks_may_share_rows_if_a_step_has_as_many_packs(
+    tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_checkpoint(tmp_path, 3, 1.0, batch_size=4, sequence_parallel_size=2)
+    described = json.loads((made / "manifest.json").read_text())
+    (made / "manifest.json").write_text(json.dumps(described | {"world_size": 4}))
+    monkeypatch.setattr("superoffload.distributed.world_size", lambda: 4)
+
+    def find_it(**values: int) -> list[resume.Source]:
+        return resume.find(config.build({"model_name": "m", "output_dir": str(tmp_path), "resume": "auto", **values}))
+
+    assert len(find_it(batch_size=2, sequence_parallel_size=1)) == 1
+    assert len(find_it(batch_size=8, sequence_parallel_size=4)) == 1
+    with pytest.raises(UserError, match="--sequence_parallel_size: checkpoint has 2, this run has 4"):
+        find_it(batch_size=4, sequence_parallel_size=4)
+
+
 def test_another_number_of_ranks_is_refused(two: tuple[Path, Path]) -> None:
     manifest = json.loads((two[1] / "manifest.json").read_text())
     (two[1] / "manifest.json").write_text(json.dumps({**manifest, "world_size": 2}))

@@ -2,15 +2,17 @@
 
 import weakref
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask
 
-from superoffload.model import head
+from superoffload.model import head, recomputation
+from superoffload.model.recomputation import HostStates
 from superoffload.planning.budget.device import NORM_PIECE
 from superoffload.planning.budget.job import Job
 from tests.helpers.builtin_shapes import skeleton
@@ -59,6 +61,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
         """Leave tensors out that exist already."""
         for tensor in tensors:
             self._seen[tensor.untyped_storage()._cdata] = tensor
+
+    def host_memory(self, size: int) -> torch.Tensor:
+        """Make memory of the host, which does not count, as `HostStates.allocate` does."""
+        with _disable_current_modes():
+            memory = torch.empty(size, dtype=torch.uint8, device="meta")
+        self.ignore([memory])
+        return memory
 
     def _watch(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -119,20 +128,25 @@ def count(name: str, job: Job, **changes: Any) -> int:
         model.config.use_cache = False
         model.set_attn_implementation("eager" if job.eager else COUNTED if job.packed else MASKED)
         model.train()
-        if job.recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recomputation.enable(model, recomputed(job))
         live = LiveBytes()
         live.ignore([*model.parameters(), *model.buffers()])
-        with live:
+        with live, mock.patch.object(HostStates, "allocate", live.host_memory):
             bucket = Bucket(job.bucket)
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(bucket.take)
-            _loss(model, job).backward()
+            loss(model, job).backward()
             bucket.empty()
     return live.peak
 
 
-def _loss(model: Any, job: Job) -> Any:
+def recomputed(job: Job) -> str:
+    """Return the value of `--activation_checkpointing` of a job."""
+    return "none" if not job.recompute else "offload" if job.offload_activations else "full"
+
+
+def loss(model: Any, job: Job) -> Any:
+    """Run the forward of a step, whose rows are full and all targets; return the sum of its losses."""
     ids = torch.zeros((job.batch, job.length), dtype=torch.int64)
     # Packs that all scores are computed for have a mask too, which transformers would make from their positions.
     masked = job.eager or not job.packed

@@ -8,6 +8,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+from superoffload.model import recomputation
 from superoffload.model.parameter_groups import parameter_groups
 from tests.helpers.models import make_model
 
@@ -22,7 +23,7 @@ def measure(kind: str, changes: dict[str, Any], zero: dict[str, Any], recompute:
     model = make_model(kind, **changes)
     model.train()
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recomputation.enable(model, "full")
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},

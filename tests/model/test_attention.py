@@ -9,7 +9,7 @@ import transformers
 from superoffload import config
 from superoffload.data.collate import collate
 from superoffload.errors import UserError
-from superoffload.model import attention
+from superoffload.model import attention, recomputation
 from superoffload.model.head import summed_loss
 from tests.helpers.packs import DOCUMENTS, KINDS, PACKED, PACKS, VARLEN, tiny
 
@@ -51,6 +51,28 @@ def test_flash_attention_is_chosen_if_it_can_run(monkeypatch: pytest.MonkeyPatch
     assert choose("bloom") is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "parts", "words"),
+    [
+        ("llama", {}, 3, "--sequence_parallel_size 3: the 32 attention heads of llama cannot be divided among 3 ranks"),
+        ("gemma2", {}, 2, "--sequence_parallel_size 2: gemma2 does not attend document by document; use 1"),
+        ("mamba", {}, 2, "--sequence_parallel_size 2: mamba does not attend document by document; use 1"),
+        ("llama", {"attn_implementation": "sdpa"}, 2, "--attn_implementation sdpa: is not available with --sequence"),
+        ("llama", {}, 2, ""),
+    ],
+)
+def test_ranks_that_share_rows_need_heads_and_documents(
+    kind: str, values: dict[str, Any], parts: int, words: str
+) -> None:
+    settings = config.build({"model_name": "m", "output_dir": "o", **values}).model
+    described = transformers.AutoConfig.for_model(kind)
+    if not words:
+        assert attention.choose(settings, described, BF16, False, parts) == "sdpa_varlen"
+        return
+    with pytest.raises(UserError, match=f"^{words}"):
+        attention.choose(settings, described, BF16, False, parts)
+
+
 def test_which_kernels_take_documents() -> None:
     names = (None, "eager", "sdpa", "sdpa_varlen", "torch_varlen", "flash_attention_2")
     assert [name for name in names if attention.takes_documents(name)] == list(names[3:])
@@ -73,7 +95,7 @@ def split(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), *WINDOWED.items()])
 def test_packed_logits_and_gradients_equal_those_of_each_document_alone(kind: str, changes: dict[str, Any]) -> None:
     ours, plain = make_pair(kind, **changes)
-    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputation.enable(ours, "full")
     inputs = collate(PACKS, 2, VARLEN).inputs
     labels = inputs.pop("labels")
     logits = ours(**inputs).logits

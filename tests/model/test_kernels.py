@@ -15,7 +15,7 @@ import transformers
 from superoffload import distributed
 from superoffload.data.collate import collate
 from superoffload.errors import UserError
-from superoffload.model import kernels
+from superoffload.model import kernels, recomputation
 from superoffload.model.head import summed_loss
 from tests.helpers.packs import DOCUMENTS, PACKS, VARLEN, tiny
 
@@ -52,7 +52,7 @@ def said(caplog: Any) -> list[str]:
 
 def gradients(model: Any, recompute: bool = False) -> list[torch.Tensor]:
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recomputation.enable(model, "full")
     inputs = collate(PACKS, 2, VARLEN).inputs
     labels = inputs.pop("labels")
     logits = model(**inputs).logits

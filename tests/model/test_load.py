@@ -30,12 +30,16 @@ MOE: dict[str, dict[str, Any]] = {
 
 def load_sharded(folder: str) -> tuple[list[bool], list[str], int, bool]:
     """Load a model; return which parameters are sharded, the leaf modules, the elements held, whether it recomputes."""
-    settings = ModelSettings(model_name=folder, activation_checkpointing=True)
+    settings = ModelSettings(model_name=folder, activation_checkpointing="full")
     model: Any = load.load_model(settings, load.load_architecture(settings), {**ZERO3}, None)
     sharded = [hasattr(p, "ds_tensor") and p.numel() == 0 for p in model.parameters()]
     leaves = sorted({type(m).__name__ for m in model.modules() if getattr(m, "_z3_leaf", False)})
     held = sum(p.ds_tensor.numel() for p in model.parameters() if hasattr(p, "ds_tensor"))
-    return sharded, leaves, held, model.is_gradient_checkpointing and not model.config.use_cache
+    return sharded, leaves, held, _recomputes(model) and not model.config.use_cache
+
+
+def _recomputes(model: Any) -> bool:
+    return all(layer.gradient_checkpointing for layer in model.model.layers)
 
 
 def test_weights_are_born_sharded(model_folder: Path) -> None:

@@ -14,7 +14,7 @@ import transformers
 
 from superoffload import config
 from superoffload.data.collate import collate
-from superoffload.model import attention
+from superoffload.model import attention, recomputation
 from superoffload.model.head import summed_loss
 from tests.helpers.packs import DOCUMENTS, KINDS, PACKS, VARLEN, tiny
 from tests.helpers.varlen import reference
@@ -106,7 +106,7 @@ def test_packed_logits_and_gradients_equal_those_of_sdpa(kind: str, stand_in: li
     results = []
     for name in (attention.TORCH_VARLEN, attention.SDPA_VARLEN):
         model = tiny(kind, name, **changes)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recomputation.enable(model, "full")
         inputs = collate(PACKS, 2, VARLEN).inputs
         labels = inputs.pop("labels")
         logits = model(**inputs).logits

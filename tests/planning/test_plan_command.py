@@ -108,7 +108,8 @@ def test_several_machines_divide_the_batch_of_a_recipe_as_its_script_does(
         ("SAVE_STEPS=0", "SAVE_STEPS=7", "save_steps", 7),
         ("KEEP_CHECKPOINTS=2", "KEEP_CHECKPOINTS=3", "keep_checkpoints", 3),
         ("PACKING=true", "PACKING=false", "packing", False),
-        ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=false", "activation_checkpointing", False),
+        ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=false", "activation_checkpointing", "none"),
+        ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=offload", "activation_checkpointing", "offload"),
         ("MAX_LENGTH=4096", "MAX_LENGTH=512", "max_length", 512),
     ],
 )

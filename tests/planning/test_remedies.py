@@ -17,6 +17,7 @@ GIB = 2**30
 SWITCHES: dict[str, dict[str, Any]] = {
     "--loss_kernel chunked": {"chunked_loss": False},
     "--activation_checkpointing": {"recompute": False},
+    "--activation_checkpointing offload": {"offload_activations": False},
     "--offload_params": {"offload_params": False},
     "--optimizer_state bf16": {"bf16_state": False},
 }

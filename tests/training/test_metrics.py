@@ -36,7 +36,7 @@ def batch(lengths: tuple[int, ...], target_tokens: int, positions: int) -> Batch
     return Batch(inputs=inputs, lengths=lengths, target_tokens=target_tokens)
 
 
-def meter(clock: Clock, recomputed: bool = False) -> metrics.Meter:
+def meter(clock: Clock, recomputed: str = "none") -> metrics.Meter:
     values = {"model_name": "m", "output_dir": "o", "activation_checkpointing": recomputed}
     made = metrics.Meter(config.build(values), SHAPE, clock=clock)
     made.start()
@@ -49,9 +49,10 @@ def step(made: metrics.Meter, clock: Clock, seconds: float, loss: float, targets
     made.end_step()
 
 
-def test_a_logged_step_averages_its_interval(one_rank: None) -> None:
+@pytest.mark.parametrize("recomputed", ["full", "offload"])
+def test_a_logged_step_averages_its_interval(recomputed: str, one_rank: None) -> None:
     clock = Clock()
-    made = meter(clock, recomputed=True)
+    made = meter(clock, recomputed)
     step(made, clock, 1.0, loss=2.0, targets=30)
     step(made, clock, 3.0, loss=6.0, targets=10)
     read = made.read(Progress(step=2, epoch=1, packs_in_epoch=2), lr=1e-4, grad_norm=0.5, packs_per_epoch=8)

@@ -11,7 +11,13 @@ from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.shape import Shape
 
 TILE = 2**24  # logits that the chunked loss holds at a time: model/head.py, TILE
+INPUTS_ON_DEVICE = 1  # of layers, with `--activation_checkpointing offload`: model/recomputation.py, HostStates
 TILE_BYTES = 10 * TILE  # a tile in float32 and in bf16, and a product with the weight in float32: head._Tiles
+
+
+def layer_input_bytes(shape: Shape) -> int:
+    """Return what activation checkpointing keeps per token and layer: its input in bf16."""
+    return 2 * shape.hidden
 
 
 def kept_bytes(shape: Shape, job: Job) -> int:

@@ -7,9 +7,11 @@ DeepSpeed's own function. Not checked: CUDA's context, buffers of the communicat
 from functools import lru_cache
 
 from superoffload.planning.budget.activations import (
+    INPUTS_ON_DEVICE,
     kept_bytes,
     layer_bytes,
     layer_gradient_bytes,
+    layer_input_bytes,
     loss_bytes,
     mask_bytes,
     mlp_bytes,
@@ -76,9 +78,14 @@ def device_bytes(shape: Shape, job: Job) -> dict[str, int]:
 
 
 def activation_bytes(shape: Shape, job: Job) -> int:
-    """Return what is kept from forward to backward, the loss not counted."""
-    each = 2 * shape.hidden if job.recompute else kept_bytes(shape, job)
-    return (each * shape.layers + mask_bytes(job)) * job.tokens
+    """Return what is kept from forward to backward, the loss not counted.
+
+    With inputs of layers on the host, one of them is on the device at the moments that count: the last one until
+    backward begins, then the one that the next layer will need. A layer's own is dropped once it has been recomputed.
+    """
+    each = layer_input_bytes(shape) if job.recompute else kept_bytes(shape, job)
+    layers = INPUTS_ON_DEVICE if job.offload_activations else shape.layers
+    return (each * layers + mask_bytes(job)) * job.tokens
 
 
 def moments(shape: Shape, job: Job) -> dict[str, int]:
@@ -124,7 +131,7 @@ def _emptied(shape: Shape, job: Job) -> dict[str, int]:
     to the host that are late do not add to this: torch's allocator waits for them before it gives up. The activations
     of later layers, which are gone by then, are subtracted.
     """
-    done = activation_bytes(shape, job) // max(1, shape.layers)
+    done = 0 if job.offload_activations else activation_bytes(shape, job) // max(1, shape.layers)
     result = dict.fromkeys(("first", "mlp", "attention", "embedding", "end"), 0)
     inside: list[int] = []
 

@@ -6,6 +6,7 @@ loaded, checkpoints and tokenised rows are mapped or streamed, and the system dr
 
 from collections import Counter
 
+from superoffload.planning.budget.activations import INPUTS_ON_DEVICE, layer_input_bytes
 from superoffload.planning.budget.device import on_device, sub_groups
 from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.shape import Shape
@@ -40,9 +41,9 @@ def host_bytes(shape: Shape, job: Job) -> dict[str, int]:
 
     masters, moments, gradients: of the host's sub-groups, 4 bytes an element or 2 in bf16. staging: new weights in
     bf16, with superoffload, whose arena holds these five; its gaps, up to 2 MiB a sub-group, are never touched.
-    accumulation: sums over micro-batches. weights: with `--offload_params`. pinned: what torch's allocator rounds up or
-    keeps. device: without a device, what it would hold. runtime: private memory of the processes. libraries: their
-    files, once.
+    accumulation: sums over micro-batches. weights: with `--offload_params`. activations: inputs of layers that are kept
+    on the host. pinned: what torch's allocator rounds up or keeps. device: without a device, what it would hold.
+    runtime: private memory of the processes. libraries: their files, once.
     """
     ranks, groups = job.ranks_per_node, on_host(shape, job)
     each = 2 if job.bf16_state else 4
@@ -55,6 +56,7 @@ def host_bytes(shape: Shape, job: Job) -> dict[str, int]:
         "staging": 2 * number if superoffload else 0,
         "accumulation": ranks * _accumulation(shape, job),
         "weights": ranks * 2 * _partition(shape, job) if job.offload_params and not job.on_cpu else 0,
+        "activations": ranks * sum(_layer_inputs(shape, job)),
         "pinned": ranks * _pinned(shape, job),
         "device": ranks * _instead_of_device(shape, job),
         "runtime": LAUNCHER_BYTES + ranks * _runtime(job),
@@ -141,8 +143,11 @@ def _pinned(shape: Shape, job: Job) -> int:
     ATen/core/CachingHostAllocator.h rounds them up to a power of two, and keeps freed blocks for others of their size;
     with the options that recipes pass, only up to 64 MiB. superoffload's arena is registered in place, without that.
     """
-    if job.on_cpu or not job.pin_memory:
+    if job.on_cpu:
         return 0
+    inputs = sum(_block(size, job) - size for size in _layer_inputs(shape, job))
+    if not job.pin_memory:
+        return inputs
     held: list[int] = [_accumulation(shape, job)]
     freed: list[int] = []
     if job.mode == "zerooffload":
@@ -156,7 +161,20 @@ def _pinned(shape: Shape, job: Job) -> int:
     kept = Counter(_block(size, job) for size in freed if _is_kept(size, job))
     if not job.offload_params:  # one block after the other: the next of its size takes it
         kept = Counter({size: 1 for size in kept if size not in blocks})
-    return sum(_block(size, job) - size for size in held) + sum(size * count for size, count in kept.items())
+    rounded = sum(_block(size, job) - size for size in held)
+    return inputs + rounded + sum(size * count for size, count in kept.items())
+
+
+def _layer_inputs(shape: Shape, job: Job) -> list[int]:
+    """Return the buffers for the inputs of the layers on one rank (model/recomputation.py, buffer_bytes).
+
+    Every micro-batch uses the same ones.
+    """
+    if not job.offload_activations:
+        return []
+    size = layer_input_bytes(shape) * job.tokens
+    unit = 1 << max(0, size.bit_length() - 4)
+    return [-(-size // unit) * unit] * shape.layers
 
 
 def _is_kept(size: int, job: Job) -> bool:
@@ -193,7 +211,8 @@ def _temporary(shape: Shape, job: Job) -> int:
     if not job.on_cpu:
         return 0
     layer = 34 * shape.hidden + (5 * shape.heads * job.length if job.eager else 0)
-    layers = 2 * shape.hidden * shape.layers + layer if job.recompute else layer * shape.layers
+    inputs = INPUTS_ON_DEVICE if job.offload_activations else shape.layers
+    layers = layer_input_bytes(shape) * inputs + layer if job.recompute else layer * shape.layers
     logits = job.tokens * shape.vocabulary
     freed = int(FREED_IN_STEP_BYTES * _partition(shape, job))
     held = min(logits, LOSS_TILE) if job.chunked_loss else logits

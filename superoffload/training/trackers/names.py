@@ -33,8 +33,6 @@ def run_name(config: Config, now: datetime) -> str:
     if config.tracking.wandb_run_name is not None:
         return config.tracking.wandb_run_name
     model, training = config.model, config.training
+    recomputed = {"none": 0, "full": 1}.get(model.activation_checkpointing, model.activation_checkpointing)
     short = model.model_name.rstrip("/").split("/")[-1]
-    return (
-        f"{short}_bs{training.batch_size}_seq{config.data.max_length}_ac{int(model.activation_checkpointing)}"
-        f"_T{now:%Y%m%d_%H%M%S}"
-    )
+    return f"{short}_bs{training.batch_size}_seq{config.data.max_length}_ac{recomputed}_T{now:%Y%m%d_%H%M%S}"

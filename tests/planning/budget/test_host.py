@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from superoffload.model import recomputation
 from superoffload.model.flops import ModelShape
 from superoffload.planning.budget import host
 from superoffload.planning.budget.disk import checkpoint_bytes, convert_bytes, disk_bytes
@@ -78,6 +79,7 @@ def test_llama_8b_in_both_modes() -> None:
         "staging": 2 * PARAMETERS,
         "accumulation": 0,
         "weights": 0,
+        "activations": 0,
         "pinned": 0,
         "device": 0,
         "runtime": host.LAUNCHER_BYTES + host.RANK_BYTES + host.OPTIMIZER_PROCESS_BYTES + host.CUDA_BYTES,
@@ -101,6 +103,21 @@ def test_without_the_options_of_recipes_pinned_memory_is_rounded_up() -> None:
     # The sub-group of the embedding holds no more, so that the layers follow in pairs, and the head at the end.
     assert host_bytes(LLAMA_8B, replace(ZERO, pinned_rounding=True))["pinned"] == blocks - sizes
     assert host_bytes(LLAMA_8B, replace(ZERO, pinned_rounding=True, pin_memory=False))["pinned"] == 0
+
+
+def test_inputs_of_layers_on_the_host() -> None:
+    """Of 4 x 4096 tokens each has 128 MiB. Buffers are rounded up, torch's smaller blocks to a power of two."""
+    offload = replace(JOB, offload_activations=True)
+    more = {key: size - host_bytes(LLAMA_8B, JOB)[key] for key, size in host_bytes(LLAMA_8B, offload).items()}
+    assert {key: size for key, size in more.items() if size} == {"activations": LAYERS * 128 * MIB}
+    assert host_peaks(LLAMA_8B, offload)["saving"] - host_peaks(LLAMA_8B, JOB)["saving"] == LAYERS * 128 * MIB
+    odd = host_bytes(LLAMA_8B, replace(offload, batch=1, length=4500))  # 35.2 MiB
+    assert odd["activations"] == LAYERS * 36 * MIB and odd["pinned"] == LAYERS * 28 * MIB
+    assert odd["activations"] == LAYERS * recomputation.buffer_bytes(2 * 4096 * 4500)
+    assert host_bytes(LLAMA_8B, replace(offload, accumulation=4))["activations"] == LAYERS * 128 * MIB
+    assert host_bytes(LLAMA_8B, replace(offload, pin_memory=False, pinned_rounding=True, length=5000))["pinned"] == (
+        LAYERS * (256 - 160) * MIB
+    )
 
 
 def test_the_device_share_is_not_on_the_host() -> None:
