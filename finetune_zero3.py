@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from superoffload.data.loader import Batches
     from superoffload.ds_config import DsConfig, Merged
     from superoffload.model.load import Architecture
+    from superoffload.planning.forecast import Forecast
     from superoffload.protocols import Tokenizer
     from superoffload.training.evaluation import Evaluation
     from superoffload.training.run import Run
@@ -66,7 +67,7 @@ def main(config: "Config") -> int:
     merged, forecast = preflight.check(merged, architecture, inputs.batches.longest, checkpoints)
 
     with exhaustion.explained(forecast, config.output.output_dir):
-        failed = fine_tune(merged, architecture, inputs, checkpoints)
+        failed = fine_tune(merged, architecture, inputs, checkpoints, forecast)
     distributed.close()
     output_folder.unlock(lock)
     return CHECKPOINT_ERROR if failed and config.checkpoint.fail_on_checkpoint_error else 0
@@ -95,16 +96,24 @@ def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architec
     held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
     for line in batches.statistics().short_lines():
         log.logger.info("%s", line)
-    evaluation = Evaluation(held_out, prompt_ids, config.evaluation.eval_steps)
+    evaluation = Evaluation(held_out, prompt_ids, config.evaluation.eval_steps, prompts)
     return Inputs(attention_kernel, tokenizer, batches, evaluation)
 
 
-def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, checkpoints: "list[Source]") -> bool:
+def fine_tune(
+    merged: "Merged",
+    architecture: "Architecture",
+    inputs: Inputs,
+    checkpoints: "list[Source]",
+    forecast: "Forecast | None",
+) -> bool:
     """Load the model, train, save and export (collective); return whether the last save or the export failed."""
     from superoffload import distributed
     from superoffload.checkpoint import resume
     from superoffload.model import flops, isolation, load, loss_kernel, neftune, sequence_parallel, vocabulary
     from superoffload.model.head import Objective
+    from superoffload.planning import environment
+    from superoffload.reporting import recorder
     from superoffload.training import engine, metrics, tracking
     from superoffload.training.progress import Progress
     from superoffload.training.run import Run
@@ -145,7 +154,9 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
         trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
         evaluation=evaluation,
         control=RunControl(config, distributed.is_rank_0()),
+        samples=tracking.start_samples(config, distributed.is_rank_0(), progress.step),
     )
+    recorder.start(run, forecast.record() if forecast else {}, environment.of_run)
     try:
         with run.control:
             if source:
@@ -153,11 +164,15 @@ def fine_tune(merged: "Merged", architecture: "Architecture", inputs: Inputs, ch
             train(run)
             if config.checkpoint.save_checkpoint or run.stopped:
                 run.save()
+        summary = run.meter.summary(config.measurement.warmup_steps)
+        summary["stopped_by"] = run.control.stopped_by if run.stopped else None
+        metrics.report(summary, progress, run.saved, config.output.output_dir)
+        run.check_last_loss()
+        run.export()
     finally:
+        recorder.end(run)
+        run.samples.finish()
         run.trackers.finish()
-    metrics.report(run.meter.summary(config.measurement.warmup_steps), progress, run.saved, config.output.output_dir)
-    run.check_last_loss()
-    run.export()
     return run.failed
 
 

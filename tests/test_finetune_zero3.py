@@ -40,12 +40,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("Say <b>one</b> thing.\n")
     start = launch_with_deepspeed if ranks == 2 else launch
     result = start(
         ranks, "--model_name", str(model_folder), "--dataset_name", str(rows_file), "--output_dir", str(out),
         "--max_length", "128", "--batch_size", "2", "--gradient_accumulation_steps", "2", "--lr", "5e-3",
         "--num_train_epochs", "2", "--warmup", "0.1", "--save_checkpoint", "--activation_checkpointing",
-        "--warmup_steps", "2", "--export", "--use_wandb", "--wandb_project", "test",
+        "--warmup_steps", "2", "--export", "--sample_prompts", str(tmp_path / "prompts.txt"), "--eval_steps", "10",
+        "--use_wandb", "--wandb_project", "test",
         WANDB_MODE="offline", WANDB_DIR=str(tmp_path),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -55,7 +57,7 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
     tag = f"global_step{steps}"
     assert set(os.listdir(out)) == {
         tag, f"model_step{steps}", "config.json", "config.yaml", "generation_config.json", "latest", "metrics.jsonl",
-        "run.log", "special_tokens_map.json",
+        "report.html", "run.json", "run.log", "samples.jsonl", "special_tokens_map.json",
         "summary.json", "tokenizer.json", "tokenizer_config.json", "zero_to_fp32.py", "zero_to_torch.py",
     }  # fmt: skip
     assert set(os.listdir(out / tag)) == checkpoint_files(ranks)
@@ -77,8 +79,22 @@ def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: 
     assert summary["checkpoint"] == str(out / tag)
     assert summary["final_loss"] == logged[-1]["loss"]
     assert f"Checkpoint saved in {out / tag}" in result.stderr
-    assert f"Exported {out / tag} to {out / f'model_step{steps}'}" in result.stderr.rstrip().splitlines()[-1]
+    exported_line, report_line = [line for line in result.stderr.splitlines() if " INFO " in line][-2:]
+    assert f"Exported {out / tag} to {out / f'model_step{steps}'}" in exported_line
+    assert report_line.endswith(f"Report: {out / 'report.html'}")
+    assert (summary["stopped_by"], summary["ended_at"] > 1.7e9) == (None, True)
     assert list(tmp_path.glob("wandb/offline-run-*")) != []
+
+    recorded = json.loads((out / "run.json").read_text())
+    assert (recorded["ranks"], recorded["total_steps"], recorded["data"]["rows"]) == (ranks, steps, 40)
+    assert recorded["environment"]["packages"].keys() >= {"Python", "torch", "deepspeed"}
+    assert recorded["model"]["parameters"] > 0 and recorded["planned_memory"]["host_bytes"] > 0
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in samples] == list(range(10, steps + 1, 10))
+    assert all(line["prompts"] == ["Say <b>one</b> thing."] and len(line["answers"]) == 1 for line in samples)
+    page = (out / "report.html").read_text()
+    assert f"Finished after {steps} of {steps} steps" in page
+    assert "Say &lt;b&gt;one&lt;/b&gt; thing." in page and "Host memory" in page and "Lengths of rows" in page
 
 
 def test_a_failed_save_is_logged_and_sets_the_exit_status(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.weights"},
     "liger_kernel": {"model.kernels"},
-    "matplotlib": {"planning.picture", "bench.picture"},
+    "matplotlib": {"planning.picture", "bench.picture", "reporting.comparison"},
     "mlflow": {"training.trackers.mlflow"},
     "pyarrow": {"data.files", "data.sources"},
     "rich": {"reporting.live", "reporting.panel", "reporting.picture"},

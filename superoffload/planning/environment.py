@@ -38,6 +38,16 @@ def collect() -> Report:
     }
 
 
+def of_run() -> Report:
+    """Return the part of the report that `run.json` keeps: nothing of it is a variable or a path of this machine."""
+    found = {name: version for name, version in packages().items() if version != "not installed"}
+    return {
+        "superoffload": {"version": installed_version("superoffload") or "not installed", "commit": commit(_CHECKOUT)},
+        "machine": machine(),
+        "packages": {**found, "Python": platform.python_version()},
+    }
+
+
 def commit(folder: Path) -> str:
     """Return the commit that is checked out, and whether files differ from it; says so if there is none."""
     if not (folder / ".git").exists():  # an installed package may be inside a checkout of something else

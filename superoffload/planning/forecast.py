@@ -1,6 +1,7 @@
 """What a run needs beside what there is for it. Pure; imports no torch."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from superoffload.planning import words
 from superoffload.planning.plan import Plan
@@ -63,6 +64,13 @@ class Forecast:
             ("disk", budget.disk, there.disk, 0),
         )
         return tuple(Need(kind, size, most, slack) for kind, size, most, slack in found if most is not None)
+
+    def record(self) -> dict[str, Any]:
+        """Return what `run.json` says of the plan."""
+        needs = {f"{need.kind}_bytes": need.bytes for need in self.needs}
+        there = {f"{need.kind}_available_bytes": need.capacity for need in self.needs}
+        shape = self.plan.shape
+        return {"parameters": shape.parameters, "trained_parameters": shape.trained, "planned_memory": needs | there}
 
     def lines(self) -> list[str]:
         """Return the plan in words: its tables, and what would make it fit."""

@@ -35,12 +35,20 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
 class Evaluation:
     """Evaluates held-out rows and prompts, either of which may be missing."""
 
-    def __init__(self, held_out: Batches | None, prompts: Sequence[Sequence[int]], every: int) -> None:
-        """Take the held-out rows, the prompts as token ids, and the number of steps between evaluations."""
+    def __init__(
+        self, held_out: Batches | None, prompts: Sequence[Sequence[int]], every: int, texts: Sequence[str] = ()
+    ) -> None:
+        """Take the held-out rows, the prompts as token ids, the steps between evaluations, and the prompts as texts."""
         self._held_out = held_out
         self._prompts = prompts
         self._every = every
+        self._texts = texts
+        self._answers: list[str] = []
         self._done_at = -1
+
+    def samples(self) -> dict[str, list[str]]:
+        """Return the prompts, and the answers of the last evaluation; empty if there are none."""
+        return {"prompts": list(self._texts), "answers": self._answers} if self._answers else {}
 
     def ids(self, training: Batches) -> tuple[list[Batches], Sequence[Sequence[int]]]:
         """Return all that a run gives the model: the rows to train on and those held out, and the prompts."""
@@ -69,8 +77,10 @@ class Evaluation:
                         "Step %d | Held-out loss of %s: %.4f | Target tokens: %d",
                         step, label, numbers[f"eval_loss/{label}"], numbers[f"eval_target_tokens/{label}"],
                     )  # fmt: skip
+            self._answers = []
             for prompt in self._prompts:
                 answer = generate(model_engine, tokenizer, prompt)
+                self._answers.append(answer)
                 logger.info("Sample | %s | %s", tokenizer.decode(prompt), answer)
         model_engine.train()
         return numbers

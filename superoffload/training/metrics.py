@@ -262,6 +262,7 @@ def report(summary: dict[str, Any], progress: Progress, saved: Saved, folder: st
     summary = {
         "global_step": progress.step,
         **summary,
+        "ended_at": time.time(),
         "checkpoint": str(saved.path) if saved.path else None,
         "checkpoint_note": saved.sentence,
     }

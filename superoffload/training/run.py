@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Run:
     trackers: Trackers
     evaluation: Evaluation
     control: RunControl
+    samples: Trackers = field(default_factory=lambda: Trackers({}))
     saved: Saved = outcomes.NOT_REQUESTED
     saved_step: int = -1
     resumed_step: int = -1
@@ -111,6 +112,8 @@ class Run:
         numbers = self.evaluation.run(self.engine, self.loss, self.tokenizer, self.progress.step)
         if numbers:
             self.trackers.log(self.progress.step, {"step": self.progress.step, **numbers})
+        if samples := self.evaluation.samples():
+            self.samples.log(self.progress.step, {"step": self.progress.step, **samples})
         self.meter.start()  # the evaluation's time belongs to no step
 
     def export(self) -> None:

@@ -28,6 +28,9 @@ class Tracker(Protocol):
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Record the numbers of a step."""
 
+    def attach(self, path: Path) -> None:
+        """Store a file with the run, if the tracker has a place for files."""
+
     def finish(self) -> None:
         """Write what is buffered and close."""
 
@@ -53,6 +56,12 @@ class Guarded:
         tracker = self._tracker
         if self._logging and tracker is not None:
             self._try("log", lambda: tracker.log(step, values))
+
+    def attach(self, path: Path) -> None:
+        """Forward a file."""
+        tracker = self._tracker
+        if self._logging and tracker is not None:
+            self._try("store a file", lambda: tracker.attach(path))
 
     @property
     def run_id(self) -> str | None:
@@ -81,6 +90,11 @@ class Trackers:
         """Forward the numbers of a step to every tracker."""
         for tracker in self._trackers.values():
             tracker.log(step, values)
+
+    def attach(self, path: Path) -> None:
+        """Forward a file to every tracker."""
+        for tracker in self._trackers.values():
+            tracker.attach(path)
 
     def finish(self) -> None:
         """End every tracker."""
@@ -115,3 +129,14 @@ def start(config: Config, is_rank_0: bool, step: int = 0, state: dict[str, Any] 
     chosen = {name: makers[name] for name in config.tracking.trackers}
     makers = {"metrics.jsonl": lambda: JsonLines(path, step), **chosen}
     return Trackers({name: Guarded(name, make) for name, make in makers.items()})
+
+
+def start_samples(config: Config, is_rank_0: bool, step: int = 0) -> Trackers:
+    """Start to record the answers to `--sample_prompts` in `samples.jsonl`, on rank 0.
+
+    Without prompts there is no such file, unless an earlier run has left one, whose later answers are removed.
+    """
+    path = Path(config.output.output_dir) / "samples.jsonl"
+    if not is_rank_0 or not (config.evaluation.sample_prompts or path.exists()):
+        return Trackers({})
+    return Trackers({path.name: Guarded(path.name, lambda: JsonLines(path, step))})

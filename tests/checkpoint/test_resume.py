@@ -85,7 +85,11 @@ def test_a_signal_to_one_rank_saves_and_ends_the_run(model_folder: Path, rows_fi
     assert done.returncode == 0, done.stderr[-3000:]
     step = int((tmp_path / "latest").read_text().removeprefix("global_step"))
     assert f"Stopped by another rank's signal: saving after step {step}" in done.stderr
-    assert done.stderr.rstrip().splitlines()[-1].endswith(f"Checkpoint saved in {tmp_path / f'global_step{step}'}")
+    saved_line, report_line = done.stderr.rstrip().splitlines()[-2:]
+    assert saved_line.endswith(f"Checkpoint saved in {tmp_path / f'global_step{step}'}")
+    assert report_line.endswith(f"Report: {tmp_path / 'report.html'}")
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped_by"] == "another rank's signal"
+    assert f"Stopped by another rank&#39;s signal after {step} of " in (tmp_path / "report.html").read_text()
 
 
 def test_ctrl_c_saves(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -84,16 +84,12 @@ def test_runs_whose_loss_is_nan(rows_file: Path, tmp_path: Path) -> None:
     assert stopped.returncode == 2, stopped.stderr[-3000:]
     assert "Traceback" not in stopped.stderr
     assert "Error: --stop_on_nan 3: the loss was infinite or NaN in 3 step(s) in a row" in stopped.stderr
-    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"config.yaml", "metrics.jsonl", "run.log"}
+    written = {"config.yaml", "metrics.jsonl", "report.html", "run.json", "run.log"}
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == written
     ended = launch(1, *flags, "--output_dir", str(tmp_path / "ended"), "--max_steps", "2")
     assert ended.returncode == 2, ended.stderr[-3000:]
     assert "Error: --lr 1e-05: the loss was infinite or NaN in 2 step(s) in a row" in ended.stderr
-    assert {path.name for path in (tmp_path / "ended").iterdir()} == {
-        "config.yaml",
-        "metrics.jsonl",
-        "run.log",
-        "summary.json",
-    }
+    assert {path.name for path in (tmp_path / "ended").iterdir()} == {*written, "summary.json"}
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")

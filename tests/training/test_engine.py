@@ -40,6 +40,9 @@ class Recorder:
     def log(self, step: int, values: dict[str, Any]) -> None:
         self.logged.append(values)
 
+    def attach(self, path: Path) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 

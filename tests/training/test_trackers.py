@@ -18,6 +18,7 @@ from tests.helpers.ranks import REPOSITORY
 # Two runs in two processes: the first logs steps 1 to 4 and ends, the second resumes from step 2 and logs 3 and 5.
 PROGRAM = """
 import json, sys
+from pathlib import Path
 from superoffload import config
 from superoffload.training import tracking
 name, folder = sys.argv[1:3]
@@ -29,6 +30,9 @@ for step in (3, 5) if state else (1, 2, 3, 4):
     values = {"step": step, "loss": (10 if state else 1) * step, "host_bytes": 7, "loss/a": None}
     trackers.log(step, values)
 kept = trackers.state()
+page = Path(folder) / "report.html"
+page.write_text("<p>" + (" again" if state else ""))
+trackers.attach(page)
 trackers.finish()
 print(json.dumps(kept))
 """
@@ -65,7 +69,9 @@ def test_trackio(tmp_path: Path) -> None:
     (database,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("select run_name, step, metrics from metrics order by id").fetchall()
+        artifacts = connection.execute("select * from artifacts").fetchall()
     assert len({row[0] for row in rows}) == 1
+    assert [row for row in artifacts if "report-r" in row] == artifacts != []
     assert [row[1] for row in rows] == [1, 2, 3, 4, 3, 5]
     assert json.loads(rows[-1][2])["train/loss"] == 50
 
@@ -76,16 +82,22 @@ def test_mlflow(tmp_path: Path) -> None:
     state = run("mlflow", tmp_path, **env)
     assert run("mlflow", tmp_path, state, **env) == state
     (losses,) = (tmp_path / "store").glob("*/*/metrics/train/loss")
+    (page,) = (tmp_path / "store").glob("*/*/artifacts/report.html")
+    assert page.read_text() == "<p> again"
     assert [tuple(map(float, line.split()[1:])) for line in losses.read_text().splitlines()] == [
         (1, 1), (2, 2), (3, 3), (4, 4), (30, 3), (50, 5),
     ]  # fmt: skip
 
 
 def test_wandb(tmp_path: Path) -> None:
-    state = run("wandb", tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
-    assert run("wandb", tmp_path, state, WANDB_MODE="offline", WANDB_DIR=str(tmp_path)) == state
+    env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_DATA_DIR": str(tmp_path / "data")}
+    state = run("wandb", tmp_path, **env)
+    assert run("wandb", tmp_path, state, **env) == state
     first, second = (tmp_path / "wandb").glob("offline-run-*")
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]
+    for folder in (first, second):
+        (records,) = folder.glob("*.wandb")
+        assert f"report-{json.loads(state)['run_ids']['wandb']}".encode() in records.read_bytes()
 
 
 def settings(*words: str) -> config.TrackingSettings:

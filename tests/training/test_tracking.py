@@ -143,3 +143,19 @@ def test_a_resumed_run_continues_its_file_and_its_wandb_run(tmp_path: Path, monk
     assert (fake.calls[0][1]["id"], fake.calls[0][1]["resume"]) == ("new-id", "allow")
     start(tmp_path, monkeypatch)
     assert lines(tmp_path) == []
+
+
+def test_answers_are_recorded_if_there_are_prompts(tmp_path: Path) -> None:
+    asked = config.build({"model_name": "m", "output_dir": str(tmp_path), "sample_prompts": "p.txt"})
+    silent = config.build({"model_name": "m", "output_dir": str(tmp_path)})
+    for chosen, is_rank_0 in ((asked, False), (silent, True)):
+        tracking.start_samples(chosen, is_rank_0).log(1, {"step": 1})
+    assert list(tmp_path.iterdir()) == []
+    first = tracking.start_samples(asked, True)
+    for step in (1, 2, 3):
+        first.log(step, {"step": step, "prompts": ["a"], "answers": ["b"]})
+    tracking.start_samples(asked, True, step=2).log(3, {"step": 3, "answers": []})
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [1, 2, 3] and kept[2]["answers"] == []
+    tracking.start_samples(silent, True, step=0)
+    assert (tmp_path / "samples.jsonl").read_text() == ""  # those of another run

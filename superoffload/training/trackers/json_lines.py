@@ -7,7 +7,7 @@ from typing import Any
 
 
 class JsonLines:
-    """One line of JSON per logged step in `metrics.jsonl`."""
+    """One line of JSON per record: the numbers of `metrics.jsonl`, the answers of `samples.jsonl`."""
 
     run_id = None
 
@@ -23,6 +23,9 @@ class JsonLines:
         """Append a line and flush it to the operating system."""
         self._file.write(to_json(values) + "\n")
         self._file.flush()
+
+    def attach(self, path: Path) -> None:
+        """Store nothing: the file is in the same folder."""
 
     def finish(self) -> None:
         """Close the file."""

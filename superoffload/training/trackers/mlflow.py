@@ -1,6 +1,7 @@
 """MLflow, whose runs are where MLFLOW_TRACKING_URI says."""
 
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from superoffload import config as settings
@@ -30,6 +31,10 @@ class MLflow:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Store the numbers of a step."""
         self._mlflow.log_metrics(names.numbers(values), step=step)
+
+    def attach(self, path: Path) -> None:
+        """Store a file as an artifact of the run."""
+        self._mlflow.log_artifact(str(path))
 
     def finish(self) -> None:
         """End the run and wait until its data is stored."""

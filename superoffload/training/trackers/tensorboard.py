@@ -28,6 +28,9 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def attach(self, path: Path) -> None:
+        """Store nothing: TensorBoard has no place for files."""
+
     def finish(self) -> None:
         """Close the file."""
         self._writer.close()

@@ -1,6 +1,8 @@
 """Trackio, whose runs are in a local database; TRACKIO_DIR says where."""
 
+import re
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from superoffload import config as settings
@@ -28,6 +30,11 @@ class Trackio:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Store the numbers of a step."""
         self._trackio.log(names.numbers(values), step=step)
+
+    def attach(self, path: Path) -> None:
+        """Store a file as an artifact of the run, under a name that trackio accepts."""
+        name = re.sub(r"[^\w.-]", "-", f"{path.stem}-{self.run_id}")
+        self._trackio.log_artifact(path, name=name, type=path.stem)
 
     def finish(self) -> None:
         """End the run and wait until its data is stored."""

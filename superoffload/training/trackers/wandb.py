@@ -1,6 +1,7 @@
 """Weights & Biases."""
 
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from superoffload import config as settings
@@ -32,6 +33,10 @@ class Wandb:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers of a step."""
         self._wandb.log(names.headed(values), step=step)
+
+    def attach(self, path: Path) -> None:
+        """Store a file as an artifact of the run."""
+        self._wandb.log_artifact(str(path), name=f"{path.stem}-{self.run_id}", type=path.stem)
 
     def finish(self) -> None:
         """End the run and wait until its data has been sent."""

@@ -1,0 +1,75 @@
+"""Record a run on rank 0: `run.json` at its start, the report at its end. A failure is a warning, never an error."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from superoffload import distributed
+from superoffload.checkpoint.manifest import replace_text
+from superoffload.errors import FAILURES, first_line
+from superoffload.log import logger
+from superoffload.reporting import report
+from superoffload.reporting.records import RUN_FILE, starts
+from superoffload.training.run import Run
+
+
+def start(run: Run, plan: Mapping[str, Any], environment: Callable[[], Any]) -> None:
+    """Write `run.json`, for whoever reads the output folder while the run is under way or afterwards.
+
+    `plan` is what was planned, empty if nothing was; `environment` looks at versions and the machine.
+    """
+    if not distributed.is_rank_0():
+        return
+    path = Path(run.config.output.output_dir) / RUN_FILE
+    try:
+        record = _record(run, plan, environment(), _earlier_starts(path) if run.progress.step else [])
+        replace_text(path, json.dumps(record, indent=1) + "\n")
+    except FAILURES as error:
+        logger.warning("%s was not written: %s", RUN_FILE, first_line(error))
+
+
+def end(run: Run) -> None:
+    """Write the report of a run, and give it to the trackers."""
+    if not distributed.is_rank_0():
+        return
+    folder = Path(run.config.output.output_dir)
+    try:
+        path = report.write(folder, folder / report.REPORT_FILE)
+    except (*FAILURES, TemplateError) as error:
+        logger.warning("No report was written: %s", first_line(error))
+        return
+    run.trackers.attach(path)
+    logger.info("Report: %s", path)
+
+
+def _record(run: Run, plan: Mapping[str, Any], environment: Any, before: list[dict[str, Any]]) -> dict[str, Any]:
+    settings, step = run.config, run.progress.step
+    return {
+        "model": {
+            "name": settings.model.model_name,
+            "parameters": plan.get("parameters"),
+            "trained_parameters": plan.get("trained_parameters"),
+        },
+        "mode": Path(settings.offload.deepspeed_config).stem,
+        "device": distributed.device_name(),
+        "ranks": distributed.world_size(),
+        "total_steps": run.last_step,
+        "starts": [*before, {"at": time.time(), "step": step}],
+        "planned_memory": plan.get("planned_memory"),
+        "data": asdict(run.batches.statistics()),
+        "environment": environment,
+    }
+
+
+def _earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """Return the starts that a resumed run continues; none if it continues one of another folder."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return starts(found) if isinstance(found, dict) else []
