@@ -5,7 +5,7 @@ import sys
 import click
 
 from superoffload import cli
-from superoffload.commands import bench, config, convert, doctor, env, export, plan, preview, tiny
+from superoffload.commands import bench, config, convert, doctor, env, export, plan, preview, runs, tiny
 from superoffload.errors import UserError
 
 
@@ -20,6 +20,7 @@ from superoffload.errors import UserError
         config.command,
         convert.command,
         export.command,
+        runs.command,
         tiny.command,
     ],
     help="Tools used before and after a run of finetune_zero3.py.",
