@@ -46,7 +46,7 @@ def main(config: "Config") -> int:
     log.setup(config.output.log_level)
     run_log.capture(config.output.log_level)
     from superoffload import distributed
-    from superoffload.checkpoint import output_folder, resume
+    from superoffload.checkpoint import folder_lock, output_folder, resume
     from superoffload.model import load, sequence_parallel
     from superoffload.planning import exhaustion, preflight
     from superoffload.training import engine
@@ -69,7 +69,7 @@ def main(config: "Config") -> int:
     with exhaustion.explained(forecast, config.output.output_dir):
         failed = fine_tune(merged, architecture, inputs, checkpoints, forecast)
     distributed.close()
-    output_folder.unlock(lock)
+    folder_lock.unlock(lock)
     return CHECKPOINT_ERROR if failed and config.checkpoint.fail_on_checkpoint_error else 0
 
 

@@ -72,7 +72,7 @@ LIBRARIES: dict[str, set[str]] = {
     "matplotlib": {"planning.picture", "bench.picture", "reporting.comparison"},
     "mlflow": {"training.trackers.mlflow"},
     "pyarrow": {"data.files", "data.sources"},
-    "rich": {"reporting.live", "reporting.panel", "reporting.picture"},
+    "rich": {"reporting.live", "reporting.panel", "reporting.picture", "reporting.runs_table"},
     "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},
     "torch": {

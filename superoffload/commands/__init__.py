@@ -5,7 +5,7 @@ import sys
 import click
 
 from superoffload import cli
-from superoffload.commands import bench, config, convert, doctor, env, export, plan, plot, preview, report, tiny
+from superoffload.commands import bench, config, convert, doctor, env, export, plan, plot, preview, report, runs, tiny
 from superoffload.errors import UserError
 
 
@@ -22,6 +22,7 @@ from superoffload.errors import UserError
         export.command,
         report.command,
         plot.command,
+        runs.command,
         tiny.command,
     ],
     help="Tools used before and after a run of finetune_zero3.py.",

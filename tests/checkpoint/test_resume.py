@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from superoffload import config
-from superoffload.checkpoint import output_folder, resume
+from superoffload.checkpoint import folder_lock, resume
 from superoffload.errors import UserError
 from superoffload.export import weights
 from superoffload.training import schedule
@@ -129,7 +129,7 @@ def test_a_second_run_into_the_same_folder_is_refused(model_folder: Path, rows_f
 
 def is_free(folder: Path) -> bool:
     try:
-        output_folder.unlock(output_folder.lock(str(folder)))
+        folder_lock.unlock(folder_lock.lock(str(folder)))
     except UserError:
         return False
     return True
