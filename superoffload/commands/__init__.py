@@ -5,7 +5,7 @@ import sys
 import click
 
 from superoffload import cli
-from superoffload.commands import bench, config, convert, doctor, env, export, plan, preview, tiny
+from superoffload.commands import bench, chat, config, convert, doctor, env, eval, export, plan, preview, tiny
 from superoffload.errors import UserError
 
 
@@ -20,6 +20,8 @@ from superoffload.errors import UserError
         config.command,
         convert.command,
         export.command,
+        chat.command,
+        eval.command,
         tiny.command,
     ],
     help="Tools used before and after a run of finetune_zero3.py.",
