@@ -82,11 +82,8 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     """
     if not prompts:
         return []
-    first, *_ = _specs(settings, seed=0).values()
-    rows = sources.open_rows(first.name, first.split, first.flag, first.config)
-    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, first.name)
+    kind = kind_of_rows(settings)
     encoder = Encoder(tokenizer, settings)
-    kind = _kind_of(rows, shape)
     result = []
     for prompt in prompts:
         try:
@@ -96,8 +93,14 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     return result
 
 
-def _kind_of(rows: Any, shape: formats.Shape) -> type[formats.Conversation]:
-    """Return what the rows are read as: the first one that is not malformed decides."""
+def kind_of_rows(settings: DataSettings) -> type[formats.Conversation]:
+    """Return what the rows of the first source are read as: the first one that is not malformed decides.
+
+    Raises `UserError` as `load` does.
+    """
+    first, *_ = _specs(settings, seed=0).values()
+    rows = sources.open_rows(first.name, first.split, first.flag, first.config)
+    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, first.name)
     for row in rows:
         try:
             return type(formats.read(sources.parse(row, rows.features), shape))
