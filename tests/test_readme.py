@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from superoffload import cli, commands
+from superoffload.data import formats
 from superoffload.planning import fits, recipes
 from tests.helpers import documents
 from tests.helpers.ranks import REPOSITORY
@@ -15,6 +16,7 @@ from tests.helpers.recipes import SCRIPTS, TINY, call, program, seen
 from tests.helpers.recipes import stand_in as stand_in
 
 README = documents.read(REPOSITORY / "README.md")
+RECIPES_PAGE = documents.read(REPOSITORY / "docs/recipes.md")
 MULTI_NODE = REPOSITORY / "docs/multi_node.md"
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
 # Commands of tools that are not part of this project.
@@ -23,6 +25,7 @@ OTHERS = {
     "pre-commit install",
     'eval "$(_SUPEROFFLOAD_COMPLETE=bash_source superoffload)"',  # tests/test_config_command.py runs it
     "git switch --detach main",
+    "vllm serve my-model",
     "git switch -",
     "git tag v0.2.0",
     "diff <(cut -d, -f1-5 before_output/metrics.jsonl) <(cut -d, -f1-5 after_output/metrics.jsonl)",
@@ -55,7 +58,7 @@ PLANS = [line for line in TOOLS if line.startswith("superoffload plan ") and "ll
 def test_every_command_is_of_a_kind_that_is_tried_here() -> None:
     assert set(LINES) - {*RECIPES, *PROGRAMS, *JOBS, *SCRIPT, *TOOLS} == OTHERS
     in_readme = lines(README)
-    assert [line for line in in_readme if line in PROGRAMS] == ["bash scripts/test.sh"]  # what runs this
+    assert not [line for line in in_readme if line in PROGRAMS]
     assert len([line for line in in_readme if line in RECIPES]) >= 4
     assert [line for line in in_readme if line in SCRIPT]
     assert [line for line in in_readme if line in TOOLS]
@@ -140,10 +143,29 @@ def test_a_plan_runs(line: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_dry_run_prints_what_is_shown(stand_in: Path) -> None:
-    line, shown = re.search(r"`(DRY_RUN=1 [^`]*)`[^`]*```\n(.*?)```", README, re.S).groups()  # type: ignore[union-attr]
+    line, shown = re.search(r"`(DRY_RUN=1 [^`]*)`[^`]*```\n(.*?)```", RECIPES_PAGE, re.S).groups()  # type: ignore[union-attr]
     env, words = split(line)
     result = call(REPOSITORY / words[1], stand_in, *words[2:], **env)
     assert result.stdout.replace(str(REPOSITORY), "...").rstrip() == shown.replace(" \n", "\n").rstrip()
+
+
+def test_the_lines_for_transformers_run(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my-model").symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
+    (block,) = documents.blocks(README, "python")
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+@pytest.mark.unit
+def test_the_examples_of_rows_have_the_format_that_is_said() -> None:
+    table = next(table for table in documents.tables(README) if table[0] == ["format", "a row"])
+    for name, row in table[1:]:
+        values = json.loads(row.strip("`"))
+        assert formats.detect(list(values), "auto", None, "README.md").name == name.strip("`")
+    assert {name.strip("`") for name, _ in table[1:]} == set(formats.REQUIRED)
 
 
 @pytest.mark.unit
