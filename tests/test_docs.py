@@ -61,6 +61,25 @@ def test_the_index_lists_every_page() -> None:
     assert sorted(re.findall(r"^\* \[[^\]]*\]\((\w+\.md)\)", index, re.M)) == sorted(pages)
 
 
+def test_the_messages_of_the_symptoms_are_those_of_the_program() -> None:
+    """Each message in a first column, in parts of two words or more, is in the code; `...` stands for values."""
+    others = {"No such option", "launcher 'pdsh' not installed"}  # click's and DeepSpeed's
+    files = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "scripts").glob("*.sh")]
+    code = re.sub(r'"\s*\\?\s*f?"', " ", " ".join(map(documents.read, files)))  # joins literals
+    code = re.sub(r"[\s\\]+", " ", code).lower()
+    found = 0
+    for page in ("troubleshooting", "multi_node"):
+        text = documents.read(REPOSITORY / f"docs/{page}.md")
+        symptoms = [row[0] for table in documents.tables(text) if table[0][0] == "you see" for row in table[1:]]
+        for message in re.findall(r"`([^`]*)`", " ".join(symptoms)):
+            for part in message.split("..."):
+                words = part.strip(" ().,")
+                if len(words.split()) > 1 and words not in others:
+                    assert words.lower() in code, message
+                    found += 1
+    assert found > 30
+
+
 def test_the_drawing_of_the_overlap_is_what_the_program_writes() -> None:
     """And it shows what the text says: the clipped step waits for all of Adam, the other for one sub-group."""
     assert documents.read(REPOSITORY / "docs/overlap.svg") == overlap.draw()
