@@ -24,11 +24,11 @@ def _chat(**values: Any) -> None:
     from superoffload import log
 
     log.setup("WARNING")
-    from superoffload.use import finished
+    from superoffload.use import device
 
-    finished.choose_device(values["device"])
+    device.choose(values["device"])
     from superoffload.checkpoint.trust import Trust
-    from superoffload.use import dialogue, speaker
+    from superoffload.use import dialogue, finished, speaker
 
     chosen = {name: values[name] for name in cli.explicit(TEMPLATE)}
     trust = Trust(files=values["trust_checkpoint"], code=values["trust_remote_code"])
@@ -36,12 +36,19 @@ def _chat(**values: Any) -> None:
     if values["compare"]:
         sources.append(_base(sources[0], values["compare"], trust))
     manner = speaker.Manner(**{name: values[name] for name in ("temperature", "top_p", "max_new_tokens", "system")})
-    speakers = [_speaker(source, sources[0], chosen, manner) for source in sources]
+    kernel = {name: values[name] for name in cli.explicit(("attn_implementation",))}
+    speakers = [
+        _speaker(replace(source, model=replace(source.model, **kernel)), sources[0], chosen, manner)
+        for source in sources
+    ]
     speaker.seed(values["seed"])
     if values["prompt"]:
         dialogue.answer_all(speakers, values["prompt"])
     elif not sys.stdin.isatty():
-        dialogue.answer_all(speakers, (line.rstrip("\n") for line in sys.stdin))
+        try:
+            dialogue.answer_all(speakers, (line.rstrip("\n") for line in sys.stdin))
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin: not UTF-8 text ({error.reason})") from error
     else:
         dialogue.talk(speakers)
 
@@ -73,7 +80,8 @@ def _options() -> list[click.Parameter]:
     """List the flags; those that are settings of a run come from `config`."""
     specs = {spec.name: spec for group in config.GROUPS.values() for spec in config.settings_of(group)}
     from_settings = [
-        cli.option(specs[name]) for name in (*TEMPLATE, "revision", "trust_checkpoint", "trust_remote_code", "seed")
+        cli.option(specs[name])
+        for name in (*TEMPLATE, "revision", "trust_checkpoint", "trust_remote_code", "attn_implementation", "seed")
     ]
     compare = f"Answer with this model too, a folder or hub id; {RUN_BASE}: the one that the run started from."
     most = "Maximum tokens of an answer."

@@ -27,11 +27,11 @@ def _eval(model: str, device: str, json_file: Path | None, **values: Any) -> Non
     from superoffload import log
 
     log.setup("WARNING")
-    from superoffload.use import finished
+    from superoffload.use import device as devices
 
-    finished.choose_device(device)
+    devices.choose(device)
     from superoffload.checkpoint.trust import Trust
-    from superoffload.use import held_out
+    from superoffload.use import finished, held_out
 
     given = {name: values[name] for name in cli.explicit(values)}
     trust = Trust(files=values["trust_checkpoint"], code=values["trust_remote_code"])
@@ -59,7 +59,6 @@ def _options() -> list[click.Parameter]:
             option.default, option.show_default = (), False
     return [
         click.Argument(["model"]),
-        cli.config_option(),
         click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                      help="Where to compute; auto: on a CUDA device if there is one."),
         click.Option(["--json", "json_file"], type=click.Path(path_type=Path), metavar="FILE",

@@ -41,16 +41,24 @@ def talk(speakers: Sequence[Speaker]) -> None:
         command = prompt.strip()
         if command == "/quit":
             return
-        if command == "/reset":
-            for speaker in speakers:
-                speaker.reset()
-        elif command.startswith("/") and " " not in command:
-            click.echo(f"{command}: no such command; {HELP}", err=True)
-        elif command:
-            try:
-                _answer(speakers, prompt)
-            except UserError as error:
-                click.echo(f"Error: {error}", err=True)
+        if command:
+            _obey(speakers, command)
+
+
+def _obey(speakers: Sequence[Speaker], prompt: str) -> None:
+    """Answer a prompt, or carry out a command; a mistake, or Ctrl-C, does not end the conversation."""
+    if prompt == "/reset":
+        for speaker in speakers:
+            speaker.reset()
+    elif prompt.startswith("/") and " " not in prompt:
+        click.echo(f"{prompt}: no such command; {HELP}", err=True)
+    else:
+        try:
+            _answer(speakers, prompt)
+        except KeyboardInterrupt:
+            click.echo()
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
 
 
 def _answer(speakers: Sequence[Speaker], prompt: str) -> None:

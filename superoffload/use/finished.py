@@ -1,6 +1,5 @@
 """Find and load a finished model: a model folder, a hub id, a checkpoint, or the newest checkpoint of a run."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,22 +48,6 @@ class Source:
         """Return what to call it: its name, and the step of a checkpoint."""
         step = self.checkpoint.progress.get("step") if self.checkpoint else None
         return f"{self.name} (step {step})" if step is not None else self.name
-
-
-def choose_device(requested: str) -> None:
-    """Make DeepSpeed and this package compute on `auto`, `cpu` or `cuda`; must come before DeepSpeed is imported.
-
-    Raises `UserError` if there is no CUDA device.
-    """
-    has_cuda = torch.cuda.is_available()
-    if requested == "cuda" and not has_cuda:
-        raise UserError("--device cuda: torch finds no CUDA device; use auto or cpu, or see superoffload doctor")
-    if requested == "cuda" or (requested == "auto" and has_cuda and "DS_ACCELERATOR" not in os.environ):
-        os.environ["DS_ACCELERATOR"] = "cuda"
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if requested == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def find(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> Source:
@@ -150,9 +133,8 @@ def _check_memory(source: Source, size: int, device: torch.device) -> None:
     for place, free in available.items():
         if size > free:
             advice = "; use --device cpu" if place == "device" else ""
-            raise UserError(
-                f"{source.name}: its weights need {size / 1e9:.1f} GB and the {place} has {free / 1e9:.1f} GB free{advice}"
-            )
+            needs = f"its weights need {size / 1e9:.1f} GB and the {place} has {free / 1e9:.1f} GB free"
+            raise UserError(f"{source.name}: {needs}{advice}")
 
 
 @torch.no_grad()

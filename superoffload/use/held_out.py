@@ -1,7 +1,9 @@
 """The loss of a finished model on the rows of data sets, computed as a run's evaluation computes it."""
 
+import io
 import math
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from superoffload.data import collate, loader
 from superoffload.data.rows import TokenizedRows
 from superoffload.errors import UserError
 from superoffload.model import attention, isolation, kernels, loss_kernel, vocabulary
-from superoffload.protocols import Engine, Model, Tokenizer
+from superoffload.protocols import Model, Tokenizer
 from superoffload.training.evaluation import held_out_loss
 from superoffload.use import finished
 from superoffload.use.finished import Source
@@ -20,7 +22,7 @@ from superoffload.use.finished import Source
 # Settings that say which rows of which data set, and so do not outlive a change of --dataset_name.
 OF_A_DATA_SET = (
     "dataset_weights", "dataset_config", "dataset_split", "dataset_format", "columns", "dataset_percentage",
-    "shuffle_rows", "eval_percentage", "eval_dataset", "eval_config", "eval_split",
+    "shuffle_rows", "eval_percentage", "eval_dataset", "eval_config", "eval_split", "eval_steps",
 )  # fmt: skip
 
 
@@ -66,8 +68,8 @@ def settings_of(source: Source, given: dict[str, Any]) -> Config:
         given = {**given, "eval_percentage": 0.0, "eval_dataset": None}
     elif source.run is None:
         raise UserError(f"{source.name}: no run of it is known, so no held-out rows; give --dataset_name")
-    values = {**before, **given, "model_name": source.model.model_name, "output_dir": ""}
-    merged = config.build({name: value for name, value in values.items() if name not in ("eval_steps",)})
+    own = {"model_name": source.model.model_name, "revision": source.model.revision, "output_dir": ""}
+    merged = config.build({**before, **given, **own, "trust_remote_code": source.trust.code})
     if "dataset_name" not in given and not (merged.data.eval_percentage or merged.data.eval_dataset):
         raise UserError(f"{source.name}: its run held out no rows; give --dataset_name")
     return merged
@@ -80,7 +82,15 @@ def losses_of(source: Source, settings: Config, every_row: bool) -> Losses:
     """
     tokenizer = finished.tokenizer_of(source)
     rows = _rows(tokenizer, settings, every_row)
-    distributed.init()
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has compiled
+        distributed.init()
+    try:
+        return _losses(replace(source, model=settings.model), settings, tokenizer, rows)
+    finally:
+        distributed.close()
+
+
+def _losses(source: Source, settings: Config, tokenizer: Tokenizer, rows: TokenizedRows) -> Losses:
     device = distributed.device()
     model = finished.load_model(source, device, packs=settings.data.packs)
     model.config.use_cache = False
@@ -94,7 +104,6 @@ def losses_of(source: Source, settings: Config, every_row: bool) -> Losses:
     loss = loss_kernel.choose(settings.model.loss_kernel, engine, layout)
     with torch.no_grad():
         numbers = held_out_loss(engine, loss, batches)
-    distributed.close()
     parts = {
         label: Losses(
             loss=numbers[f"eval_loss/{label}"], target_tokens=int(numbers[f"eval_target_tokens/{label}"]), sources={}

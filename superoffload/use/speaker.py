@@ -41,7 +41,7 @@ class Template:
     settings: DataSettings
 
 
-def template_of(source: Source, tokenizer: Tokenizer, chosen: dict[str, str]) -> Template:
+def template_of(source: Source, tokenizer: Tokenizer, chosen: dict[str, Any]) -> Template:
     """Return the template of the run that made a model.
 
     chosen: `dataset_format` and `chat_template` that the user asks for instead. Of a model without a run, the
@@ -75,7 +75,7 @@ class Speaker:
         self._kind = template.kind
         self.keeps_turns = self._encoder.takes_turns(template.kind)
         if manner.system is not None and not self.keeps_turns:
-            raise UserError(f"--system: {self.template} has no system message; use --chat_template plain, or a file")
+            raise UserError(f"--system: {self.template}, which the model was trained with, has no system message")
         self._ends = self._encoder.end_ids(template.kind)
         self.reset()
 
@@ -92,7 +92,9 @@ class Speaker:
         self._turns: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
 
     def ask(self, prompt: str, write: Write) -> str:
-        """Answer a prompt, and give `write` the text as it is generated; Ctrl-C ends the answer.
+        """Answer a prompt, and give `write` the text as it is generated.
+
+        KeyboardInterrupt ends the answer; the conversation keeps what was said until then.
 
         Raises `UserError` if the template rejects the conversation, or the model has no positions left for an answer.
         """
@@ -113,10 +115,11 @@ class Speaker:
             )
         except KeyboardInterrupt:
             streamer.end()
-        answer = streamer.text
-        if self.keeps_turns:
-            self._turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return answer
+            raise
+        finally:
+            if self.keeps_turns:
+                self._turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": streamer.text}]
+        return streamer.text
 
     def _room(self, length: int) -> int:
         known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
