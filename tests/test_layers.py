@@ -25,6 +25,7 @@ ROWS: list[Row] = [
     [
         {
             "__init__",
+            "api",
             "errors",
             "protocols",
             "config",
