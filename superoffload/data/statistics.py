@@ -104,7 +104,8 @@ class SourceStatistics(RowStatistics):
         return {**RowStatistics.figures(self), "in an epoch": self._part()}
 
     def _part(self) -> str:
-        return f"{self.rows_per_epoch:,} rows, {self.target_share:.1%} of the targets"
+        rows = "rows and pieces" if self.counts.pieces else "rows"
+        return f"{self.rows_per_epoch:,} {rows}, {self.target_share:.1%} of the targets"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,6 +89,7 @@ def test_pieces_share_one_token_and_none_is_longer(length: int) -> None:
     pieces = Encoded(ids, labels, empty=2, untrained=3, unwritten=4).pieces(8)
     assert [token for n, piece in enumerate(pieces) for token in piece.input_ids[n > 0 :]] == ids
     assert [label for n, piece in enumerate(pieces) for label in piece.labels[n > 0 :]] == labels
+    assert all(piece.labels[0] == IGNORED for piece in pieces[1:])
     assert all(len(piece.input_ids) == 8 for piece in pieces[:-1]) and len(pieces[-1].input_ids) >= min(length, 2)
     assert [(piece.empty, piece.untrained, piece.unwritten) for piece in pieces] == [(2, 3, 4)] + [(0, 0, 0)] * (
         len(pieces) - 1
@@ -190,6 +191,7 @@ def test_several_sources_and_held_out_rows(jsonl: WriteJsonLines, tokenizer: Tok
     found = loader.Batches(train, layout, TrainingSettings(), rank=0, world_size=1).statistics()
     assert [source.rows for source in found.sources] == [8, 8] and found.rows == 16
     assert sum(source.rows_per_epoch for source in found.sources) == len(train)
+    assert "rows and pieces, " in found.sources[0].figures()["in an epoch"]
     assert abs(found.sources[0].rows_per_epoch - 0.75 * len(train)) <= 1
 
 
