@@ -34,8 +34,8 @@ OTHERS = {
 
 
 def split(line: str) -> tuple[dict[str, str], list[str]]:
-    """Split a command line into its assignments of environment variables and its words."""
-    words = shlex.split(line, comments=True)
+    """Split a command line into its assignments of environment variables and its words, without redirections."""
+    words = shlex.split(re.sub(r" [<>] ?[\w.]+", "", line), comments=True)
     count = next((i for i, word in enumerate(words) if not ASSIGNMENT.match(word)), len(words))
     return dict(word.split("=", 1) for word in words[:count]), words[count:]
 
