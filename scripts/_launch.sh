@@ -117,7 +117,7 @@ if [[ $mode == superoffload ]]; then arguments+=(--offload_ratio "$OFFLOAD_RATIO
 if [[ -n $LEAF_MODULE ]]; then arguments+=(--leaf_module "$LEAF_MODULE"); fi
 if ! on PACKING "$PACKING"; then arguments+=(--no_packing); fi
 case "$ACTIVATION_CHECKPOINTING" in
-    true) arguments+=(--activation_checkpointing full) ;;
+    true) arguments+=(--activation_checkpointing) ;;
     false) ;;
     offload) arguments+=(--activation_checkpointing offload) ;;
     *) fail "ACTIVATION_CHECKPOINTING=$ACTIVATION_CHECKPOINTING in $0: it must be true, false or offload" ;;

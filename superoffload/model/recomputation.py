@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from superoffload.errors import UserError
+from superoffload.log import logger
 
 BITS = 3  # a buffer has 8 to 16 times a power of two bytes
 
@@ -64,11 +65,20 @@ class HostStates:
         self.stream: Any = None if accelerator.is_synchronized_device() else accelerator.Stream()
         self._free: list[torch.Tensor] = []
         self._newest: Callable[[], _Kept | None] = _nothing
+        self._warned = False
 
     def checkpoint(self, layer: Any, *inputs: Any, **options: Any) -> Any:
         """Run a layer without keeping anything but its inputs, on the host (torch.utils.checkpoint.checkpoint)."""
+        before = self._newest
         with saved_tensors_hooks(self._keep, self._fetch):  # those of checkpoint itself replace them within the layer
-            return checkpoint(layer, *inputs, use_reentrant=False, **options)
+            result = checkpoint(layer, *inputs, use_reentrant=False, **options)
+        if self._newest is before and torch.is_grad_enabled() and not self._warned:
+            self._warned = True
+            logger.warning(
+                "--activation_checkpointing offload: inputs of layers stay on the device, "
+                "because this model passes them by name"
+            )
+        return result
 
     def _keep(self, tensor: torch.Tensor) -> Any:
         """Copy an input to the host; masks, positions and the like have no gradient, and layers share them."""

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from superoffload import config
+from superoffload import config, distributed
 from superoffload.model import load
 from superoffload.model.recomputation import HostStates
 from superoffload.planning.budget import device, job
@@ -83,7 +84,12 @@ def _model(flags: dict[str, Any], layers: int) -> Any:
     """Make the model on the meta device, ready for training as a run makes it."""
     model = builtin_shapes.skeleton(MODEL, num_hidden_layers=layers)
     settings = config.ModelSettings(model_name=MODEL, kernels="none", **flags)
-    load._make_ready(settings, model, set(), torch.bfloat16)
+    with ExitStack() as stack:
+        if "tiled_mlp" in flags:  # what suits is found by comparing numbers, which the meta device does not have
+            found = [layer.mlp for layer in model.model.layers], None
+            stack.enter_context(mock.patch("superoffload.model.tiled_mlp._find", return_value=found))
+            stack.enter_context(mock.patch.object(distributed, "all_ranks_ok", lambda ok: ok))
+        load._make_ready(settings, model, set(), torch.bfloat16)
     model.set_attn_implementation(counted_memory.COUNTED)
     return model.train()
 
@@ -118,7 +124,8 @@ def _predicted_peak(shape: Shape, wanted: job.Job) -> int:
     Short rows: the gradients of a tied embedding from both its places, and their sum.
     """
     moments = device.moments(shape, wanted)
-    rows = device.activation_bytes(shape, wanted) + max(moments["loss"], moments["layer"])
+    largest = max(size for moment, size in moments.items() if moment in ("loss", "layer", "tile"))
+    rows = device.activation_bytes(shape, wanted) + largest
     return max(rows, 6 * shape.head if shape.tied else 0)
 
 

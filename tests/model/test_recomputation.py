@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -117,6 +118,15 @@ def test_what_has_no_gradient_stays_where_it_is() -> None:
     assert len(states._free) == 0
     out.sum().backward()
     assert len(states._free) == 1
+
+
+def test_a_model_whose_inputs_stay_on_the_device_is_named_once(caplog: Any) -> None:
+    states, hidden = HostStates(), torch.ones(2, 3, requires_grad=True) * 2
+    for _ in range(2):
+        states.checkpoint(partial(lambda hidden: hidden * hidden, hidden=hidden))
+    states.checkpoint(lambda x: x * x, hidden)
+    assert [record.getMessage() for record in caplog.records if "stay on the device" in record.getMessage()] != []
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("layers", [1, 2])
