@@ -122,8 +122,6 @@ def test_loss_and_gradients_equal_those_of_whole_rows(tmp_path: Path) -> None:
     for results in run_ranks(2, compare, folders, FP32, 2):
         assert list(results) == list(KINDS)
         assert_equal(results, 1e-5)
-    for results in run_ranks(2, compare, {"llama": folders["llama"]}, BF16, 2):
-        assert_equal(results, 2e-2)
 
 
 @pytest.mark.slow
@@ -133,6 +131,13 @@ def test_loss_and_gradients_of_four_ranks_equal_those_of_whole_rows(tmp_path: Pa
         for results in run_ranks(4, compare, folders, FP32, parts):
             assert list(results) == list(MORE_KINDS)
             assert_equal(results, 1e-5)
+
+
+@pytest.mark.slow
+def test_in_half_precision_they_differ_by_rounding(tmp_path: Path) -> None:
+    folders = write_models(tmp_path, {"llama": {}})
+    for results in run_ranks(2, compare, folders, BF16, 2):
+        assert_equal(results, 2e-2)
 
 
 def refusals(folder: str, mixing: str) -> list[str]:
