@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask
 
-from superoffload.model import head
+from superoffload.model import head, tiled_mlp
 from superoffload.planning.budget.device import NORM_PIECE
 from superoffload.planning.budget.job import Job
 from tests.helpers.builtin_shapes import skeleton
@@ -121,6 +121,9 @@ def count(name: str, job: Job, **changes: Any) -> int:
         model.train()
         if job.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if job.tiled:
+            for layer in model.model.layers:
+                tiled_mlp._tile(layer.mlp, job.tiled)
         live = LiveBytes()
         live.ignore([*model.parameters(), *model.buffers()])
         with live:

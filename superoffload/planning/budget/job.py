@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
@@ -21,6 +22,7 @@ class Job:
     saves: a checkpoint is written; kept: how many complete ones may be there meanwhile, 0 if only one is ever written.
     sum_bytes: of an element of DeepSpeed's sums of gradients. on_cpu: there is no device, so the host holds its part.
     pinned_rounding: torch rounds pinned memory of any size up to a power of two, as without the recipes' options.
+    tiled: number of tiles of an MLP, 0 if it is not tiled.
     divided: the batch of all ranks that a recipe's script divides among them; 0 where `batch` was given.
     """
 
@@ -50,6 +52,7 @@ class Job:
     on_cpu: bool = False
     pinned_rounding: bool = False
     divided: int = 0
+    tiled: int | Literal["auto"] = 0
 
     @property
     def tokens(self) -> int:
@@ -83,6 +86,7 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         bucket=zero["reduce_bucket_size"],
         recompute=config.model.activation_checkpointing,
         chunked_loss=config.model.loss_kernel != "plain",
+        tiled=config.model.tiled_mlp,
         eager=config.model.attn_implementation == "eager",
         bf16_state=has_bf16_state(ds_config),
         offload_params=config.offload.offload_params,
