@@ -172,9 +172,10 @@ class ModelSettings(Settings):
         alone="full",
     )
     tiled_mlp: int | Literal["auto"] = setting(
-        "Run the MLP of each decoder layer in this many tiles over the tokens, so that its activations exist for one tile "
-        "at a time, and again in backward; 0: untiled; auto: in as many as make a tile at most as long as the model is "
-        "wide, if the MLP works token by token. A run may be resumed with another number, but then rounds differently.",
+        "Run the MLP of each layer in this many tiles over the tokens, in forward and again in backward, so that its "
+        "activations exist for one tile at a time; 0: untiled; auto: so many that a tile has at most as many tokens as "
+        "the model is wide, if a test at the start finds an MLP that works token by token. A run may be resumed with "
+        "another number, but then rounds differently.",
         0,
         minimum=0,
     )

@@ -22,6 +22,7 @@ MODEL = (
     "attn_implementation",
     "activation_checkpointing",
     "loss_kernel",
+    "tiled_mlp",
 )
 SETTINGS = {
     config.ModelSettings: MODEL,

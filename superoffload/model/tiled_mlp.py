@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from deepspeed.utils import set_z3_leaf_module
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import set_z3_leaf_module
 from torch.autograd.function import once_differentiable
 
 from superoffload import distributed
@@ -167,14 +167,14 @@ def _require_gradient(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] |
 
 def _run(own: Forward, parameters: list[Any], states: torch.Tensor, size: int) -> Any:
     """Return what a module computes from states `[rows, length, width]`, `size` tokens at a time."""
-    kept = _Keep.apply(states)
-    results = _Tiled.apply(own, kept.grad_fn, size, kept, *parameters)
+    kept = _Keep.apply(states)  # type: ignore[no-untyped-call]  # torch is partly untyped
+    results = _Tiled.apply(own, kept.grad_fn, size, kept, *parameters)  # type: ignore[no-untyped-call]
     return results[0] if len(results) == 1 else results
 
 
-def _split(states: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+def _split(states: torch.Tensor, size: int) -> Any:
     """Cut states `[rows, length, width]` into tiles `[1, size, width]` over all rows; the last may be shorter."""
-    return states.reshape(1, -1, states.shape[-1]).split(size, dim=1)
+    return torch.split(states.reshape(1, -1, states.shape[-1]), size, dim=1)
 
 
 def _first(output: Any) -> Any:
@@ -186,8 +186,8 @@ class _Keep(torch.autograd.Function):
     """Keeps the states of an MLP for backward, before they run through it.
 
     With activation checkpointing, torch stops to recompute a layer at the last tensor that is kept
-    (torch.utils.checkpoint, set_checkpoint_early_stop). Where nothing behind the MLP keeps one, that is this one, and the
-    recomputation leaves the MLP to `_Tiled.backward`.
+    (torch.utils.checkpoint, set_checkpoint_early_stop). Where nothing behind the MLP keeps one, that is this one, and
+    the recomputation leaves the MLP to `_Tiled.backward`.
     """
 
     @staticmethod
@@ -197,7 +197,7 @@ class _Keep(torch.autograd.Function):
         return states.view_as(states)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient."""
         return gradient
 
@@ -251,7 +251,7 @@ class _Tiled(torch.autograd.Function):
         return None, None, None, result, *_as_gradients(ctx.parameters, sums)
 
 
-def _add(sums: list[torch.Tensor | None], found: list[torch.Tensor | None]) -> None:
+def _add(sums: list[torch.Tensor | None], found: list[Any]) -> None:
     """Add gradients to their sums in float32, and drop each."""
     for number, total in enumerate(sums):
         gradient, found[number] = found[number], None

@@ -76,7 +76,10 @@ def batches(parts: int) -> list[Batch]:
 
 
 def compare(folders: dict[str, str], ds_config: DsConfig, parts: int) -> dict[str, list[tuple[Numbers, Numbers]]]:
-    """Compute batches on every rank alone and then shared, with both kernels, for each model (collective)."""
+    """Compute batches on every rank alone and then shared, for each model (collective).
+
+    The first model computes all batches with both loss kernels, the others two of them with one kernel.
+    """
     sequence_parallel.form_groups(parts)
     world, index = distributed.world_size(), distributed.rank() % parts
     results: dict[str, list[tuple[Numbers, Numbers]]] = {}
@@ -85,9 +88,10 @@ def compare(folders: dict[str, str], ds_config: DsConfig, parts: int) -> dict[st
         for packs in (True, False):
             isolation.check(model_engine, layout(parts, packs))
             sequence_parallel.check(model_engine, layout(parts, packs))
-        for kernel in ("plain", "chunked"):
+        first = kind == next(iter(folders))
+        for kernel in ("plain", "chunked") if first else ("chunked",):
             loss = loss_kernel.choose(kernel, model_engine, layout(parts))
-            for batch in batches(parts):
+            for batch in batches(parts) if first else batches(parts)[:2]:
                 targets = max(1, batch.target_tokens)
                 alone = numbers(model_engine, loss, batch, targets, world)
                 shared = numbers(model_engine, loss, batch.part(index, parts), targets, world // parts)
@@ -97,7 +101,7 @@ def compare(folders: dict[str, str], ds_config: DsConfig, parts: int) -> dict[st
 
 def assert_equal(results: dict[str, list[tuple[Numbers, Numbers]]], rel: float) -> None:
     for kind, pairs in results.items():
-        assert len(pairs) == 8
+        assert len(pairs) == (8 if kind == next(iter(results)) else 2)
         for (alone, expected), (shared, gradients) in pairs:
             assert shared == pytest.approx(alone, rel=rel), kind
             assert gradients.keys() == expected.keys()
@@ -118,8 +122,6 @@ def test_loss_and_gradients_equal_those_of_whole_rows(tmp_path: Path) -> None:
     for results in run_ranks(2, compare, folders, FP32, 2):
         assert list(results) == list(KINDS)
         assert_equal(results, 1e-5)
-    for results in run_ranks(2, compare, {"llama": folders["llama"]}, BF16, 2):
-        assert_equal(results, 2e-2)
 
 
 @pytest.mark.slow
@@ -129,6 +131,13 @@ def test_loss_and_gradients_of_four_ranks_equal_those_of_whole_rows(tmp_path: Pa
         for results in run_ranks(4, compare, folders, FP32, parts):
             assert list(results) == list(MORE_KINDS)
             assert_equal(results, 1e-5)
+
+
+@pytest.mark.slow
+def test_in_half_precision_they_differ_by_rounding(tmp_path: Path) -> None:
+    folders = write_models(tmp_path, {"llama": {}})
+    for results in run_ranks(2, compare, folders, BF16, 2):
+        assert_equal(results, 2e-2)
 
 
 def refusals(folder: str, mixing: str) -> list[str]:

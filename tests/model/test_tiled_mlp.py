@@ -52,7 +52,16 @@ def make(kind: str) -> Any:
 
 @pytest.mark.parametrize(
     ("tokens", "tiles", "expected"),
-    [(100, 1, 100), (100, 4, 25), (100, 7, 15), (3, 8, 1), (1, 4, 1), (64, "auto", 32), (65, "auto", 22), (8, "auto", 8)],
+    [
+        (100, 1, 100),
+        (100, 4, 25),
+        (100, 7, 15),
+        (3, 8, 1),
+        (1, 4, 1),
+        (64, "auto", 32),
+        (65, "auto", 22),
+        (8, "auto", 8),
+    ],
 )
 def test_tokens_of_a_tile(tokens: int, tiles: Any, expected: int) -> None:
     assert tile_tokens(tokens, 32, tiles) == expected

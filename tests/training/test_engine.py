@@ -123,9 +123,7 @@ def test_biases_of_experts_take_no_decay() -> None:
     assert any(names[id(p)].endswith("gate_up_proj_bias") for p in plain["params"])
 
 
-def gradients(
-    values: dict[str, Any], ds_config: DsConfig = FP32
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def gradients(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the gradient of one step, which is ten times Adam's first moment after that step, and the log."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -165,9 +163,9 @@ TILED: dict[str, dict[str, Any]] = {
 
 
 def tiled_gradients(folder: str, names: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the gradients of each case: MLPs untiled, tiled, and tiled in the mode superoffload; and what was gathered.
+    """Return the gradients of each case: MLPs untiled, tiled, tiled in the mode superoffload; and what was gathered.
 
-    That are the classes of the modules that ZeRO-3 fetched parameters for in the last of them, by direction.
+    The latter is how often ZeRO-3 fetched the parameters of a module in the last of them, by its class and direction.
     """
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
@@ -22,6 +23,7 @@ class Job:
     sum_bytes: of an element of DeepSpeed's sums of gradients. on_cpu: there is no device, so the host holds its part.
     pinned_rounding: torch rounds pinned memory of any size up to a power of two, as without the recipes' options.
     parts: the ranks that share each row (`--sequence_parallel_size`); the rows of a batch are then theirs together.
+    tiled: number of tiles of an MLP, 0 if it is not tiled.
     divided: the batch of all ranks that a recipe's script divides among them; 0 where `batch` was given.
     offload_activations: with `recompute`, the inputs of the layers are kept on the host.
     """
@@ -54,6 +56,7 @@ class Job:
     parts: int = 1
     divided: int = 0
     offload_activations: bool = False
+    tiled: int | Literal["auto"] = 0
 
     @property
     def tokens(self) -> int:
@@ -88,6 +91,7 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         recompute=config.model.recomputes,
         offload_activations=config.model.activation_checkpointing == "offload",
         chunked_loss=config.model.loss_kernel != "plain",
+        tiled=config.model.tiled_mlp,
         eager=config.model.attn_implementation == "eager",
         bf16_state=has_bf16_state(ds_config),
         offload_params=config.offload.offload_params,

@@ -148,6 +148,8 @@ COUNTED = [
     Case(model="qwen3-30b-a3b", layers=1, changes={"batch": 2}),
     Case(model="seed-oss-36b", layers=4, changes={"batch": 2}),  # its bucket is full where a layer holds the most
     Case(model="gpt-oss-20b", layers=2, changes={"length": 1024, "eager": True, "bucket": 800_000_000}),
+    Case(model="llama-3b", layers=2, changes={"batch": 1, "length": 32768, "tiled": "auto"}),
+    Case(model="mixtral-8x7b", layers=1, changes={"batch": 1, "length": 32768, "tiled": 32}),
 ]
 
 
