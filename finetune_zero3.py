@@ -46,8 +46,8 @@ def main(config: "Config") -> int:
     log.setup(config.output.log_level)
     run_log.capture(config.output.log_level)
     from superoffload import distributed
-    from superoffload.checkpoint import output_folder, resume
-    from superoffload.model import load
+    from superoffload.checkpoint import folder_lock, output_folder, resume
+    from superoffload.model import load, sequence_parallel
     from superoffload.planning import exhaustion, preflight
     from superoffload.training import engine
 
@@ -57,6 +57,7 @@ def main(config: "Config") -> int:
     lock = output_folder.prepare(config.output.output_dir, config.inputs)
     run_log.open(config.output.output_dir)
     distributed.init()
+    sequence_parallel.form_groups(config.training.sequence_parallel_size)
     distributed.seed_everything(config.training.seed, config.training.deterministic)
     engine.check(merged.ds_config, config.offload.deepspeed_config)
     checkpoints = resume.find(config)
@@ -68,7 +69,7 @@ def main(config: "Config") -> int:
     with exhaustion.explained(forecast, config.output.output_dir):
         failed = fine_tune(merged, architecture, inputs, checkpoints, forecast)
     distributed.close()
-    output_folder.unlock(lock)
+    folder_lock.unlock(lock)
     return CHECKPOINT_ERROR if failed and config.checkpoint.fail_on_checkpoint_error else 0
 
 
@@ -81,13 +82,15 @@ def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architec
     from superoffload.training.evaluation import Evaluation, read_prompts
 
     run_log.adopt_libraries()  # `datasets` has been imported
-    attention_kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs)
+    parts = config.training.sequence_parallel_size
+    attention_kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs, parts)
     tokenizer = load_tokenizer(*config.model.origin)
     with distributed.wait_without_collective("tokenising"):
         prompts = read_prompts(config.evaluation.sample_prompts)
         rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
         prompt_ids = loader.tokenize_prompts(prompts, tokenizer, config.data)
-    layout = collate.choose_layout(config.data, tokenizer.pad_token_id, attention.takes_documents(attention_kernel))
+    takes_documents = attention.takes_documents(attention_kernel)
+    layout = collate.choose_layout(config.data, tokenizer.pad_token_id, takes_documents, parts)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(rows, layout, config.training, **ranks)
     held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
@@ -107,7 +110,7 @@ def fine_tune(
     """Load the model, train, save and export (collective); return whether the last save or the export failed."""
     from superoffload import distributed
     from superoffload.checkpoint import resume
-    from superoffload.model import flops, isolation, load, loss_kernel, neftune, vocabulary
+    from superoffload.model import flops, isolation, load, loss_kernel, neftune, sequence_parallel, vocabulary
     from superoffload.model.head import Objective
     from superoffload.planning import environment
     from superoffload.reporting import recorder
@@ -127,6 +130,7 @@ def fine_tune(
     model = load.load_model(config.model, architecture, ds_config, attention_kernel, embedding_rows)
     model_engine = engine.create(model, resume.with_checkpoint_format(ds_config, source), config, batches.total_steps)
     isolation.check(model_engine, batches.layout)
+    sequence_parallel.check(model_engine, batches.layout)
     loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout, Objective.of(config.training))
     neftune.install(model_engine, config.training)
 
@@ -145,6 +149,7 @@ def fine_tune(
             state.get("meter"),
             sources=batches.sources,
             parts=StepParts(model_engine),
+            tiled=flops.tiled_parameters(model),
         ),
         trackers=tracking.start(config, distributed.is_rank_0(), progress.step, state.get("trackers")),
         evaluation=evaluation,

@@ -49,6 +49,16 @@ class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
 
 
+class CountOrAuto(WholeNumber):
+    """A whole number, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value as an int unless it is `auto`; fail if it is neither."""
+        return config.AUTO if value == config.AUTO else super().convert(value, param, ctx)
+
+
 class Choice(click.Choice):  # type: ignore[type-arg]
     """One of some words; an error names the nearest. `alone`: true and false stand for it and for the first."""
 
@@ -141,7 +151,8 @@ class GroupedCommand(Command):
 def option(spec: Field[Any]) -> click.Option:
     """Build the click option of a setting."""
     kinds: dict[Any, Any] = {
-        int: WholeNumber(), float: float, config.NumberOrAuto: NumberOrAuto(), bool: bool, tuple[float, ...]: float
+        int: WholeNumber(), float: float, config.NumberOrAuto: NumberOrAuto(), config.CountOrAuto: CountOrAuto(),
+        bool: bool, tuple[float, ...]: float,
     }  # fmt: skip
     alone = spec.metadata.get("alone")
     kind = Choice(spec.metadata["choices"], alone) if "choices" in spec.metadata else kinds.get(spec.type, str)

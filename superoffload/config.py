@@ -17,6 +17,9 @@ AUTO = "auto"
 DECAY = 0.1
 NumberOrAuto = float | Literal["auto"]
 """The type of a setting that the program can choose itself; until it has, the value is `AUTO`."""
+CountOrAuto = int | Literal["auto"]
+"""The same for a whole number."""
+OR_AUTO = (NumberOrAuto, CountOrAuto)
 
 
 def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
@@ -36,7 +39,7 @@ def allowed(spec: Field[Any]) -> str:
     limits = spec.metadata
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
-    or_auto = f" or {AUTO}" if spec.type == NumberOrAuto else ""
+    or_auto = f" or {AUTO}" if spec.type in OR_AUTO else ""
     low = f"{limits['above']} < " if "above" in limits else f"{limits['minimum']} <= " if "minimum" in limits else ""
     high = f" <= {limits['maximum']}" if "maximum" in limits else f" < {limits['below']}" if "below" in limits else ""
     return f"{low}value{high}{or_auto}" if low or high else ""
@@ -50,7 +53,7 @@ def settings_of(group: Any) -> tuple[Field[Any], ...]:
 def accepts(spec: Field[Any], value: Any) -> bool:
     """Return whether a value is within the limits of a setting; None always is."""
     limits = spec.metadata
-    if value is None or (value == AUTO and spec.type == NumberOrAuto):
+    if value is None or (value == AUTO and spec.type in OR_AUTO):
         return True
     if isinstance(value, tuple):
         return all(accepts(spec, item) for item in value)
@@ -168,6 +171,14 @@ class ModelSettings(Settings):
         choices=("none", "full", "offload"),
         alone="full",
     )
+    tiled_mlp: int | Literal["auto"] = setting(
+        "Run the MLP of each layer in this many tiles over the tokens, in forward and again in backward, so that its "
+        "activations exist for one tile at a time; 0: untiled; auto: so many that a tile has at most as many tokens as "
+        "the model is wide, if a test at the start finds an MLP that works token by token. A run may be resumed with "
+        "another number, but then rounds differently.",
+        0,
+        minimum=0,
+    )
     loss_kernel: str = setting(
         "How to compute the loss: chunked never holds all logits; plain does; auto uses chunked if a test at the start "
         "finds the model's own losses. A run may be resumed with another kernel, but then rounds differently.",
@@ -242,8 +253,13 @@ class DataSettings(Settings):
         "Percentage of the rows to use, starting with the first.", 100.0, above=0, maximum=100, shapes_run=True
     )
     shuffle_rows: bool = setting("Draw the rows of --dataset_percentage with --seed.", False, shapes_run=True)
-    max_length: int = setting(
-        "Maximum tokens per row or pack; longer rows are truncated.", 2048, minimum=8, shapes_run=True
+    max_length: int = setting("Maximum tokens per row or pack.", 2048, minimum=8, shapes_run=True)
+    long_rows: str = setting(
+        "What to do with rows longer than --max_length: truncate keeps their first tokens, split makes several rows of "
+        "them and loses no target, drop leaves them out.",
+        "truncate",
+        choices=("truncate", "split", "drop"),
+        shapes_run=True,
     )
     train_on_prompt: bool = setting("Train on the tokens of the prompt too.", False, shapes_run=True)
     packing: bool = setting(
@@ -307,6 +323,13 @@ class TrainingSettings(Settings):
     lr: float = setting("Peak learning rate.", 1e-5, above=0, maximum=10, shapes_run=True)
     batch_size: int = setting("Rows (packs, if packed) per device and micro-batch.", 1, minimum=1, shapes_run=True)
     gradient_accumulation_steps: int = setting("Micro-batches per optimizer step.", 1, minimum=1, shapes_run=True)
+    sequence_parallel_size: int = setting(
+        "Number of consecutive ranks that share each row, each with a part of its positions; --batch_size is then that "
+        "of all of them together. It must divide the number of ranks and of attention heads.",
+        1,
+        minimum=1,
+        shapes_run=True,
+    )
     num_train_epochs: int = setting("Passes over the data.", 1, minimum=1, shapes_run=True)
     max_steps: int = setting(
         "Stop after this many optimizer steps and fit the schedule to them; 0: no limit.", 0, minimum=0, shapes_run=True

@@ -157,7 +157,7 @@ class _Reader:
         try:
             return _convert(spec, wanted, node.value)
         except (KeyError, ValueError) as error:
-            or_auto = f" or {config.AUTO}" if spec.type == config.NumberOrAuto else ""
+            or_auto = f" or {config.AUTO}" if spec.type in config.OR_AUTO else ""
             raise self._error(node, f"{spec.name} {node.value}: must be {NAMES[wanted]}{or_auto}") from error
 
 
@@ -166,7 +166,7 @@ def _is_nothing(node: "Node") -> bool:
 
 
 def _convert(spec: Field[Any], wanted: type, text: str) -> Any:
-    if spec.type == config.NumberOrAuto and text == config.AUTO:
+    if spec.type in config.OR_AUTO and text == config.AUTO:
         return text
     if "alone" in spec.metadata:
         return config.from_switch(spec, SWITCH.get(text.lower(), text))
@@ -225,7 +225,7 @@ def _described(spec: Field[Any]) -> dict[str, Any]:
     forms = [one]
     if "alone" in limits:
         forms.append({"type": "boolean"})
-    if spec.type == config.NumberOrAuto:
+    if spec.type in config.OR_AUTO:
         forms.append({"const": config.AUTO})
     if "several" in limits:
         forms.append({"type": "array", "items": one, "minItems": 0 if spec.default == () else 1})

@@ -138,7 +138,7 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
     zero = merged["zero_optimization"]
     offload = zero["offload_optimizer"]
 
-    flags.resolve_batch(merged, world_size)
+    flags.resolve_batch(merged, _groups_of_ranks(config.training.sequence_parallel_size, world_size))
     _resolve_optimizer(flags, optimizer, schedule.get("params", {}))
     flags.resolve("lr_scheduler", "scheduler.type", SCHEDULES.get(schedule.get("type", "")))
 
@@ -162,6 +162,14 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
         if kind in merged:
             merged[kind]["enabled"] = _enabled(merged, kind)
     return Merged(ds_config=_without_auto(merged), config=final, notes=tuple(flags.notes))
+
+
+def _groups_of_ranks(size: int, world_size: int) -> int:
+    """Return how many groups of ranks have rows of their own; each group shares its rows."""
+    groups, rest = divmod(world_size, size)
+    if rest:
+        raise UserError(f"--sequence_parallel_size {size}: {world_size} ranks cannot be divided into groups of {size}")
+    return groups
 
 
 def with_offload_ratio(merged: Merged, ratio: float) -> Merged:

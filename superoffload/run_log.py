@@ -17,6 +17,9 @@ from superoffload import log
 
 FILE = "run.log"
 _BUFFERED_RECORDS = 10_000
+# torch says at each of DeepSpeed's collectives that it has a new name, which only DeepSpeed can follow. Python would not
+# show it once only: it forgets what it has shown whenever a library changes the filters, as torch does in each step.
+_RENAMED_COLLECTIVES = r"`torch\.distributed\.\w+` is deprecated"
 _printed = logging.getLogger("stdout")
 
 
@@ -82,6 +85,7 @@ class RunLog:
         sys.stdout = _Prints()
         logging.captureWarnings(True)
         warnings.filterwarnings("default", category=FutureWarning)
+        warnings.filterwarnings("ignore", _RENAMED_COLLECTIVES, FutureWarning)
 
     def _record_with(self, handler: logging.Handler, lowest: int) -> None:
         """Record with another handler than before; `lowest` is the level on rank 0."""

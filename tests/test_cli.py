@@ -138,6 +138,7 @@ def test_whole_numbers_may_be_written_with_an_exponent() -> None:
         (["--dataset_weights", "much"], "'much' is not a valid float"),
         (["--batch_size", "0"], "--batch_size 0: must be 1 <= value"),
         (["--batch_size", "-2"], "--batch_size -2"),
+        (["--sequence_parallel_size", "0"], "--sequence_parallel_size 0: must be 1 <= value"),
         (["--batch_size", "1.5"], "'1.5' is not a whole number"),
         (["--max_length", "0"], "--max_length 0"),
         (["--num_train_epochs", "0"], "--num_train_epochs 0"),

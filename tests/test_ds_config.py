@@ -79,6 +79,16 @@ def test_files_of_upstream_decide(ranks: int) -> None:
     assert (ranks > 1) == any("batch of the whole job" in note for note in merged.notes)
 
 
+def test_ranks_that_share_rows_count_as_one() -> None:
+    merged = merge_flags(upstream(8), make_config({"sequence_parallel_size": 2}), 4)
+    assert merged.config.training.batch_size == 4
+    # DeepSpeed counts ranks, and knows of no other.
+    assert merged.ds_config["train_micro_batch_size_per_gpu"] == 4
+    assert merged.ds_config["train_batch_size"] == 16
+    with pytest.raises(UserError, match="^--sequence_parallel_size 4: 6 ranks cannot be divided into groups of 4$"):
+        merge_flags(zero3(), make_config({"sequence_parallel_size": 4}), 6)
+
+
 def test_a_ratio_of_auto_is_open_until_it_is_known() -> None:
     merged = merge_flags(zero3(), make_config({"offload_ratio": "auto"}), 1)
     assert merged.config.offload.offload_ratio == "auto"

@@ -25,6 +25,7 @@ ROWS: list[Row] = [
     [
         {
             "__init__",
+            "api",
             "errors",
             "protocols",
             "config",
@@ -44,6 +45,7 @@ ROWS: list[Row] = [
     [{"export"}],
     [{"training"}, {"tiny"}],
     [{"planning"}, {"reporting"}],
+    [{"use"}],
     [{"finetune_zero3"}],
     [{"bench"}],
     [{"commands"}],
@@ -60,7 +62,7 @@ LIBRARIES: dict[str, set[str]] = {
     "datasets": {"data.cache", "data.folders", "data.sources"},
     "deepspeed": {
         "distributed",
-        "model.attention", "model.kernels", "model.load", "model.recomputation", "model.vocabulary",
+        "model.attention", "model.kernels", "model.load", "model.recomputation", "model.tiled_mlp", "model.vocabulary",
         "checkpoint.convert", "checkpoint.rank_files", "checkpoint.save", "checkpoint.trust",
         "training.engine",
         "bench.alternatives",
@@ -72,7 +74,7 @@ LIBRARIES: dict[str, set[str]] = {
     "matplotlib": {"planning.picture", "bench.picture", "reporting.comparison"},
     "mlflow": {"training.trackers.mlflow"},
     "pyarrow": {"data.files", "data.sources"},
-    "rich": {"reporting.live", "reporting.panel", "reporting.picture"},
+    "rich": {"reporting.live", "reporting.panel", "reporting.picture", "reporting.runs_table"},
     "safetensors": {"model.weights", "export.weights"},
     "tokenizers": {"tiny"},
     "torch": {
@@ -80,7 +82,7 @@ LIBRARIES: dict[str, set[str]] = {
         "data.collate",
         "model.architecture", "model.attention", "model.buffers", "model.flash_cpu", "model.head", "model.isolation",
         "model.kernels", "model.load", "model.loss_kernel", "model.neftune", "model.recomputation",
-        "model.vocabulary", "model.weights",
+        "model.sequence_parallel", "model.tiled_mlp", "model.vocabulary", "model.weights",
         "checkpoint.rank_files", "checkpoint.resume", "checkpoint.trust",
         "export.weights",
         "training.engine", "training.evaluation", "training.metrics", "training.source_losses", "training.step",
@@ -89,6 +91,7 @@ LIBRARIES: dict[str, set[str]] = {
         "bench.ruler",
         "planning.checks.link", "planning.checks.measure", "planning.checks.software",
         "planning.environment", "planning.exhaustion", "planning.machine",
+        "use.device", "use.finished", "use.held_out", "use.speaker",
         "offload.install", "offload.operators", "offload.shared.state", "offload.trainer.binding",
         "offload.trainer.first_touch", "offload.trainer.pinning", "offload.worker", "offload.zero3",
     },
@@ -100,6 +103,7 @@ LIBRARIES: dict[str, set[str]] = {
         "model.architecture", "model.attention", "model.load", "model.quantization", "model.tokenizer", "model.weights",
         "checkpoint.save",
         "export.files", "export.weights",
+        "use.finished", "use.speaker",
         "tiny",
     },
     "wandb": {"training.trackers.wandb"},

@@ -28,6 +28,8 @@ print("printed", "late")
 library.warning("warning of a library")
 library.error("error of a library")
 warnings.warn("python's warning")
+warnings.warn("a library's future", FutureWarning)
+warnings.warn("`torch.distributed.reduce_scatter_tensor` is deprecated. Please use another.", FutureWarning)
 log.logger.info("own info")
 log.logger.debug("own detail")
 def main(config):
@@ -61,6 +63,7 @@ def test_the_screen_shows_what_is_ours_and_the_file_everything(tmp_path: Path) -
         assert (screen.count(text), file.count(text)) == (0, 1), text
     assert "own detail" not in screen + file
     assert file.splitlines()[0].endswith(f"Started: -c INFO {tmp_path} well")
+    assert file.count("a library's future") == 1 and "is deprecated" not in screen + file
     assert file.index("printed early") < file.index("printed late")
 
 

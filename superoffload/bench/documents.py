@@ -56,7 +56,14 @@ def make(count: int, vocabulary: int, max_length: int, seed: int) -> TokenizedRo
     bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     tokens = rng.integers(0, vocabulary, int(bounds[-1]), dtype=np.int32)
     counts = RowCounts(given=count, dropped=0, truncated=int((prompts + answers > max_length).sum()), bad=0)
-    return TokenizedRows(table=Table(tokens, bounds, targets), lengths=lengths, targets=targets, counts=counts)
+    return TokenizedRows(
+        table=Table(tokens, bounds, targets),
+        lengths=lengths,
+        targets=targets,
+        numbers=np.arange(count),
+        pieces=np.zeros(count, dtype=np.int64),
+        counts=counts,
+    )
 
 
 def enough(packs_per_step: int, max_length: int, steps: int, *, packed: bool) -> int:

@@ -2,6 +2,7 @@
 
 * manifest: the format: file names, marker files, checksums; what makes a checkpoint complete
 * output_folder: the folder of a run: created, writable, used by one run at a time
+* folder_lock: its lock
 * save: write a checkpoint: complete or absent
 * resume: find an intact checkpoint, compare the settings, restore
 * convert: a checkpoint for any number of ranks

@@ -1,16 +1,14 @@
 """The output folder of a run: created, writable, and used by one run at a time."""
 
-import fcntl
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from superoffload import config_file, distributed
+from superoffload.checkpoint.folder_lock import lock
 from superoffload.checkpoint.manifest import replace_text
 from superoffload.config import Config
 from superoffload.data import mixture
 from superoffload.errors import UserError
-from superoffload.log import logger
 
 CONFIG_FILE = "config.yaml"
 
@@ -38,33 +36,6 @@ def prepare(folder: str, inputs: Iterable[tuple[str, str]] = ()) -> int | None:
             f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from error
     return lock(folder) if distributed.is_rank_0() else None
-
-
-def lock(folder: str) -> int | None:
-    """Lock the output folder against other runs; the lock ends with this process, however it ends.
-
-    Returns the handle that holds the lock, None if the file system has no locks. Raises `UserError` if another run
-    holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UserError(
-            f"--output_dir {folder}: another run is writing there; wait for it, or choose another folder"
-        ) from error
-    except OSError as error:
-        logger.warning("%s cannot be locked (%s): make sure that no other run writes there", folder, error.strerror)
-        os.close(handle)
-        return None
-    return handle
-
-
-def unlock(handle: int | None) -> None:
-    """Unlock the output folder at the end of a run."""
-    if handle is not None:
-        os.close(handle)
 
 
 def write_settings(config: Config) -> None:

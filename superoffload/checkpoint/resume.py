@@ -144,12 +144,15 @@ def _check_world_size(path: Path, described: Manifest) -> None:
 def _check_same_run(config: Config, path: Path, described: Manifest) -> None:
     """Raise `UserError` for settings that make a different run.
 
-    A longer run is the same run; so is one of a converted checkpoint that deals out the packs otherwise.
+    A longer run is the same run; so is one that deals out the packs otherwise, from a converted checkpoint or with
+    another `--sequence_parallel_size` and as many packs per step.
     """
     found = settings.differences(config, described["config"])
-    if described.get("universal"):
+    parts, ranks, saved = "--sequence_parallel_size:", described["world_size"], described["config"]
+    as_many = _packs_per_step(settings.flat(config), ranks) == _packs_per_step(saved, ranks)
+    if described.get("universal") or (as_many and any(text.startswith(parts) for text in found)):
         # The position in the data is counted in packs, however they are distributed over ranks and micro-batches.
-        distribution = ("--batch_size:", "--gradient_accumulation_steps:")
+        distribution = ("--batch_size:", "--gradient_accumulation_steps:", parts)
         found = [text for text in found if not text.startswith(distribution)]
     longer = [text for text in found if text.startswith(LENGTH)]
     if longer and longer == found and _is_longer(settings.flat(config), described["config"]):
@@ -178,7 +181,8 @@ def _is_longer(current: dict[str, Any], saved: dict[str, Any]) -> bool:
 
 
 def _packs_per_step(values: dict[str, Any], world_size: int) -> int:
-    return int(values["batch_size"] * values["gradient_accumulation_steps"] * world_size)
+    groups = world_size // values.get("sequence_parallel_size", 1)  # the ranks of a group share their packs
+    return int(values["batch_size"] * values["gradient_accumulation_steps"] * groups)
 
 
 def progress_of(source: Source | None) -> dict[str, int]:

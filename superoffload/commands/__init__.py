@@ -5,7 +5,22 @@ import sys
 import click
 
 from superoffload import cli
-from superoffload.commands import bench, config, convert, doctor, env, export, plan, plot, preview, report, tiny
+from superoffload.commands import (
+    bench,
+    chat,
+    config,
+    convert,
+    doctor,
+    env,
+    eval,
+    export,
+    plan,
+    plot,
+    preview,
+    report,
+    runs,
+    tiny,
+)
 from superoffload.errors import UserError
 
 
@@ -22,6 +37,9 @@ from superoffload.errors import UserError
         export.command,
         report.command,
         plot.command,
+        runs.command,
+        chat.command,
+        eval.command,
         tiny.command,
     ],
     help="Tools used before and after a run of finetune_zero3.py.",

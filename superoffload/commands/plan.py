@@ -22,11 +22,12 @@ MODEL = (
     "attn_implementation",
     "activation_checkpointing",
     "loss_kernel",
+    "tiled_mlp",
 )
 SETTINGS = {
     config.ModelSettings: MODEL,
     config.DataSettings: ("max_length", "packing", "padding"),
-    config.TrainingSettings: ("batch_size", "gradient_accumulation_steps"),
+    config.TrainingSettings: ("batch_size", "gradient_accumulation_steps", "sequence_parallel_size"),
     config.OffloadSettings: (
         "deepspeed_config", "offload_ratio", "optimizer_state", "offload_params", "sub_group_size"
     ),

@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from superoffload.config import DataSettings
 from superoffload.data import formats, sources
 from superoffload.data.encode import VERSION, Encoded, Encoder
 from superoffload.data.formats import BadRow
+from superoffload.data.long_rows import fit, lost_tokens
 from superoffload.data.packing import Indices
 from superoffload.data.rows import RowCounts, TokenizedRows
 from superoffload.errors import UserError
-from superoffload.log import shows_bars
+from superoffload.log import logger, shows_bars
 from superoffload.protocols import Tokenizer
 
 COUNTS_FILE = "superoffload_counts.json"
-ONLY_COUNTED = ("shortest", "cut", "empty", "untrained", "unwritten")  # columns that the cache does not keep
+NUMBERS = ("length", "targets", "number", "piece")
+# Columns that the cache does not keep. Of a row that was split, its first piece has them.
+ONLY_COUNTED = ("split", "too_long", "shortest", "lost", "empty", "untrained", "unwritten")
 POLL_S = 0.1
 ROWS_AT_A_TIME = 100  # tokenised together; of long rows, more would take gigabytes
 # After the lock has been free for this long, a rank other than the machine's first one tokenises.
@@ -74,7 +77,15 @@ def load_tokenized(spec: DatasetSpec, tokenizer: Tokenizer, settings: DataSettin
             f"the cache folder {folder.parent} cannot be written ({error.strerror or error}); "
             "set HF_DATASETS_CACHE to another folder"
         ) from error
-    return _read(folder, spec, settings)
+    found = _read(folder, spec, settings)
+    if found.counts.split and encode_rows.has_prompts:
+        logger.warning(
+            "--long_rows split: %s of the rows of %s are longer than --max_length; their later pieces are trained on "
+            "without the prompt and what was said before",
+            f"{found.counts.split:,}",
+            spec.name,
+        )
+    return found
 
 
 def check(spec: DatasetSpec, settings: DataSettings) -> None:
@@ -108,10 +119,13 @@ def join(parts: Mapping[str, TokenizedRows]) -> TokenizedRows:
     if len(every) == 1:
         return every[0]
     counts = {label: part.counts for label, part in parts.items()}
+    firsts = np.cumsum([0, *(part.counts.given for part in every[:-1])])
     return TokenizedRows(
         table=datasets.concatenate_datasets([part.table for part in every]).with_format("numpy"),
         lengths=np.concatenate([part.lengths for part in every]),
         targets=np.concatenate([part.targets for part in every]),
+        numbers=np.concatenate([part.numbers + first for part, first in zip(every, firsts, strict=True)]),
+        pieces=np.concatenate([part.pieces for part in every]),
         counts=RowCounts.total(counts),
         sources=counts,
         source_of_row=np.repeat(np.arange(len(every)), [len(part) for part in every]),
@@ -137,6 +151,7 @@ def _key(rows: datasets.Dataset, tokenizer: Tokenizer, template: str | None, set
                 "columns",
                 "chat_template",
                 "max_length",
+                "long_rows",
                 "train_on_prompt",
                 "skip_bad_rows",
                 "drop_unrendered",
@@ -198,7 +213,8 @@ class _RowEncoder:
         self._shape = _shape(rows, spec, settings)
         self._features = dict(rows.features)
         self.where = f"--{spec.flag} {spec.name}"
-        self._max_length = settings.max_length
+        self.has_prompts = self._shape.name != "text"
+        self._max_length, self._long_rows = settings.max_length, settings.long_rows
         self._skip_bad_rows = settings.skip_bad_rows
         self.num_proc = settings.num_proc
 
@@ -209,7 +225,7 @@ class _RowEncoder:
         conversations = [self._read(row) for row in rows]
         encoded = iter(self._encoder.encode([found for found in conversations if not isinstance(found, BadRow)]))
         results = [found if isinstance(found, BadRow) else next(encoded) for found in conversations]
-        kept = [self._keep(result, index) for result, index in zip(results, indices, strict=True)]
+        kept = [row for result, index in zip(results, indices, strict=True) for row in self._keep(result, index)]
         return {name: [row[name] for row in kept] for name in kept[0]}
 
     def _read(self, row: dict[str, Any]) -> formats.Conversation | BadRow:
@@ -218,28 +234,34 @@ class _RowEncoder:
         except BadRow as error:
             return error
 
-    def _keep(self, whole: Encoded | BadRow, index: int) -> dict[str, Any]:
+    def _keep(self, whole: Encoded | BadRow, index: int) -> list[dict[str, Any]]:
+        """Return the row or its pieces; what is dropped has no tokens."""
         if isinstance(whole, BadRow):
             bad = f"{sources.row_name(int(self._numbers[index]), self._split)}: {whole}"
             if not self._skip_bad_rows:
                 raise UserError(f"{self.where}: {bad}; fix it, or skip such rows with --skip_bad_rows") from None
-            return _columns(Encoded([], []), bad=bad)
-        kept = whole.head(self._max_length)
-        cut = len(whole.input_ids) - len(kept.input_ids)
-        targets = kept.target_tokens
-        if not targets:
-            kept, cut = replace(whole, input_ids=[], labels=[]), 0
-        return _columns(kept, targets=targets, shortest=whole.shortest, cut=cut)
+            return [_columns(Encoded([], []), index, bad=bad)]
+        pieces = fit(whole, self._max_length, self._long_rows)
+        split = len(pieces) if len(pieces) > 1 else 0
+        result = [_columns(piece, index, piece=split and number) for number, piece in enumerate(pieces, 1)]
+        too_long = int(self._long_rows == "drop" and len(whole.input_ids) > self._max_length)
+        shortest = 0 if split or too_long else whole.shortest
+        result[0] |= {"split": split, "too_long": too_long, "shortest": shortest, "lost": lost_tokens(whole, pieces)}
+        return result
 
 
-def _columns(row: Encoded, targets: int = 0, shortest: int = 0, cut: int = 0, bad: str = "") -> dict[str, Any]:
+def _columns(row: Encoded, number: int, piece: int = 0, bad: str = "") -> dict[str, Any]:
     return {
         "input_ids": np.array(row.input_ids, dtype=np.int32),
         "labels": np.array(row.labels, dtype=np.int32),
         "length": len(row.input_ids),
-        "targets": targets,
-        "shortest": shortest,
-        "cut": cut,
+        "targets": row.target_tokens,
+        "number": number,
+        "piece": piece,
+        "split": 0,
+        "too_long": 0,
+        "shortest": 0,
+        "lost": 0,
         "empty": row.empty,
         "untrained": row.untrained,
         "unwritten": row.unwritten,
@@ -248,7 +270,7 @@ def _columns(row: Encoded, targets: int = 0, shortest: int = 0, cut: int = 0, ba
 
 
 def _tokenize(rows: datasets.Dataset, encode_rows: _RowEncoder, target: Path, key: str) -> None:
-    numbers = {name: datasets.Value("int32") for name in ("length", "targets", *ONLY_COUNTED)}
+    numbers = {name: datasets.Value("int32") for name in (*NUMBERS, *ONLY_COUNTED)}
     ids = datasets.Sequence(datasets.Value("int32"))
     features = datasets.Features({"input_ids": ids, "labels": ids, **numbers, "bad": datasets.Value("string")})
     try:
@@ -275,18 +297,25 @@ def _tokenize(rows: datasets.Dataset, encode_rows: _RowEncoder, target: Path, ke
 
 def _save(done: datasets.Dataset, target: Path) -> None:
     """Write the rows that have a target token, and how many of the others were dropped and why."""
-    columns = {name: _numbers(done, name) for name in ("targets", *ONLY_COUNTED)}
+    columns = {name: _numbers(done, name) for name in (*NUMBERS, *ONLY_COUNTED)}
     bad = [text for text in done.with_format(None)["bad"] if text]
-    kept = np.flatnonzero(columns["targets"] > 0)
+    has_target, is_piece = columns["targets"] > 0, columns["piece"] > 0
+    kept = np.flatnonzero(has_target)
+    given, too_long = int((columns["piece"] <= 1).sum()), int(columns["too_long"].sum())
     counts = RowCounts(
-        given=len(done),
+        given=given,
         bad=len(bad),
-        dropped=len(done) - len(kept) - len(bad),
-        truncated=int((columns["cut"] > 0).sum()),
+        dropped=given - len(np.unique(columns["number"][kept])) - len(bad) - too_long,
+        truncated=int((has_target & ~is_piece & (columns["lost"] > 0)).sum()),
         first_bad=next(iter(bad), ""),
         empty_answers=int(columns["empty"].sum()),
         untrained_turns=int(columns["untrained"].sum()),
         dropped_fields=int(columns["unwritten"].sum()),
+        split=int((columns["split"] > 0).sum()),
+        pieces=int((has_target & is_piece).sum()),
+        dropped_pieces=int((~has_target & is_piece).sum()),
+        too_long=too_long,
+        lost_tokens=int(columns["lost"].sum()),
     )
     lost = columns["shortest"][columns["targets"] == 0]
     done = done.select(kept).remove_columns([*ONLY_COUNTED, "bad"])
@@ -320,7 +349,13 @@ def _read(folder: Path, spec: DatasetSpec, settings: DataSettings) -> TokenizedR
     where = f"--{spec.flag} {spec.name}"
     if counts.bad > counts.given / 2:
         raise UserError(f"{where}: {counts.bad} of {counts.given} rows are malformed, e.g. {counts.first_bad}")
-    if counts.dropped > (counts.given - counts.bad) / 2 or counts.dropped + counts.bad == counts.given:
+    left = counts.given - counts.bad - counts.too_long
+    if counts.too_long and counts.dropped == left:
+        raise UserError(
+            f"--long_rows drop: {counts.too_long} of {counts.given} rows of {spec.name} are longer than --max_length "
+            f"{settings.max_length}, and none is left to train on; use a larger --max_length, or --long_rows split"
+        )
+    if counts.dropped > left / 2 or counts.dropped == left:
         if not enough:
             raise UserError(
                 f"{where}: {counts.dropped} of {counts.given} rows have no target token at any length"
@@ -333,5 +368,6 @@ def _read(folder: Path, spec: DatasetSpec, settings: DataSettings) -> TokenizedR
         )
     table = datasets.load_from_disk(str(folder))
     lengths, targets = _numbers(table, "length"), _numbers(table, "targets")
+    numbers, pieces = _numbers(table, "number"), _numbers(table, "piece")
     table = table.select_columns(["input_ids", "labels"]).with_format("numpy")
-    return TokenizedRows(table=table, lengths=lengths, targets=targets, counts=counts)
+    return TokenizedRows(table=table, lengths=lengths, targets=targets, numbers=numbers, pieces=pieces, counts=counts)

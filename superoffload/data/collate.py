@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from superoffload.config import DataSettings
 from superoffload.data.encode import IGNORED
@@ -21,7 +22,8 @@ class Layout:
 
     With `packs`, a row of the batch holds several documents of at most `max_length` tokens together. Without, it
     holds one document, padded to the longest of the batch or, with `full_length`, to `max_length`. With `varlen`, the
-    attention receives the lengths of the documents, so all packs are laid out as one row.
+    attention receives the lengths of the documents, so all documents are laid out as one row, packed or not. `parts` is
+    the number of equal parts into which that row is cut.
     """
 
     packs: bool
@@ -29,16 +31,23 @@ class Layout:
     max_length: int
     pad_token_id: int
     varlen: bool = False
+    parts: int = 1
+
+    def rounded(self, length: int) -> int:
+        """Round a length up, for each part to a multiple of `MULTIPLE`."""
+        multiple = MULTIPLE * self.parts
+        return max(multiple, -(-length // multiple) * multiple)
 
 
-def choose_layout(settings: DataSettings, pad_token_id: int, takes_documents: bool) -> Layout:
+def choose_layout(settings: DataSettings, pad_token_id: int, takes_documents: bool, parts: int = 1) -> Layout:
     """Choose the layout; `takes_documents` is whether the model's attention receives the documents' lengths."""
     return Layout(
         packs=settings.packs,
         full_length=settings.padding == "max_length",
         max_length=settings.max_length,
         pad_token_id=pad_token_id,
-        varlen=settings.packs and takes_documents,
+        varlen=takes_documents and (settings.packs or parts > 1),
+        parts=parts,
     )
 
 
@@ -53,19 +62,28 @@ class TargetsBySource:
     order: torch.Tensor
     counts: tuple[int, ...]
 
+    def part(self, start: int, end: int) -> "TargetsBySource":
+        """Return the same of the target tokens from `start` to `end`."""
+        of_target = np.empty(len(self.order), dtype=np.int64)
+        of_target[self.order.numpy()] = np.repeat(np.arange(len(self.counts)), self.counts)
+        return _grouped(of_target[start:end], len(self.counts))
+
 
 def targets_by_source(
     sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], number_of_sources: int
 ) -> TargetsBySource:
     """Group the target tokens of a batch, given the source and the number of targets of each document in order."""
-    of_target = np.repeat(sources, targets)
+    return _grouped(np.repeat(sources, targets), number_of_sources)
+
+
+def _grouped(of_target: np.ndarray[Any, Any], number_of_sources: int) -> TargetsBySource:
     counts = np.bincount(of_target, minlength=number_of_sources)
     return TargetsBySource(torch.as_tensor(np.argsort(of_target, kind="stable")), tuple(counts.tolist()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The rows of one micro-batch on one rank.
+    """The rows of one micro-batch on one rank, or a part of their positions.
 
     `inputs` holds the model's arguments and `labels`, int64 `[batch, length]`. Padded rows come with
     `attention_mask`, packed rows with `position_ids` and no mask. If the attention receives the documents, there are
@@ -73,6 +91,10 @@ class Batch:
     `cu_seq_lens_k` (int32 `[documents + 1]`), `max_length_q` and `max_length_k` (int). `lengths` are the documents'
     lengths without padding; `target_tokens` is the number of labels that are predicted. `by_source` is given if the
     rows come from several sources.
+
+    A part has the documents of the whole row, `sequence_parts`, the number of parts, and instead of `labels` the
+    `targets`, which its positions predict: the last one predicts a label of the next part. `lengths` are those of the
+    whole row in the first part and empty in the others, so that a sum over all ranks counts each document once.
     """
 
     inputs: dict[str, Any]
@@ -92,6 +114,35 @@ class Batch:
             name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in values
         }
 
+    def part(self, index: int, parts: int) -> "Batch":
+        """Return one of `parts` equal parts of a batch that is laid out as one row."""
+        if parts == 1:
+            return self
+        inputs = dict(self.inputs)
+        targets = take_targets(inputs)
+        length = targets.shape[1] // parts
+        cut = slice(index * length, (index + 1) * length)
+        own = targets[:, cut]
+        before, count = (int((part != IGNORED).sum()) for part in (targets[:, : cut.start], own))
+        named = {"input_ids": inputs["input_ids"][:, cut], "position_ids": inputs["position_ids"][:, cut]}
+        return Batch(
+            inputs={**inputs, **named, "targets": own, "sequence_parts": parts},
+            lengths=self.lengths if index == 0 else (),
+            target_tokens=count,
+            by_source=self.by_source and self.by_source.part(before, before + count),
+        )
+
+
+def following(labels: torch.Tensor) -> torch.Tensor:
+    """Return the label that each position predicts, -100 where it predicts none; int64 `[batch, length]` both."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def take_targets(inputs: dict[str, Any]) -> torch.Tensor:
+    """Remove the labels from the inputs of a batch; return what each position predicts, int64 `[batch, length]`."""
+    targets: torch.Tensor | None = inputs.pop("targets", None)
+    return following(inputs.pop("labels")) if targets is None else targets
+
 
 def collate(
     packs: Sequence[Sequence[Row]], size: int, layout: Layout, by_source: TargetsBySource | None = None
@@ -104,9 +155,10 @@ def collate(
     """
     if layout.varlen:
         documents = [document for pack in packs for document in pack]
-        inputs = _packed([documents], 1, layout) | _documents(documents)
+        length = _packed_length([documents], size if layout.full_length else 0, layout)
+        inputs = _packed([documents], 1, length, layout) | _documents(documents, length, layout)
     elif layout.packs:
-        inputs = _packed(packs, size, layout)
+        inputs = _packed(packs, size, _packed_length(packs, 0, layout), layout)
     else:
         inputs = _padded(packs, size, layout)
     return Batch(
@@ -115,10 +167,6 @@ def collate(
         target_tokens=int((inputs["labels"][:, 1:] != IGNORED).sum()),
         by_source=by_source,
     )
-
-
-def _rounded(length: int) -> int:
-    return max(MULTIPLE, -(-length // MULTIPLE) * MULTIPLE)
 
 
 def _blank(size: int, length: int, pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -130,7 +178,7 @@ def _blank(size: int, length: int, pad_token_id: int) -> dict[str, torch.Tensor]
 
 def _padded(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> dict[str, torch.Tensor]:
     longest = max((len(ids) for pack in packs for ids, _ in pack), default=1)
-    inputs = _blank(size, layout.max_length if layout.full_length else _rounded(longest), layout.pad_token_id)
+    inputs = _blank(size, layout.max_length if layout.full_length else layout.rounded(longest), layout.pad_token_id)
     mask = torch.zeros_like(inputs["input_ids"])
     mask[len(packs) :, 0] = 1  # a filler row attends to its first token, so that no softmax is over an empty set
     for index, [(ids, labels)] in enumerate(packs):
@@ -140,13 +188,18 @@ def _padded(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> dict[s
     return {**inputs, "attention_mask": mask}
 
 
-def _packed(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> dict[str, torch.Tensor]:
+def _packed_length(packs: Sequence[Sequence[Row]], full_rows: int, layout: Layout) -> int:
+    """Return the length of rows that hold the longest pack, and at least `full_rows` rows of `max_length`."""
+    longest = max((sum(len(ids) for ids, _ in pack) for pack in packs), default=1)
+    return layout.rounded(max(longest, full_rows * layout.max_length))
+
+
+def _packed(packs: Sequence[Sequence[Row]], size: int, length: int, layout: Layout) -> dict[str, torch.Tensor]:
     """Lay out documents one after the other, one pack per row; positions start at 0 in each document.
 
     The first label of a document is -100: the model shifts labels by one and would otherwise predict the first token
-    from the document before. The rest of a row is one more document, of padding, which holds no targets.
+    from the document before. The rest of a row is more documents, of padding, which hold no targets.
     """
-    length = _rounded(max((sum(len(ids) for ids, _ in pack) for pack in packs), default=1))
     inputs = _blank(size, length, layout.pad_token_id)
     positions = torch.arange(length).repeat(size, 1)
     for index, pack in enumerate(packs):
@@ -157,15 +210,15 @@ def _packed(packs: Sequence[Sequence[Row]], size: int, layout: Layout) -> dict[s
             inputs["labels"][index, start + 1 : end] = torch.as_tensor(labels[1:])
             positions[index, start:end] = torch.arange(end - start)
             start = end
-        positions[index, start:] = torch.arange(length - start)
+        positions[index, start:] = torch.arange(length - start) % layout.max_length
     return {**inputs, "position_ids": positions}
 
 
-def _documents(documents: Sequence[Row]) -> dict[str, Any]:
-    """Return the lengths and bounds of the documents in the one row; its padding is the last document."""
+def _documents(documents: Sequence[Row], length: int, layout: Layout) -> dict[str, Any]:
+    """Return the lengths and bounds of the documents in the one row, its padding included."""
     lengths = [len(ids) for ids, _ in documents]
-    rest = _rounded(sum(lengths)) - sum(lengths)
-    lengths += [rest] if rest else []
+    whole, rest = divmod(length - sum(lengths), layout.max_length)
+    lengths += [layout.max_length] * whole + ([rest] if rest else [])
     bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     longest = max(lengths)
     return {

@@ -59,6 +59,21 @@ class Encoded:
         """Truncate to the first `max_length` tokens, which keeps the start of an answer that is too long."""
         return replace(self, input_ids=self.input_ids[:max_length], labels=self.labels[:max_length])
 
+    def pieces(self, max_length: int) -> "list[Encoded]":
+        """Split into pieces of at most `max_length` tokens, which together have exactly the row's targets.
+
+        A piece begins with the last token of the one before. A token is predicted from the one before it, so without
+        this overlap the first token of each later piece would be lost as a target. The shared token is a target in the
+        earlier piece only, since the first token of a row never is one. The first piece has the counts of the row.
+        """
+        if len(self.input_ids) <= max_length:
+            return [self]
+        result = [self.head(max_length)]
+        for start in range(max_length - 1, len(self.input_ids) - 1, max_length - 1):
+            ids = self.input_ids[start : start + max_length]
+            result.append(Encoded(ids, [IGNORED, *self.labels[start + 1 : start + max_length]]))
+        return result
+
 
 def alpaca_prompt(pair: Pair) -> str:
     """Write a prompt as upstream does, in the Alpaca template; the input heading is left out if there is no input."""
@@ -200,23 +215,41 @@ class Encoder:
         except BadRow as error:
             return error
 
-    def prompt_ids(self, prompt: str, kind: type[Conversation]) -> list[int]:
+    def takes_turns(self, kind: type[Conversation]) -> bool:
+        """Return whether rows that are read as `kind` are written as turns, so that a prompt may follow others."""
+        return kind is Chat or (kind is Pair and self._pairs_as_chat)
+
+    def prompt_ids(self, prompt: str, kind: type[Conversation], before: Sequence[template.Turn] = ()) -> list[int]:
         """Tokenise a prompt as in a row that is read as `kind`, up to where the answer begins.
 
-        Raises `BadRow` if the template rejects it.
+        `before` holds the turns before it, if `takes_turns(kind)`. Raises `BadRow` if the template rejects it.
         """
         prompt = prompt.removeprefix(self._bos_text) if kind is Pair else prompt
-        turns = as_chat(Pair(prompt=prompt, context="", answer=""))
+        turns = [*before, *as_chat(Pair(prompt=prompt, context="", answer="")).turns]
         if kind is Text:
-            text = prompt
-        elif kind is Pair and not self._pairs_as_chat:
-            text = alpaca_prompt(Pair(prompt=prompt, context="", answer=""))
-        elif self._jinja is None:
-            text = plain_segments(turns)[0][0]
-        else:
-            rendered = self._jinja.render(turns.turns[:1], ask=True)
-            return next(self._tokenize([rendered]))
-        return self._first_ids(text)
+            return self._first_ids(prompt)
+        if not self.takes_turns(kind):
+            return self._first_ids(alpaca_prompt(Pair(prompt=prompt, context="", answer="")))
+        if self._jinja is not None:
+            return next(self._tokenize([self._jinja.render(turns[:-1], ask=True)]))
+        (opening, _), *others = plain_segments(Chat(tuple(turns)))[:-1]
+        ids = self._first_ids(opening)
+        for (_, is_answer), new in zip(others, self._tokenize([text for text, _ in others]), strict=True):
+            ids += [*new, self._eos] if is_answer and new[-1:] != [self._eos] else new
+        return ids
+
+    def end_ids(self, kind: type[Conversation]) -> list[int]:
+        """Return the tokens that end an answer in rows read as `kind`: what a model trained on them stops with."""
+        ends = [self._eos]
+        if self.takes_turns(kind) and self._jinja is not None:
+            try:
+                row = self(as_chat(Pair(prompt="q", context="", answer="a")))
+            except BadRow:  # a template that asks for more than a question and an answer
+                return ends
+            last = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORED][-1]
+            if last not in ends and self._special.at_end(self._decode([last], skip_special_tokens=False)):
+                ends.append(last)
+        return ends
 
     def _first_ids(self, text: str) -> list[int]:
         return self._opening(next(self._tokenize([text], special=True)))

@@ -82,11 +82,8 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     """
     if not prompts:
         return []
-    first, *_ = _specs(settings, seed=0).values()
-    rows = sources.open_rows(first.name, first.split, first.flag, first.config)
-    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, first.name)
+    kind = kind_of_rows(settings)
     encoder = Encoder(tokenizer, settings)
-    kind = _kind_of(rows, shape)
     result = []
     for prompt in prompts:
         try:
@@ -96,8 +93,14 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: Dat
     return result
 
 
-def _kind_of(rows: Any, shape: formats.Shape) -> type[formats.Conversation]:
-    """Return what the rows are read as: the first one that is not malformed decides."""
+def kind_of_rows(settings: DataSettings) -> type[formats.Conversation]:
+    """Return what the rows of the first source are read as: the first one that is not malformed decides.
+
+    Raises `UserError` as `load` does.
+    """
+    first, *_ = _specs(settings, seed=0).values()
+    rows = sources.open_rows(first.name, first.split, first.flag, first.config)
+    shape = formats.detect(sources.columns_of(rows), settings.dataset_format, settings.columns, first.name)
     for row in rows:
         try:
             return type(formats.read(sources.parse(row, rows.features), shape))
@@ -109,23 +112,26 @@ def _kind_of(rows: Any, shape: formats.Shape) -> type[formats.Conversation]:
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
     """Split the rows of each source into rows to train on and at least one held-out row.
 
-    The numbers of rows and the seed determine the parts. Raises `UserError` if no row would be left to train on.
+    The numbers of rows and the seed determine the parts. The pieces of one row of the data set stay together. Raises
+    `UserError` if no row would be left to train on.
     """
     # A separate random stream, so that the held-out rows do not depend on the same numbers as the order of epoch 0.
     rng = np.random.default_rng([seed, 2**32])
-    kept, held_out = [], []
+    held_out = np.zeros(len(rows), dtype=np.bool_)
     first = 0
     for label, size in _sizes(rows).items():
-        count = max(1, round(size * percentage / 100))
-        if count >= size:
+        of_source = slice(first, first + size)
+        whole, row_of = np.unique(rows.numbers[of_source], return_inverse=True)
+        count = max(1, round(len(whole) * percentage / 100))
+        if count >= len(whole):
             of = f" of {label}" if label else ""
-            raise UserError(f"--eval_percentage {percentage:g}: none of the {size} rows{of} would be left to train on")
-        drawn = first + rng.permutation(size)
-        kept.append(drawn[count:])
-        held_out.append(drawn[:count])
+            raise UserError(
+                f"--eval_percentage {percentage:g}: none of the {len(whole)} rows{of} would be left to train on"
+            )
+        held_out[of_source] = np.isin(row_of, rng.permutation(len(whole))[:count])
         first += size
-    to_train_on = rows.select(np.sort(np.concatenate(kept)))
-    return to_train_on, replace(rows, weights=()).select(np.sort(np.concatenate(held_out)))
+    to_train_on = rows.select(np.flatnonzero(~held_out))
+    return to_train_on, replace(rows, weights=()).select(np.flatnonzero(held_out))
 
 
 def _sizes(rows: TokenizedRows) -> dict[str, int]:
@@ -159,7 +165,9 @@ class Batches:
         self._rows = rows
         self.layout = layout
         self._training = training
-        self._rank, self._world_size = rank, world_size
+        # The ranks that share a row get the same rows: they count as one rank, and each cuts out its part.
+        self._rank, self._part = divmod(rank, layout.parts)
+        self._world_size = world_size // layout.parts
         sizes = _sizes(rows)
         self._per_epoch = (
             mixture.rows_per_epoch(list(sizes.values()), rows.weights, list(sizes)) if rows.weights else None
@@ -197,7 +205,7 @@ class Batches:
 
     @property
     def packs_per_step(self) -> int:
-        """Return the number of packs of one optimizer step, over all ranks."""
+        """Return the number of packs of one optimizer step, over all ranks; ranks that share a row count as one."""
         return self._training.batch_size * self._training.gradient_accumulation_steps * self._world_size
 
     def packs_in(self, epoch: int) -> int:
@@ -287,4 +295,5 @@ class Batches:
             sources, targets = self._rows.source_of_row[every], self._rows.targets[every]
             by_source = targets_by_source(sources, targets, len(self.sources))
         packed = [[next(documents) for _ in pack] for pack in rows]
-        return collate(packed, self._training.batch_size, self.layout, by_source)
+        batch = collate(packed, self._training.batch_size, self.layout, by_source)
+        return batch.part(self._part, self.layout.parts)

@@ -16,9 +16,9 @@ ESCAPED = re.compile(rf"\\+(?=[{MARKS[0]}{MARKS[1]}]|\Z)|[{MARKS[0]}{MARKS[1]}]"
 
 def shown_rows(rows: TokenizedRows, tokenizer: Tokenizer, count: int, colours: bool) -> Iterator[str]:
     """Yield the first `count` rows as text, each after a heading line; see `shown` for how targets are marked."""
-    for number, (ids, labels) in enumerate(rows.read(range(min(count, len(rows)))), 1):
-        targets = int(rows.targets[number - 1])
-        yield f"--- row {number}: {len(ids)} tokens, {targets} targets ---"
+    for index, (ids, labels) in enumerate(rows.read(range(min(count, len(rows))))):
+        piece = f", piece {rows.pieces[index]} of a longer row" if rows.pieces[index] else ""
+        yield f"--- row {index + 1}{piece}: {len(ids)} tokens, {rows.targets[index]} targets ---"
         yield shown(ids.tolist(), labels.tolist(), tokenizer, colours)
 
 

@@ -12,7 +12,9 @@ class RowCounts:
     """How many rows the data set holds, and what became of them.
 
     `dropped` rows have no target token within the maximum length; `truncated` rows were shortened to it and kept;
-    `bad` rows are malformed and were skipped; `first_bad` says what is wrong with the first of them. Over all rows,
+    `split` rows became `pieces` that were kept, and `dropped_pieces` that have no target token; `too_long` rows were
+    left out for their length; `lost_tokens` are the tokens of all these rows that are in no row that was kept. `bad`
+    rows are malformed and were skipped; `first_bad` says what is wrong with the first of them. Over all rows,
     `empty_answers` say nothing and are not trained on, `untrained_turns` are answers that rows keep out of the loss
     themselves, and `dropped_fields` are those that the chat template does not write.
     """
@@ -25,6 +27,11 @@ class RowCounts:
     empty_answers: int = 0
     untrained_turns: int = 0
     dropped_fields: int = 0
+    split: int = 0
+    pieces: int = 0
+    dropped_pieces: int = 0
+    too_long: int = 0
+    lost_tokens: int = 0
 
     @classmethod
     def total(cls, counts: Mapping[str, "RowCounts"]) -> "RowCounts":
@@ -42,7 +49,9 @@ class TokenizedRows:
     """Tokenised rows on disk, memory-mapped.
 
     `table` is a `datasets.Dataset` of `input_ids` and `labels`. `lengths` and `targets`, int64 `[rows]`, count the
-    tokens and the target tokens of each row.
+    tokens and the target tokens of each row. A piece of a longer row is a row here. `numbers`, int64 `[rows]`, says
+    from which row of the data set each is; `pieces`, int64 `[rows]`, numbers the pieces of one, from 1, and is 0 for a
+    row that was not split.
 
     If the rows come from several sources, `sources` holds the counts of each by its label, and `source_of_row`, int64
     `[rows]`, numbers in that order where each row is from; else both are empty. `weights`, one per source or none, are
@@ -52,6 +61,8 @@ class TokenizedRows:
     table: Any
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     targets: np.ndarray[Any, np.dtype[np.int64]]
+    numbers: np.ndarray[Any, np.dtype[np.int64]]
+    pieces: np.ndarray[Any, np.dtype[np.int64]]
     counts: RowCounts
     sources: Mapping[str, RowCounts] = field(default_factory=dict)
     source_of_row: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -75,6 +86,8 @@ class TokenizedRows:
             table=self.table.select(indices),
             lengths=self.lengths[indices],
             targets=self.targets[indices],
+            numbers=self.numbers[indices],
+            pieces=self.pieces[indices],
             source_of_row=self.source_of_row[indices] if self.sources else self.source_of_row,
         )
 
@@ -85,5 +98,5 @@ class TokenizedRows:
         result = {}
         for index, (label, counts) in enumerate(self.sources.items()):
             part = self.select(np.flatnonzero(self.source_of_row == index))
-            result[label] = TokenizedRows(table=part.table, lengths=part.lengths, targets=part.targets, counts=counts)
+            result[label] = replace(part, counts=counts, sources={}, source_of_row=part.source_of_row[:0], weights=())
         return result

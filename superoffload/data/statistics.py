@@ -30,11 +30,23 @@ class RowStatistics:
         """Return the figures as a part of a line."""
         counts = self.counts
         left_out = "".join(f", {value} {name}" for name, value in self._left_out().items())
+        left_out += "".join(f", {name} {value}" for name, value in self._long_rows().items())
         return (
             f"{self.rows:,} rows, {self.tokens:,} tokens ({self._target_fraction():.1%} targets), "
             f"median length {self.percentiles[PERCENTILES.index(50)]}, longest {self.longest} | "
             f"{counts.truncated:,} truncated, {counts.dropped:,} dropped, {counts.bad:,} malformed{left_out}"
         )
+
+    def _long_rows(self) -> dict[str, str]:
+        """Return what became of rows longer than the maximum length, if there are any that were not truncated."""
+        counts = self.counts
+        found = {}
+        if counts.split:
+            without = f", {counts.dropped_pieces:,} without a target dropped" if counts.dropped_pieces else ""
+            found["split"] = f"{counts.split:,} into {counts.pieces:,} pieces{without}"
+        if counts.too_long:
+            found["too long"] = f"{counts.too_long:,} (dropped)"
+        return found
 
     def _left_out(self) -> dict[str, str]:
         """Return what is not trained on within the rows, if there is anything."""
@@ -56,9 +68,10 @@ class RowStatistics:
             "rows": f"{self.rows:,} of {counts.given:,}",
             "truncated": f"{counts.truncated:,} (the start of the answer is kept)",
             "dropped": f"{counts.dropped:,} (no target token within the maximum length)",
+            **self._long_rows(),
             "malformed": f"{counts.bad:,}" + (f" (skipped; first: {counts.first_bad})" if counts.bad else ""),
             **self._left_out(),
-            "tokens": f"{self.tokens:,}",
+            "tokens": f"{self.tokens:,}" + (f" ({counts.lost_tokens:,} left out)" if counts.lost_tokens else ""),
             "target tokens": f"{self.target_tokens:,} ({self._target_fraction():.1%})",
         }
 
@@ -91,7 +104,8 @@ class SourceStatistics(RowStatistics):
         return {**RowStatistics.figures(self), "in an epoch": self._part()}
 
     def _part(self) -> str:
-        return f"{self.rows_per_epoch:,} rows, {self.target_share:.1%} of the targets"
+        rows = "rows and pieces" if self.counts.pieces else "rows"
+        return f"{self.rows_per_epoch:,} {rows}, {self.target_share:.1%} of the targets"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +171,7 @@ def _figures(rows: TokenizedRows) -> dict[str, Any]:
     counted = np.bincount((lengths - 1) // width, minlength=BARS)
     return {
         "counts": rows.counts,
-        "rows": len(rows),
+        "rows": len(np.unique(rows.numbers)),
         "tokens": int(lengths.sum()),
         "target_tokens": int(rows.targets.sum()),
         "percentiles": tuple(int(value) for value in np.percentile(lengths, PERCENTILES)),

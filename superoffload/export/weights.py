@@ -63,7 +63,7 @@ def export(
         files.check_links(checkpoint)
     require_intact(checkpoint.folder)
     model = files.empty_model(checkpoint, trust.code)
-    groups = plan(model, _wanted(model, checkpoint, DTYPES[dtype]))
+    groups = plan(model, wanted(model, checkpoint, DTYPES[dtype]))
     split = _split(groups, max_shard_size)
     _check_space(target, sum(tensor.nbytes for group in groups for tensor in group.targets.values()))
 
@@ -100,7 +100,7 @@ def _check_space(target: Path, size: int) -> None:
         )
 
 
-def _wanted(model: Model, checkpoint: RankFiles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def wanted(model: Model, checkpoint: RankFiles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """List the tensors that the architecture saves, tied ones once, as meta tensors of the export's dtype.
 
     Weights get `dtype`, buffers keep theirs. Raises `UserError` if the checkpoint does not match the model.
@@ -112,7 +112,7 @@ def _wanted(model: Model, checkpoint: RankFiles, dtype: torch.dtype) -> dict[str
     for name in checkpoint.tensors:
         if name not in architecture:
             raise UserError(f"{mismatch} it has an unknown {name}")
-    wanted = {}
+    result = {}
     for name, tensor in architecture.items():
         if name in left_out:
             continue
@@ -121,8 +121,8 @@ def _wanted(model: Model, checkpoint: RankFiles, dtype: torch.dtype) -> dict[str
         found = checkpoint.tensors[name]
         if found.shape != tensor.shape or not tensor.numel():
             raise UserError(f"{mismatch} {name} has the shape {tuple(found.shape)}, not {tuple(tensor.shape)}")
-        wanted[name] = tensor.to(found.dtype if name in buffers else dtype)
-    return wanted
+        result[name] = tensor.to(found.dtype if name in buffers else dtype)
+    return result
 
 
 def plan(model: Model, wanted: dict[str, torch.Tensor]) -> list[Group]:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed as integration
 
 from superoffload.errors import UserError, first_line
@@ -65,6 +66,20 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Model:
         raise UserError(f"--model_name: {unfit(error)}") from error
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_causal(config, error)) from error
+
+
+def blank_model(config: Any, trust_remote_code: bool, attention: str | None) -> Model:
+    """Build a model in bfloat16 on the host, of which everything but the weights is as it should be.
+
+    The weights have no values yet. `attention` is the result of `attention.choose`.
+    """
+    options = {"attn_implementation": attention} if attention else {}
+    with no_init_weights(), without_zero3():
+        model: Any = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, **options
+        )
+    model.tie_weights()
+    return model.eval()  # type: ignore[no-any-return]  # transformers is untyped
 
 
 def unfit(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from superoffload.config import ModelSettings
 from superoffload.ds_config import DsConfig, dtype_name
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
-from superoffload.model import flash_cpu
+from superoffload.model import flash_cpu, sequence_parallel
 from superoffload.protocols import Model
 
 try:
@@ -34,13 +34,18 @@ TRIAL_LENGTHS, TRIAL_WINDOW = (40, 1, 23), 7
 TRIAL_TOLERANCE = 2e-2  # of the largest element; a token of another document would change as much as the element itself
 
 
-def choose(settings: ModelSettings, config: Any, ds_config: DsConfig, packs: bool) -> str | None:
+def choose(settings: ModelSettings, config: Any, ds_config: DsConfig, packs: bool, parts: int = 1) -> str | None:
     """Choose the attention implementation for transformers; None leaves the choice to the model (sdpa or eager).
 
-    Raises `UserError` if flash_attention_2 was requested and cannot run.
+    `parts` is the number of ranks that share each row: then it is one of the kernels for packs. Raises `UserError` if
+    flash_attention_2 was requested and cannot run, or if ranks cannot share rows.
     """
+    if parts > 1:
+        chosen = _for_parts(settings, config, ds_config, parts)
+        sequence_parallel.check_heads(config, parts)
+        return chosen
     installed = is_flash_attn_2_available()
-    suitable = get_accelerator().device_name() == "cuda" and dtype_name(ds_config) != "float32"
+    suitable = _on_cuda_in_half(ds_config)
     if settings.attn_implementation == "flash_attention_2":
         if not installed:
             raise UserError(
@@ -58,15 +63,43 @@ def choose(settings: ModelSettings, config: Any, ds_config: DsConfig, packs: boo
         return None
     if installed and suitable:
         return "flash_attention_2"
-    # Models that support flash attention and any attention function pass on what `attend` needs: the documents and the
-    # sliding window.
-    suits = model_class._supports_sdpa and model_class._supports_attention_backend
-    if not (packs and suits):
-        return None
+    return _for_documents(config, ds_config, suitable) if packs and _passes_documents(model_class) else None
+
+
+def _passes_documents(model_class: Any) -> bool:
+    """Return whether a model passes on what `attend` needs: the documents and the sliding window.
+
+    Models do that which support flash attention and any attention function.
+    """
+    needed = ("_supports_flash_attn", "_supports_sdpa", "_supports_attention_backend")
+    return all(getattr(model_class, name, False) for name in needed)
+
+
+def _for_parts(settings: ModelSettings, config: Any, ds_config: DsConfig, parts: int) -> str:
+    """Choose the kernel for rows that `parts` ranks share; raises `UserError` if there is none."""
+    if settings.attn_implementation != "auto":
+        raise UserError(
+            f"--attn_implementation {settings.attn_implementation}: is not available with --sequence_parallel_size "
+            f"{parts}; use auto"
+        )
+    if not _passes_documents(transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)):
+        raise UserError(
+            f"--sequence_parallel_size {parts}: {config.model_type} does not attend document by document; use 1"
+        )
+    return _for_documents(config, ds_config, _on_cuda_in_half(ds_config))
+
+
+def _for_documents(config: Any, ds_config: DsConfig, suitable: bool) -> str:
+    """Choose torch's kernel if it is suitable and gives the numbers of sdpa, else sdpa."""
     problem = _problem_of_varlen(config, ds_config) if suitable else None
     if problem:
         logger.info("Packs are attended to one document at a time: %s", problem)
     return TORCH_VARLEN if suitable and not problem else SDPA_VARLEN
+
+
+def _on_cuda_in_half(ds_config: DsConfig) -> bool:
+    """Return whether flash kernels for CUDA suit the device and the weights' dtype."""
+    return get_accelerator().device_name() == "cuda" and dtype_name(ds_config) != "float32"
 
 
 def _problem_of_varlen(config: Any, ds_config: DsConfig) -> str | None:
@@ -232,5 +265,5 @@ def without_packs(model: Model) -> Iterator[None]:
 
 
 # Registered without a mask function, so that transformers builds no mask.
-transformers.AttentionInterface.register(SDPA_VARLEN, attend)
-transformers.AttentionInterface.register(TORCH_VARLEN, attend_at_once)
+transformers.AttentionInterface.register(SDPA_VARLEN, sequence_parallel.exchanging(attend))
+transformers.AttentionInterface.register(TORCH_VARLEN, sequence_parallel.exchanging(attend_at_once))

@@ -63,9 +63,7 @@ def shape_of(model: Model, frozen: frozenset[str] = frozenset()) -> ModelShape:
 
 
 def _active_parameters(model: Model, config: Any, frozen: frozenset[str]) -> int:
-    experts = next((count for count in (getattr(config, key, None) for key in EXPERT_COUNTS) if count), 0)
-    per_token = getattr(config, "num_experts_per_tok", None) or experts
-    active_share = min(1.0, per_token / experts) if experts else 1.0
+    active_share = _active_share(config)
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
@@ -76,6 +74,13 @@ def _active_parameters(model: Model, config: Any, frozen: frozenset[str]) -> int
         if parameter is not embedding or tied:
             total += work * numel(parameter) * (active_share if ".experts." in name else 1.0)
     return int(total)
+
+
+def _active_share(config: Any) -> float:
+    """Return the experts of a token as a share of all, 1 without experts."""
+    experts = next((count for count in (getattr(config, key, None) for key in EXPERT_COUNTS) if count), 0)
+    per_token = getattr(config, "num_experts_per_tok", None) or experts
+    return min(1.0, per_token / experts) if experts else 1.0
 
 
 def _attention_of(config: Any) -> tuple[int, tuple[int, ...]]:
@@ -110,6 +115,24 @@ def model_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
     return 6.0 * shape.active_parameters * sum(rows) + 12.0 * shape.attention_width * pairs
 
 
-def hardware_flops(flops: float, recomputed: bool) -> float:
-    """Add the second forward of activation checkpointing: 8 FLOPs per parameter and token instead of 6."""
-    return flops * 4 / 3 if recomputed else flops
+def tiled_parameters(model: Model) -> int:
+    """Return the parameters, multiplied for a token, of modules that run in tiles (`model/tiled_mlp.py`)."""
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "runs_in_tiles", False))
+    share = _active_share(model.config.get_text_config())
+    return int(
+        sum(
+            numel(parameter) * (share if ".experts." in name else 1.0)
+            for name, parameter in model.named_parameters()
+            if prefixes and name.startswith(prefixes)
+        )
+    )
+
+
+def hardware_flops(flops: float, recomputed: bool, tiles: float = 0.0) -> float:
+    """Add what backward computes again to the FLOPs of forward and backward.
+
+    With activation checkpointing all of forward: 8 FLOPs per parameter and token instead of 6. Otherwise `tiles`, those
+    of the forward of tiled MLPs, 2 per parameter and token. With both, an MLP runs in backward only once, if its layer
+    has no norm behind it; where it has one, as in Gemma, the second time is not counted.
+    """
+    return flops * 4 / 3 if recomputed else flops + tiles

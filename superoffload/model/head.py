@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from superoffload.config import TrainingSettings
-from superoffload.data.collate import Batch
+from superoffload.data.collate import Batch, following, take_targets
 from superoffload.data.encode import IGNORED
 from superoffload.protocols import Engine, Model
 
@@ -63,18 +63,18 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: flo
     `logits` `[batch, length, vocabulary]` of any float type; `labels` int64 `[batch, length]`, -100 for positions that
     are not targets. Position i predicts label i + 1.
     """
+    return _cross_entropy(logits, following(labels), label_smoothing, "sum")
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, reduction: str) -> torch.Tensor:
+    """Compute the loss of each position, or their sum, given what each of them predicts."""
     return functional.cross_entropy(
         logits.flatten(0, 1).float(),
-        following(labels).flatten(),
+        targets.flatten(),
         ignore_index=IGNORED,
-        reduction="sum",
+        reduction=reduction,
         label_smoothing=label_smoothing,
     )
-
-
-def following(labels: torch.Tensor) -> torch.Tensor:
-    """Return the label that each position predicts, -100 where it predicts none; int64 `[batch, length]` both."""
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 class PlainLoss:
@@ -88,17 +88,11 @@ class PlainLoss:
         """Return the sums; see `Loss` (collective)."""
         objective = _objective_now(self._objective, model_engine)
         inputs = batch.on(model_engine.device)
-        labels = inputs.pop("labels")
+        targets = take_targets(inputs)
         logits = model_engine(**inputs).logits
         if batch.by_source is None and not objective.dft:
-            return summed_loss(logits, labels, objective.label_smoothing)
-        every = functional.cross_entropy(
-            logits.flatten(0, 1).float(),
-            following(labels).flatten(),
-            ignore_index=IGNORED,
-            reduction="none",
-            label_smoothing=objective.label_smoothing,
-        )
+            return _cross_entropy(logits, targets, objective.label_smoothing, "sum")
+        every = _cross_entropy(logits, targets, objective.label_smoothing, "none")
         positions, _ = _targets(batch)
         losses = objective.weighted(every.index_select(0, positions.to(every.device, non_blocking=True)))
         return sums_by_source(losses, batch)
@@ -117,9 +111,9 @@ def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
     Found on the host, where the labels are: on the device, finding them would wait for it.
     """
-    labels = following(batch.inputs["labels"]).flatten()
-    positions = (labels != IGNORED).nonzero().squeeze(1)
-    return positions, labels[positions]
+    every = take_targets(dict(batch.inputs)).flatten()
+    positions = (every != IGNORED).nonzero().squeeze(1)
+    return positions, every[positions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +172,7 @@ class ChunkedLoss:
             return objective.weighted(found)
 
         inputs = batch.on(model_engine.device)
-        del inputs["labels"]
+        take_targets(inputs)
         with _returning(losses, model_engine.module):
             result: torch.Tensor = model_engine(**inputs)
         return result

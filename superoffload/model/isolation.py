@@ -25,26 +25,28 @@ def check(model_engine: Engine, layout: Layout) -> None:
     Runs two packs of three documents. The first and the last document are the same in both packs, the one between them
     differs. All shapes are equal, so a model that keeps documents apart computes the same last document twice. It also
     computes the same first document twice, because it is causal: any difference there is numerical noise of the kernels
-    (a mixture of experts may order its tokens differently), which the last document may show too. Does nothing
-    without packing.
+    (a mixture of experts may order its tokens differently), which the last document may show too. Does nothing if
+    each row of a batch holds one document.
     """
-    if not layout.packs:
+    if not (layout.packs or layout.varlen):
         return
     config = model_engine.module.config
     what = f"{type(model_engine.module).__name__} with {config._attn_implementation} attention"
-    advice = "use --no_packing, or another --attn_implementation"
+    flag, advice = "packing", "use --no_packing, or another --attn_implementation"
+    if layout.parts > 1:
+        flag, advice = f"sequence_parallel_size {layout.parts}", "use 1"
     leak = 0.0
     for _ in range(ATTEMPTS):
         changes = _changes(model_engine, layout)
         if not distributed.all_ranks_ok(changes is not None) or changes is None:
-            raise UserError(f"--packing: {what} does not accept packed rows; {advice}")
+            raise UserError(f"--{flag}: {what} does not accept packed rows; {advice}")
         if not distributed.all_ranks_ok(math.isfinite(changes[0])):
             raise UserError(f"--model_name {config.name_or_path}: its logits are infinite or NaN; use intact weights")
         if distributed.all_ranks_ok(_is_isolated(changes, model_engine)):
             return
         leak = changes[1]
     raise UserError(
-        f"--packing: {what} lets a packed row see the one before it (its logits change by {leak:.1%}); {advice}"
+        f"--{flag}: {what} lets a packed row see the one before it (its logits change by {leak:.1%}); {advice}"
     )
 
 

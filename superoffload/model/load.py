@@ -47,6 +47,30 @@ def load_whole(folder: Path) -> tuple[Model, Tokenizer]:
     return model.eval(), load_tokenizer(str(folder))
 
 
+def load_unsharded(settings: ModelSettings, config: Any, skeleton: Model, attention: str | None) -> Model:
+    """Load a model in bfloat16, whole in this process, on the host.
+
+    `config` and `skeleton`, the model on the meta device, which is of no further use, are those of the model;
+    `attention` is the result of `attention.choose`. Raises `UserError` as `load_model` does.
+    """
+    name = settings.model_name
+    tensors = weights.describe(name, weights.find(name, settings.revision))
+    options = _options(settings, {"bf16": {"enabled": True}}, attention)
+    if quantized := quantization.dequantizing(config):
+        options["quantization_config"] = quantized
+    else:
+        weights.check(name, skeleton, tensors, init_missing=False)
+    hide_bars_of_transformers()
+    try:
+        with architecture.without_zero3():
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--model_name {name}: {explain(error)}") from error
+    if quantized:
+        weights.report(name, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"], False)
+    return model.eval()  # type: ignore[no-any-return]  # transformers is untyped
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """What is known of a model before its weights are read.
@@ -150,10 +174,11 @@ def _make_ready(settings: ModelSettings, model: Any, untrained: set[str], dtype:
     buffers.restore_precision(model, dtype)
     _freeze(model, untrained)
     _set_leaf_modules(model, settings.leaf_module)
-    from superoffload.model import kernels, recomputation  # only here: an export loads no DeepSpeed
+    from superoffload.model import kernels, recomputation, tiled_mlp  # only here: an export loads no DeepSpeed
 
     recomputation.enable(model, settings.activation_checkpointing)
     kernels.use(settings.kernels, model)
+    tiled_mlp.use(settings.tiled_mlp, model)
 
 
 def _options(settings: ModelSettings, ds_config: DsConfig, attention: str | None) -> dict[str, Any]:

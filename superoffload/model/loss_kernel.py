@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from superoffload import distributed
-from superoffload.data.collate import Batch, Layout, collate
+from superoffload.data.collate import Batch, Layout, collate, following
 from superoffload.data.encode import IGNORED
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
@@ -18,7 +18,6 @@ from superoffload.model.head import (
     Objective,
     PlainLoss,
     Transform,
-    following,
     replaced_forward,
     token_losses,
 )
@@ -34,7 +33,7 @@ SPREAD = 30.0
 
 
 # Not answers of the model: one rank alone can raise them, and the others would wait for it in a collective.
-_FATAL = (
+FATAL = (
     torch.OutOfMemoryError,
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
     torch.distributed.DistError,
@@ -63,7 +62,7 @@ def choose(requested: str, model_engine: Engine, layout: Layout, objective: Obje
             chunked = _try(model_engine, _batch(model_engine, layout), objective)
     except _Unsuitable as error:
         why = str(error)
-    except _FATAL:
+    except FATAL:
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError) as error:
         why = f"the model rejected it: {first_line(error)}"

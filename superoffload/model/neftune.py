@@ -40,8 +40,12 @@ def document_lengths(inputs: dict[str, Any]) -> torch.Tensor:
     """Return the length of the document that each position belongs to, float32 `[batch, length]`.
 
     `inputs` are those of a `Batch`: packed rows have `position_ids` that start at 0 in each document, padded rows an
-    `attention_mask`. Does not wait for the device.
+    `attention_mask`, and a part of a row the lengths of all documents. Does not wait for the device.
     """
+    if parts := inputs.get("sequence_parts"):
+        each = torch.tensor(inputs["document_lengths"])
+        own: torch.Tensor = each.repeat_interleave(each).float().chunk(parts)[distributed.rank() % parts]
+        return own[None].to(inputs["input_ids"].device, non_blocking=True)
     mask: torch.Tensor | None = inputs.get("attention_mask")
     if mask is not None:
         return mask.float().sum(dim=1, keepdim=True).expand(mask.shape)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from superoffload.model.flops import hardware_flops, model_flops
-from superoffload.planning.budget.activations import layer_input_bytes
+from superoffload.planning.budget.activations import layer_input_bytes, tiles
 from superoffload.planning.budget.device import on_device, sub_groups
 from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.shape import Shape
@@ -166,9 +166,11 @@ def _host_sub_groups(shape: Shape, job: Job) -> int:
 
 def step_time(shape: Shape, job: Job, machine: Hardware) -> StepTime:
     """Estimate one optimizer step of one rank, with full rows."""
-    flops = hardware_flops(job.batch * model_flops(shape.flops, [job.length]), job.recompute)
-    micro = flops / machine.flops
-    forward, backward = (micro / 4, micro * 3 / 4) if job.recompute else (micro / 3, micro * 2 / 3)
+    once = job.batch / job.parts * model_flops(shape.flops, [job.length])
+    again = 6.0 * shape.hidden * shape.intermediate * shape.layers * job.tokens if tiles(shape, job) else 0.0
+    micro = hardware_flops(once, job.recompute, again) / machine.flops
+    forward = once / 3 / machine.flops
+    backward = micro - forward
     gather = _gather_s(shape, job)  # in forward, again in backward, and once more to reduce the gradients
     stream = 2 * shape.parameters / job.ranks / machine.up if job.offload_params else 0.0
     inputs = layer_input_bytes(shape) * shape.layers * job.tokens if job.offload_activations else 0

@@ -66,10 +66,11 @@ def _title(plan: Plan, packed: bool) -> list[str]:
     job = plan.job
     ranks = f"{_several(job.ranks, 'rank')} on {_several(job.ranks // job.ranks_per_node, 'machine')}"
     rows = f"{_several(job.batch, 'pack' if packed else 'row')} of {'' if packed else 'up to '}{job.length} tokens"
+    whose = f"{job.parts} ranks that share them" if job.parts > 1 else "rank"
     more = f", {job.accumulation} micro-batches per step" if job.accumulation > 1 else ""
     return [
         *_wrap(f"{plan.shape.name}: {count(plan.shape.parameters)} parameters, {job.mode}, {ranks}", 2),
-        *_wrap(f"{rows} per rank and micro-batch{more}; optimizer {job.ratio:.0%} on the host"),
+        *_wrap(f"{rows} per {whose} and micro-batch{more}; optimizer {job.ratio:.0%} on the host"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the display while it trains, the report afterwards.
+"""What a person sees of a run: the display while it trains, the report afterwards, and of all runs.
 
 * choice: which display a rank has
 * display: what a display can do, and the one that shows nothing
@@ -11,4 +11,6 @@
 * report, page/: the report of a run, and its template
 * comparison: the curves of several runs, drawn with matplotlib
 * example: the picture of the report, for the documentation
+* runs: the runs below a folder, and how far they are
+* runs_table: a table of them
 """

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from superoffload.errors import UserError
 from superoffload.log import logger
 from superoffload.model import attention
 from superoffload.model.head import Loss
-from superoffload.protocols import Engine, Tokenizer
+from superoffload.protocols import Engine, Model, Tokenizer
 from superoffload.training.source_losses import SourceLosses
 
 SAMPLE_TOKENS = 64
@@ -111,15 +112,34 @@ def held_out_loss(model_engine: Engine, loss: Loss, held_out: Batches) -> dict[s
 
 def generate(model_engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
     """Continue a prompt greedily (collective: every rank generates the same tokens and so runs the same forwards)."""
-    ids = torch.tensor([list(prompt)], device=distributed.device())
     with attention.without_packs(model_engine.module):
-        tokens = model_engine.module.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=SAMPLE_TOKENS,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
+        tokens = generate_ids(
+            model_engine.module, tokenizer, prompt, end_ids=[tokenizer.eos_token_id], max_new_tokens=SAMPLE_TOKENS
         )
-    return str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def generate_ids(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    *,
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    **options: Any,
+) -> list[int]:
+    """Continue a prompt until one of `end_ids`, greedily unless `options` say how to sample; return the new tokens.
+
+    `options` go to transformers' `generate`.
+    """
+    ids = torch.tensor([list(prompt)], device=distributed.device())
+    tokens = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        eos_token_id=list(end_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        **{"do_sample": False, **options},
+    )
+    return [int(token) for token in tokens[0, ids.shape[1] :]]

@@ -106,13 +106,16 @@ class Meter:
         clock: Callable[[], float] = time.perf_counter,
         sources: Sequence[str] = (),
         parts: StepParts | None = None,
+        tiled: int = 0,
     ) -> None:
         """Start counting; `state` is the result of `state()` of the run being resumed, whose log interval continues.
 
-        `sources` are the labels of the sources if there are several. `parts` divides the time of a step.
+        `sources` are the labels of the sources if there are several. `parts` divides the time of a step. `tiled` are
+        the parameters of MLPs in tiles, as `flops.tiled_parameters` counts them.
         """
         self.parts = parts or StepParts()
         self._recomputed = config.model.recomputes
+        self._tiled = tiled
         self._shape = shape
         self._clock = clock
         self._mark = clock()
@@ -200,7 +203,9 @@ class Meter:
             target_tokens_per_s=targets / work.time_s,
             padding_share=1 - tokens / positions,
             tflops_per_gpu=tflops,
-            hardware_tflops_per_gpu=hardware_flops(tflops, self._recomputed),
+            hardware_tflops_per_gpu=hardware_flops(
+                tflops, self._recomputed, 2.0 * self._tiled * tokens / work.time_s / distributed.world_size() / 1e12
+            ),
         )
         return rates, targets, more_sums
 

@@ -32,8 +32,9 @@ def measure(kernel: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from torch.nn import functional
 
+    from superoffload.data.collate import following
     from superoffload.data.encode import IGNORED
-    from superoffload.model.head import following, summed_loss, token_losses
+    from superoffload.model.head import summed_loss, token_losses
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from superoffload.config import AUTO  # noqa: E402
 from superoffload.planning.budget import device  # noqa: E402
 from superoffload.planning.budget.job import Job  # noqa: E402
 from superoffload.planning.budget.shape import built_in, of_model  # noqa: E402
@@ -115,6 +116,17 @@ def _others() -> list[Case]:
         Case(model="llama-8b", layers=32, changes={"offload_activations": True}),
         Case(model="llama-8b", layers=32, changes={"offload_activations": True, "batch": 1, "length": 131072}),
         Case(model="qwen3-30b-a3b", layers=48, changes={"offload_activations": True, "batch": 2}),
+        *(
+            Case(model=model, layers=layers, changes={"batch": 1, "length": 32768, "tiled": AUTO, **changes})
+            for model, layers, changes in (
+                ("llama-8b", 4, {}),
+                ("llama-8b", 4, {"recompute": False}),
+                ("llama-8b", 4, {"tiled": 32}),
+                ("llama-1b", 4, {}),
+                ("qwen3-30b-a3b", 2, {}),
+                ("llama-70b", 2, {}),
+            )
+        ),
     ]
 
 

@@ -1,12 +1,14 @@
 """The output folder: created, written to, and locked."""
 
 import fcntl
+import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from superoffload.checkpoint import output_folder
+from superoffload.checkpoint import folder_lock, output_folder
 from superoffload.errors import UserError
 
 
@@ -50,11 +52,28 @@ def test_a_read_only_disk(small_disk: Path) -> None:
 
 @pytest.mark.unit
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    handle = output_folder.lock(str(tmp_path))
+    handle = folder_lock.lock(str(tmp_path))
     with pytest.raises(UserError, match=f"--output_dir {tmp_path}: another run is writing there"):
-        output_folder.lock(str(tmp_path))
-    output_folder.unlock(handle)
-    output_folder.unlock(output_folder.lock(str(tmp_path)))
+        folder_lock.lock(str(tmp_path))
+    folder_lock.unlock(handle)
+    folder_lock.unlock(folder_lock.lock(str(tmp_path)))
+
+
+@pytest.mark.unit
+def test_a_lock_can_be_looked_at(tmp_path: Path) -> None:
+    assert not folder_lock.is_locked(tmp_path / "missing") and not folder_lock.is_locked(tmp_path)
+    handle = folder_lock.lock(str(tmp_path))
+    assert folder_lock.is_locked(tmp_path)
+    folder_lock.unlock(handle)
+    assert not folder_lock.is_locked(tmp_path)
+
+
+@pytest.mark.unit
+def test_a_look_at_the_lock_refuses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.close(look))  # the look is over
+    folder_lock.unlock(folder_lock.lock(str(tmp_path)))
 
 
 @pytest.mark.unit
@@ -65,6 +84,6 @@ def test_a_file_system_without_locks_gets_a_warning(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert output_folder.lock(str(tmp_path)) is None
+    assert folder_lock.lock(str(tmp_path)) is None
     assert f"{tmp_path} cannot be locked (Operation not supported)" in caplog.text
-    output_folder.unlock(None)
+    folder_lock.unlock(None)

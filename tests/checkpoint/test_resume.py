@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from superoffload import config
-from superoffload.checkpoint import output_folder, resume
+from superoffload.checkpoint import folder_lock, resume
 from superoffload.errors import UserError
 from superoffload.export import weights
 from superoffload.training import schedule
@@ -129,7 +129,7 @@ def test_a_second_run_into_the_same_folder_is_refused(model_folder: Path, rows_f
 
 def is_free(folder: Path) -> bool:
     try:
-        output_folder.unlock(output_folder.lock(str(folder)))
+        folder_lock.unlock(folder_lock.lock(str(folder)))
     except UserError:
         return False
     return True
@@ -267,6 +267,23 @@ def test_a_converted_checkpoint_takes_any_batch(tmp_path: Path, one_rank: None) 
     source = find(tmp_path, batch_size=5, gradient_accumulation_steps=1)
     assert resume.progress_of(source) == {"step": 3, "epoch": 1, "packs_in_epoch": 2 * 24, "tokens": 9}
     assert resume.progress_of(None) == {}
+
+
+def test_other_groups_of_ranks_may_share_rows_if_a_step_has_as_many_packs(
+    tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_checkpoint(tmp_path, 3, 1.0, batch_size=4, sequence_parallel_size=2)
+    described = json.loads((made / "manifest.json").read_text())
+    (made / "manifest.json").write_text(json.dumps(described | {"world_size": 4}))
+    monkeypatch.setattr("superoffload.distributed.world_size", lambda: 4)
+
+    def find_it(**values: int) -> list[resume.Source]:
+        return resume.find(config.build({"model_name": "m", "output_dir": str(tmp_path), "resume": "auto", **values}))
+
+    assert len(find_it(batch_size=2, sequence_parallel_size=1)) == 1
+    assert len(find_it(batch_size=8, sequence_parallel_size=4)) == 1
+    with pytest.raises(UserError, match="--sequence_parallel_size: checkpoint has 2, this run has 4"):
+        find_it(batch_size=4, sequence_parallel_size=4)
 
 
 def test_another_number_of_ranks_is_refused(two: tuple[Path, Path]) -> None:

@@ -134,6 +134,7 @@ def test_every_setting_that_matters_changes_the_key(
     variants: list[tuple[Tokenizer, dict[str, Any]]] = [
         (tokenizer, {}),
         (tokenizer, {"max_length": 32}),
+        (tokenizer, {"long_rows": "split"}),
         (tokenizer, {"train_on_prompt": True}),
         (tokenizer, {"skip_bad_rows": True}),
         (tokenizer, {"drop_unrendered": True}),

@@ -2,14 +2,16 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from superoffload.config import DataSettings
-from superoffload.data.collate import Layout, Row, choose_layout, collate
+from superoffload.data.collate import Layout, Row, choose_layout, collate, take_targets, targets_by_source
 from superoffload.data.encode import IGNORED
 from superoffload.model.head import summed_loss
 from tests.helpers.packs import DOCUMENTS, KINDS, PACKED, PACKS, PADDED, VARLEN, document, tiny
@@ -57,6 +59,42 @@ def test_padded_batch() -> None:
     assert collate([[DOCUMENTS[0]]], 1, full).inputs["input_ids"].shape == (1, 48)
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_parts_of_a_row_have_all_its_positions_targets_and_tokens(packs: bool) -> None:
+    layout = replace(VARLEN, packs=packs, parts=3)
+    documents = PACKS if packs else [[document] for document in DOCUMENTS]
+    by_source = targets_by_source(np.array([1, 0, 0, 1]), np.array([7, 0, 12, 7]), 3)
+    whole = collate(documents, 4, layout, by_source)
+    assert whole.inputs["input_ids"].shape == (1, 48)  # a multiple of 3 times 8
+    parts = [whole.part(index, 3) for index in range(3)]
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(torch.cat([part.inputs[name] for part in parts], dim=1), whole.inputs[name])
+    targets = take_targets(dict(whole.inputs))
+    assert targets[0, 15] == targets[0, 16 - 1] != IGNORED  # the last position of the first part has a target
+    assert torch.equal(torch.cat([take_targets(dict(part.inputs)) for part in parts], dim=1), targets)
+    assert [part.target_tokens for part in parts] == [(targets[0, i : i + 16] != IGNORED).sum() for i in (0, 16, 32)]
+    assert [part.lengths for part in parts] == [whole.lengths, (), ()]
+    assert all(part.inputs["document_lengths"] == whole.inputs["document_lengths"] for part in parts)
+    start, sources = 0, np.repeat([1, 0, 0, 1], [7, 0, 12, 7])
+    for part in parts:
+        assert part.by_source is not None
+        own = sources[start : start + part.target_tokens]
+        assert own[part.by_source.order].tolist() == sorted(own)
+        assert part.by_source.counts == tuple(np.bincount(own, minlength=3))
+        start += part.target_tokens
+    assert start == 26
+    assert collate(PACKS, 4, VARLEN).part(0, 1).inputs.keys() == collate(PACKS, 4, VARLEN).inputs.keys()
+
+
+def test_rows_of_full_length_are_one_row_with_padding_of_at_most_that_length() -> None:
+    layout = Layout(packs=False, full_length=True, max_length=20, pad_token_id=1, varlen=True, parts=2)
+    inputs = collate([[document] for document in DOCUMENTS[:2]], 3, layout).inputs
+    assert inputs["input_ids"].shape == (1, 64)  # 60, rounded up
+    assert inputs["document_lengths"] == (9, 1, 20, 20, 14)
+    assert int(inputs["position_ids"].max()) == 19
+    assert (inputs["position_ids"][0] == 0).nonzero().flatten().tolist() == [0, 9, 10, 30, 50]
+
+
 @pytest.mark.parametrize("layout", [PACKED, PADDED, VARLEN])
 def test_filler_alone_is_finite_and_holds_no_target(layout: Layout) -> None:
     batch = collate([], 2, layout)
@@ -82,6 +120,7 @@ def test_filler_alone_is_finite_and_holds_no_target(layout: Layout) -> None:
 def test_layout_follows_settings_and_attention(
     settings: dict[str, Any], takes_documents: bool, packs: bool, varlen: bool
 ) -> None:
+    assert choose_layout(DataSettings(**settings), 0, True, 2).varlen
     layout = choose_layout(DataSettings(**settings), 0, takes_documents)
     assert (layout.packs, layout.varlen) == (packs, varlen)
     assert layout.full_length is (settings.get("padding") == "max_length")

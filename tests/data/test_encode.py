@@ -272,3 +272,19 @@ def test_choice_of_the_template(tmp_path: Path, decoded_targets: Decode) -> None
 def test_missing_template(tokenizer: Tokenizer, choice: str) -> None:
     with pytest.raises(UserError, match=f"--chat_template {choice}"):
         encoder(tokenizer, choice)
+
+
+@pytest.mark.parametrize(("template", "choice"), [(CHATML, "auto"), (None, "plain")])
+def test_a_prompt_that_follows_others_is_written_as_in_a_row(template: str | None, choice: str) -> None:
+    encode = encoder(make_chat_tokenizer(template), choice)
+    row = encode(TURNS).input_ids
+    ids = encode.prompt_ids("hello hi there", Chat, TURNS.turns[:3])
+    assert row[: len(ids)] == ids
+    assert len(row) - len(ids) == len(encode.prompt_ids("hi there", Text)) + (2 if template else 1)  # what ends a turn
+
+
+def test_what_ends_an_answer_is_what_the_template_writes_after_it() -> None:
+    tokenizer = make_chat_tokenizer(CHATML)
+    end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<eos>"])
+    assert encoder(tokenizer).end_ids(Chat) == [eos, end]
+    assert encoder(tokenizer).end_ids(Pair) == encoder(tokenizer, "plain").end_ids(Chat) == [eos]

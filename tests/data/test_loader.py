@@ -37,7 +37,14 @@ class Table:
 def make_rows(count: int = 103, seed: int = 0) -> TokenizedRows:
     lengths = np.random.default_rng(seed).integers(2, 30, size=count)
     counts = RowCounts(given=count, dropped=0, truncated=0, bad=0)
-    return TokenizedRows(table=Table(lengths), lengths=lengths, targets=lengths - 1, counts=counts)
+    return TokenizedRows(
+        table=Table(lengths),
+        lengths=lengths,
+        targets=lengths - 1,
+        numbers=np.arange(count),
+        pieces=np.zeros(count, dtype=np.int64),
+        counts=counts,
+    )
 
 
 def make(rows: TokenizedRows, world_size: int = 1, rank: int = 0, packs: bool = True, **training: Any) -> Batches:
@@ -67,6 +74,30 @@ def test_every_row_once_an_epoch_and_equal_work(world_size: int, packs: bool) ->
         seen += [number for step in epoch for number in row_numbers(step)]
     assert sorted(seen) == list(range(103))
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_ranks_that_share_rows_count_as_one(packs: bool) -> None:
+    rows = make_rows()
+    shared = Layout(packs=packs, full_length=False, max_length=64, pad_token_id=0, varlen=True, parts=2)
+    settings = TrainingSettings(batch_size=2, gradient_accumulation_steps=3)
+    ranks = [Batches(rows, shared, settings, rank=rank, world_size=4) for rank in range(4)]
+    alone = make(rows, 2, packs=packs)
+    assert {batches.total_steps for batches in ranks} == {alone.total_steps}
+    assert {batches.packs_per_step for batches in ranks} == {alone.packs_per_step}
+    seen: list[int] = []
+    for steps in (
+        zip(*(batches.epoch(0) for batches in ranks), strict=True),
+        zip(*([[batch] for batch in batches.held_out()] for batches in ranks), strict=True),
+    ):
+        tokens = targets = 0
+        for step in steps:
+            assert len({tuple(batch.positions for batch in own) for own in step[:2]}) == 1
+            seen += [number for own in step for number in row_numbers(own)]
+            tokens += sum(sum(batch.lengths) for own in step for batch in own)
+            targets += sum(batch.target_tokens for own in step for batch in own)
+        assert (tokens, targets) == (rows.lengths.sum(), rows.targets.sum())
+    assert sorted(seen) == sorted([*range(103)] * 2)
 
 
 def test_target_tokens_are_those_of_the_rows() -> None:

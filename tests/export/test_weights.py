@@ -172,7 +172,7 @@ def test_each_tensor_can_be_exported_on_its_own(trained: dict[str, Trained]) -> 
     for run in trained.values():
         checkpoint = rank_files.read(run.output_dir)
         model = files.empty_model(checkpoint)
-        groups = weights.plan(model, weights._wanted(model, checkpoint, torch.bfloat16))
+        groups = weights.plan(model, weights.wanted(model, checkpoint, torch.bfloat16))
         assert all(len(group.sources) == 1 for group in groups)
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask
 
-from superoffload.model import head, recomputation
+from superoffload.model import head, recomputation, tiled_mlp
 from superoffload.model.recomputation import HostStates
 from superoffload.planning.budget.device import NORM_PIECE
 from superoffload.planning.budget.job import Job
@@ -129,6 +129,9 @@ def count(name: str, job: Job, **changes: Any) -> int:
         model.set_attn_implementation("eager" if job.eager else COUNTED if job.packed else MASKED)
         model.train()
         recomputation.enable(model, recomputed(job))
+        if job.tiled:
+            for layer in model.model.layers:
+                tiled_mlp._tile(layer.mlp, job.tiled)
         live = LiveBytes()
         live.ignore([*model.parameters(), *model.buffers()])
         with live, mock.patch.object(HostStates, "allocate", live.host_memory):

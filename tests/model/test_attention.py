@@ -51,6 +51,28 @@ def test_flash_attention_is_chosen_if_it_can_run(monkeypatch: pytest.MonkeyPatch
     assert choose("bloom") is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "parts", "words"),
+    [
+        ("llama", {}, 3, "--sequence_parallel_size 3: the 32 attention heads of llama cannot be divided among 3 ranks"),
+        ("gemma2", {}, 2, "--sequence_parallel_size 2: gemma2 does not attend document by document; use 1"),
+        ("mamba", {}, 2, "--sequence_parallel_size 2: mamba does not attend document by document; use 1"),
+        ("llama", {"attn_implementation": "sdpa"}, 2, "--attn_implementation sdpa: is not available with --sequence"),
+        ("llama", {}, 2, ""),
+    ],
+)
+def test_ranks_that_share_rows_need_heads_and_documents(
+    kind: str, values: dict[str, Any], parts: int, words: str
+) -> None:
+    settings = config.build({"model_name": "m", "output_dir": "o", **values}).model
+    described = transformers.AutoConfig.for_model(kind)
+    if not words:
+        assert attention.choose(settings, described, BF16, False, parts) == "sdpa_varlen"
+        return
+    with pytest.raises(UserError, match=f"^{words}"):
+        attention.choose(settings, described, BF16, False, parts)
+
+
 def test_which_kernels_take_documents() -> None:
     names = (None, "eager", "sdpa", "sdpa_varlen", "torch_varlen", "flash_attention_2")
     assert [name for name in names if attention.takes_documents(name)] == list(names[3:])

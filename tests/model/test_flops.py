@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from superoffload.model import architecture
+from superoffload.model import architecture, tiled_mlp
 from superoffload.model.flops import (
     ModelShape,
     causal_pairs,
@@ -14,6 +14,7 @@ from superoffload.model.flops import (
     model_flops,
     numel,
     shape_of,
+    tiled_parameters,
 )
 from tests.helpers.families import FAMILIES
 from tests.helpers.models import SIZES, make_model
@@ -33,6 +34,8 @@ def test_formula_by_hand() -> None:
     assert model_flops(shape, [10, 10]) == 2 * model_flops(shape, [10])
     assert hardware_flops(6.0, recomputed=True) == 8.0
     assert hardware_flops(6.0, recomputed=False) == 6.0
+    assert hardware_flops(6.0, recomputed=False, tiles=1.5) == 7.5
+    assert hardware_flops(6.0, recomputed=True, tiles=1.5) == 8.0  # the MLP is among what is recomputed
 
 
 def test_the_formula_agrees_with_counted_flops_of_a_real_model() -> None:
@@ -47,6 +50,19 @@ def test_the_formula_agrees_with_counted_flops_of_a_real_model() -> None:
     causal = model_flops(shape, [length]) - 6 * shape.active_parameters * length
     expected = model_flops(shape, [length]) + causal
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_the_parameters_of_tiled_mlps() -> None:
+    for kind, changes in (("llama", {}), ("qwen3_moe", FAMILIES["qwen3_moe"])):
+        model = make_model(kind, "float32", **changes)
+        assert tiled_parameters(model) == 0
+        for layer in model.model.layers:
+            tiled_mlp._tile(layer.mlp, 5)
+        parameters = {name: p.numel() for name, p in model.named_parameters() if ".mlp." in name}
+        share = model.config.num_experts_per_tok / model.config.num_experts if kind == "qwen3_moe" else 1.0
+        assert tiled_parameters(model) == sum(
+            numel * (share if ".experts." in name else 1) for name, numel in parameters.items()
+        )
 
 
 def test_experts_count_in_proportion_to_the_experts_per_token() -> None:

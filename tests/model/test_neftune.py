@@ -1,6 +1,7 @@
 """NEFTune's noise: its size by the length of each document, in training alone."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,15 @@ def test_the_noise_has_the_size_of_each_document(layout: Layout) -> None:
     for length in real:
         own = share[:, lengths == length]
         assert float(own.square().mean()) == pytest.approx(1 / 3, rel=0.15)  # the variance of uniform(-1, 1)
+
+
+def test_a_part_of_a_row_has_the_lengths_of_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = collate([DOCUMENTS], 1, replace(VARLEN, parts=2))
+    whole = neftune.document_lengths(batch.inputs)
+    for rank in range(4):
+        monkeypatch.setattr("superoffload.distributed.rank", lambda rank=rank: rank)
+        own = neftune.document_lengths(batch.part(rank % 2, 2).inputs)
+        assert torch.equal(own, whole.chunk(2, dim=1)[rank % 2])
 
 
 def test_a_single_document_gets_the_noise_of_transformers() -> None:

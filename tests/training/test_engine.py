@@ -1,6 +1,8 @@
 """The optimizer and its schedule, and the training loop around the engine."""
 
 import copy
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from superoffload.training.evaluation import Evaluation
 from superoffload.training.progress import Progress
 from superoffload.training.run import Run
 from superoffload.training.run_control import RunControl
-from tests.helpers.models import make_model, write_rows
+from tests.helpers.families import FAMILIES
+from tests.helpers.models import make_model, write_model, write_rows
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import FP32
 
@@ -120,14 +123,15 @@ def test_biases_of_experts_take_no_decay() -> None:
     assert any(names[id(p)].endswith("gate_up_proj_bias") for p in plain["params"])
 
 
-def gradients(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def gradients(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the gradient of one step, which is ten times Adam's first moment after that step, and the log."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    model_engine, logged = train({**values, "max_steps": 1, "max_grad_norm": 0})
+    model_engine, logged = train({**values, "max_steps": 1, "max_grad_norm": 0}, ds_config)
     moments = {
         name: safe_get_full_optimizer_state(parameter, "exp_avg").clone() * 10
         for name, parameter in model_engine.module.named_parameters()
+        if parameter.requires_grad
     }
     return moments, logged[0]
 
@@ -145,6 +149,77 @@ def test_accumulation_and_ranks_do_not_change_the_gradient(model_folder: Path, r
     for other in (logged_split, shared[0][1], shared[1][1]):
         assert other["loss"] == pytest.approx(logged["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(logged["grad_norm"], rel=1e-4)
+
+
+MLPS_ALONE = ("embed_tokens", "self_attn", "norm", "lm_head")
+TILED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, recomputed": {"activation_checkpointing": True},
+    "llama, MLPs alone": {"freeze": MLPS_ALONE},  # the input of the first MLP needs no gradient
+    "qwen3_moe": {},
+    "gemma3_text, recomputed": {"activation_checkpointing": True},
+}
+"""The kinds of models to train with the MLP in tiles, and what else is set."""
+
+
+def tiled_gradients(folder: str, names: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the gradients of each case: MLPs untiled, tiled, tiled in the mode superoffload; and what was gathered.
+
+    The latter is how often ZeRO-3 fetched the parameters of a module in the last of them, by its class and direction.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    fetched: Counter[str] = Counter()
+    before = PartitionedParameterCoordinator.fetch_sub_module
+
+    def fetch(self: Any, module: Any, forward: bool) -> Any:
+        fetched[f"{type(module).__name__} {'forward' if forward else 'backward'}"] += 1
+        return before(self, module, forward)
+
+    PartitionedParameterCoordinator.fetch_sub_module = fetch
+    zero = copy.deepcopy(FP32)
+    zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    ours = copy.deepcopy(zero)
+    ours["zero_optimization"]["offload_optimizer"]["super_offload"] = True
+    found: dict[str, Any] = {}
+    for name in names:
+        changes = {**values, **TILED[name], "model_name": f"{folder}/{name.split(',')[0]}"}
+        runs = []
+        for tiles, ds_config in ((0, zero), (5, zero), (5, ours)):
+            fetched.clear()
+            runs.append(gradients({**changes, "tiled_mlp": tiles}, ds_config))
+        found[name] = (runs, dict(fetched))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        (1, ["qwen3_moe"]),
+        (2, ["llama, recomputed", "llama, MLPs alone"]),
+        pytest.param(1, list(TILED), marks=pytest.mark.slow),
+        pytest.param(2, list(TILED), marks=pytest.mark.slow),
+    ],
+    ids=["1 rank", "2 ranks", "1 rank, all", "2 ranks, all"],
+)
+def test_tiled_mlps_have_the_gradients_of_untiled_ones(
+    ranks: int, names: list[str], tmp_path: Path, rows_file: Path
+) -> None:
+    for kind in {name.split(",")[0] for name in names}:
+        write_model(tmp_path / kind, kind, "float32", **FAMILIES[kind])
+    values = {"dataset_name": str(rows_file), "batch_size": 2, "gradient_accumulation_steps": 2, "loss_kernel": "plain"}
+    for found in run_ranks(ranks, tiled_gradients, str(tmp_path), names, values, timeout_s=230):
+        for name in names:
+            ((expected, logged), *tiled), fetched = found[name]
+            assert sum(float(gradient.abs().sum()) for gradient in expected.values()) > 0.1
+            for moments, log in tiled:
+                torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-6)
+                assert log["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+                assert log["grad_norm"] == pytest.approx(logged["grad_norm"], rel=1e-4)
+            # Two layers, two micro-batches, each layer once; none of the products in an MLP has parameters of its own.
+            (mlp,) = (key for key in fetched if key.endswith(("MLP backward", "SparseMoeBlock backward")))
+            assert fetched[mlp] == 4
+            assert fetched["Linear backward"] <= 2 * (2 * 4 + 1)
 
 
 def learning_rates(values: dict[str, Any], ds_config: DsConfig) -> tuple[list[float], list[list[float]]]:

@@ -9,10 +9,10 @@ import torch
 
 from superoffload import config, distributed
 from superoffload.data import loader
-from superoffload.data.collate import Batch, Layout, TargetsBySource, collate, targets_by_source
+from superoffload.data.collate import Batch, Layout, TargetsBySource, collate, following, targets_by_source
 from superoffload.data.encode import IGNORED
 from superoffload.model import attention, loss_kernel
-from superoffload.model.head import PlainLoss, following, sums_by_source
+from superoffload.model.head import PlainLoss, sums_by_source
 from superoffload.training import evaluation, metrics
 from superoffload.training.progress import Progress
 from superoffload.training.source_losses import SourceLosses

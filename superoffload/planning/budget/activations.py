@@ -7,6 +7,7 @@ are targets. Packs attend with a flash kernel, whose sizes do not depend on the 
 a mask, with which torch takes another kernel.
 """
 
+from superoffload.model.tiles import tile_tokens
 from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.shape import Shape
 
@@ -27,9 +28,10 @@ def kept_bytes(shape: Shape, job: Job) -> int:
     Attention: queries, keys and values after their rotation, and the result; see `_attention_bytes`. MLP: gate, up,
     activation and product, 8 I, of each expert (LlamaMLP); in gpt-oss 14 I, because of its clamps
     (GptOssExperts._apply_gate). Experts also keep their inputs sorted and their outputs, 4 h each
-    (transformers/integrations/moe.py, grouped_mm_experts_forward).
+    (transformers/integrations/moe.py, grouped_mm_experts_forward). In tiles, the MLP keeps its input alone, which is
+    the result of a norm.
     """
-    return 16 * shape.hidden + _attention_bytes(shape, job) + mlp_bytes(shape)
+    return 16 * shape.hidden + _attention_bytes(shape, job) + (0 if tiles(shape, job) else mlp_bytes(shape))
 
 
 def mlp_bytes(shape: Shape) -> int:
@@ -47,7 +49,7 @@ def layer_bytes(shape: Shape, job: Job) -> int:
     (torch's flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded, dv_expanded). Norm: 34 h, in float32 mostly.
     """
     queries, keys = _widths(shape)
-    mlp = 2 * shape.hidden + max(4 * shape.intermediate, _sorted_bytes(shape, 6))
+    mlp = _mlp_gradient_bytes(shape) if not tiles(shape, job) else 4 * shape.hidden
     if job.eager:
         running = 8 * queries + (6 if shape.sinks else 12) * shape.heads * job.length
     elif job.packed:
@@ -60,6 +62,34 @@ def layer_bytes(shape: Shape, job: Job) -> int:
         attention + _head_norm_bytes(shape),
         34 * shape.hidden + _attention_bytes(shape, job),
     )
+
+
+def _mlp_gradient_bytes(shape: Shape) -> int:
+    return 2 * shape.hidden + max(4 * shape.intermediate, _sorted_bytes(shape, 6))
+
+
+def tiles(shape: Shape, job: Job) -> int:
+    """Return the tokens of a tile of an MLP, 0 if it is not tiled."""
+    size = tile_tokens(job.tokens, shape.hidden, job.tiled)
+    return size if size < job.tokens else 0
+
+
+def mlp_elements(shape: Shape) -> int:
+    """Return the elements of an MLP's weights: three matrices, or those of a sparse block."""
+    return shape.unit if shape.experts_per_token > 1 else 3 * shape.hidden * shape.intermediate
+
+
+def tile_bytes(shape: Shape, job: Job) -> int:
+    """Return the most that the backward of a tiled MLP holds, beside what its layer has kept (model/tiled_mlp.py).
+
+    The gradients of its output and of its input, the sums of the weights' gradients in float32, and the larger of two
+    moments of a tile: with all its activations, the gradient of the last weight, a third of them; then those of all
+    weights, beside the gradients of gate and up.
+    """
+    weights, tile = mlp_elements(shape), tiles(shape, job)
+    first = (mlp_bytes(shape) + _mlp_gradient_bytes(shape)) * tile + 2 * weights // 3
+    last = 4 * (shape.intermediate + shape.hidden) * tile + 2 * weights
+    return 4 * shape.hidden * job.tokens + 4 * weights + max(first, last)
 
 
 def layer_gradient_bytes(shape: Shape) -> int:

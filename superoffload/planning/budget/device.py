@@ -15,7 +15,10 @@ from superoffload.planning.budget.activations import (
     loss_bytes,
     mask_bytes,
     mlp_bytes,
+    mlp_elements,
     states_bytes,
+    tile_bytes,
+    tiles,
 )
 from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.shape import Shape
@@ -92,10 +95,10 @@ def moments(shape: Shape, job: Job) -> dict[str, int]:
     """Return what is needed for a moment, beside the parts that are there all the time, in the order of a step.
 
     loss: see `loss_bytes`. head: the gradient of the output layer, on its way to the host if it is larger than the
-    bucket. layer: the backward of one layer. bucket: within a layer, when the bucket is full. embedding: the gradient
-    of the input embedding, when the bucket must be emptied first, and activations are gone. With a tied output layer,
-    autograd keeps its gradient until then. step: of the largest sub-group on the device, also without activations: the
-    square root of the second moment (torch.optim.AdamW).
+    bucket. layer: the backward of one layer. tile: that of its MLP in tiles. bucket: within a layer, when the bucket is
+    full. embedding: the gradient of the input embedding, when the bucket must be emptied first, and activations are
+    gone. With a tied output layer, autograd keeps its gradient until then. step: of the largest sub-group on the
+    device, also without activations: the square root of the second moment (torch.optim.AdamW).
     """
     head = 2 * shape.head
     tied = head if shape.tied else 0
@@ -106,11 +109,19 @@ def moments(shape: Shape, job: Job) -> dict[str, int]:
     emptied = _emptied(shape, job)
     gradients = layer_gradient_bytes(shape) + again
     waiting = {"first": 0, "mlp": 4 * shape.intermediate, "attention": mlp_bytes(shape)}  # what is gone by then
+    tile = together = 0  # gradients of an MLP in tiles come together; one of them is among what waits anyway
+    if tiles(shape, job):
+        waiting = dict.fromkeys(waiting, 0)
+        tile = tied + again * job.tokens + tile_bytes(shape, job)
+        together = 2 * (mlp_elements(shape) - min(_largest_in_layers(shape), mlp_elements(shape)))
     return {
         "loss": loss_bytes(shape, job),
         "head": 0 if shape.tied else states_bytes(shape, job) + head + alone,
         "layer": tied + (layer_bytes(shape, job) - kept + again) * job.tokens,
-        "bucket": tied + max(emptied[what] + (gradients - gone) * job.tokens for what, gone in waiting.items()),
+        "tile": tile,
+        "bucket": tied
+        + together
+        + max(emptied[what] + (gradients - gone) * job.tokens for what, gone in waiting.items()),
         "embedding": max(tied + head + max(emptied["embedding"], alone), emptied["end"]) - activations,
         "step": (2 if job.bf16_state else 4) * max(on_device(shape, job), default=0) - activations,
     }
@@ -179,7 +190,7 @@ def held_elements(shape: Shape, job: Job) -> int:
     passes = 3 if job.recompute else 2  # of a layer between its forward and its backward, the backward's own included
     between = -(-max(0, job.reuse - 2 * shape.head) // (passes * shape.layer)) if shape.layer else 0
     kept = shape.head + min(between, shape.layers) * shape.layer
-    return min(shape.parameters, max(ahead, shape.layer, shape.unit, kept))
+    return min(shape.parameters, max(ahead, shape.layer, shape.unit, kept))  # a tiled MLP is less than its layer
 
 
 def gathered_elements(shape: Shape, job: Job) -> int:
@@ -189,7 +200,7 @@ def gathered_elements(shape: Shape, job: Job) -> int:
     their own (AllGatherCoalescedHandle.wait).
     """
     held = held_elements(shape, job)
-    leaf = shape.unit if shape.experts_per_token > 1 else 0
+    leaf = mlp_elements(shape) if shape.experts_per_token > 1 or tiles(shape, job) else 0
     together = max(leaf, job.prefetch + _largest_in_layers(shape) if job.prefetch else 0)
     return held + (min(held, together) if job.ranks > 1 else 0)
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
@@ -21,6 +22,8 @@ class Job:
     saves: a checkpoint is written; kept: how many complete ones may be there meanwhile, 0 if only one is ever written.
     sum_bytes: of an element of DeepSpeed's sums of gradients. on_cpu: there is no device, so the host holds its part.
     pinned_rounding: torch rounds pinned memory of any size up to a power of two, as without the recipes' options.
+    parts: the ranks that share each row (`--sequence_parallel_size`); the rows of a batch are then theirs together.
+    tiled: number of tiles of an MLP, 0 if it is not tiled.
     divided: the batch of all ranks that a recipe's script divides among them; 0 where `batch` was given.
     offload_activations: with `recompute`, the inputs of the layers are kept on the host.
     """
@@ -50,13 +53,15 @@ class Job:
     sum_bytes: int = 2
     on_cpu: bool = False
     pinned_rounding: bool = False
+    parts: int = 1
     divided: int = 0
     offload_activations: bool = False
+    tiled: int | Literal["auto"] = 0
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of one micro-batch on one rank."""
-        return self.batch * self.length
+        """Return the tokens of one micro-batch on one rank, which has a part of them if it shares its rows."""
+        return -(-self.batch * self.length // self.parts)
 
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -86,6 +91,7 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         recompute=config.model.recomputes,
         offload_activations=config.model.activation_checkpointing == "offload",
         chunked_loss=config.model.loss_kernel != "plain",
+        tiled=config.model.tiled_mlp,
         eager=config.model.attn_implementation == "eager",
         bf16_state=has_bf16_state(ds_config),
         offload_params=config.offload.offload_params,
@@ -93,7 +99,8 @@ def of(config: Config, ds_config: DsConfig, ranks: int, ranks_per_node: int) -> 
         saves=bool(checkpoint.save_checkpoint or checkpoint.save_steps or checkpoint.save_minutes),
         kept=checkpoint.keep_checkpoints if checkpoint.save_steps or checkpoint.save_minutes else 0,
         exports=checkpoint.export,
-        packed=config.data.packs,
+        packed=config.data.packs or config.training.sequence_parallel_size > 1,  # without a mask
+        parts=config.training.sequence_parallel_size,
         max_live=zero.get("stage3_max_live_parameters", MAX_LIVE),
         prefetch=zero.get("stage3_prefetch_bucket_size", PREFETCH),
         reuse=zero.get("stage3_max_reuse_distance", REUSE),

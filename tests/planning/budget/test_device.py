@@ -32,6 +32,15 @@ def peak(model: shape.Shape = LLAMA, **changes: Any) -> int:
     return sum(device_bytes(model, replace(PLAIN, **changes)).values())
 
 
+def test_ranks_that_share_rows_divide_their_activations() -> None:
+    whole, shared = (device_bytes(LLAMA, replace(PLAIN, ranks=4, parts=parts)) for parts in (1, 4))
+    assert shared["activations"] == whole["activations"] / 4
+    assert shared["working"] < whole["working"]
+    assert {name: size for name, size in shared.items() if name not in ("activations", "working", "other")} == {
+        name: size for name, size in whole.items() if name not in ("activations", "working", "other")
+    }
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("size", [100, 1000, 10**6])
 def test_sub_groups_are_those_of_deepspeed(ranks: int, size: int) -> None:
@@ -139,6 +148,8 @@ COUNTED = [
     Case(model="qwen3-30b-a3b", layers=1, changes={"batch": 2}),
     Case(model="seed-oss-36b", layers=4, changes={"batch": 2}),  # its bucket is full where a layer holds the most
     Case(model="gpt-oss-20b", layers=2, changes={"length": 1024, "eager": True, "bucket": 800_000_000}),
+    Case(model="llama-3b", layers=2, changes={"batch": 1, "length": 32768, "tiled": "auto"}),
+    Case(model="mixtral-8x7b", layers=1, changes={"batch": 1, "length": 32768, "tiled": 32}),
 ]
 
 

@@ -1,0 +1,130 @@
+"""`from superoffload import finetune`: a run from Python."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from superoffload import api, cli, finetune
+from superoffload.errors import UserError
+from tests.helpers import documents
+from tests.helpers.forked import launch
+from tests.helpers.ranks import REPOSITORY, environment
+from tests.helpers.runs import logged
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = (
+        "import sys, superoffload; before = [n for n in sys.modules if n.startswith('superoffload')];"
+        "from superoffload import finetune; print(before, {'torch', 'deepspeed', 'yaml', 'click'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout == "['superoffload'] {'click'}\n"
+
+
+@pytest.mark.unit
+def test_the_example_of_the_documentation_takes_the_settings() -> None:
+    block, *_ = documents.blocks(documents.read(REPOSITORY / "docs/python.md"), "python")
+    given: dict[str, Any] = {}
+
+    def take(**settings: Any) -> Any:
+        given.update(settings)
+        return api.Finetuned(output_dir=Path(), steps=0, final_loss=0.0, checkpoint=None, export=None)
+
+    exec(block.replace("from superoffload import finetune", ""), {"finetune": take})
+    assert cli.parse(api._flags(given)).training.lr == 2e-5
+
+
+@pytest.mark.unit
+def test_the_settings_become_flags() -> None:
+    settings = {
+        "config": "run.yaml",
+        "dataset_name": ["a", "b"],
+        "output_dir": Path("out"),
+        "packing": False,
+        "lr": 1e-5,
+    }
+    more = {"export": True, "revision": None, "wandb_tags": (), "freeze": None, "columns": "-x"}
+    flags = api._flags({**settings, **more})
+    assert flags == ["--config=run.yaml", "--dataset_name=a", "b", "--output_dir=out", "--no_packing", "--lr=1e-05",
+                     "--export", "--columns=-x"]  # fmt: skip
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modelname": "m"}, "finetune: modelname: there is no such setting; did you mean model_name?"),
+        ({"local_rank": 0}, "finetune: local_rank: there is no such setting"),
+        ({"packing": "no"}, "--packing 'no': must be True or False"),
+        ({"lr": "fast"}, "'fast' is not a valid float"),
+        ({"lr": -1}, "--lr -1.0: must be 0 < value <= 10"),
+        ({"output_dir": None}, "--output_dir"),
+    ],
+)
+def test_a_mistake_is_found_before_a_process_starts(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        finetune(**{"model_name": "m", "output_dir": "o", **settings})
+    assert message in str(raised.value)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("status", "lines", "error", "text"),
+    [
+        (2, ["INFO x", "Error: --lr: wrong", "later"], UserError, "--lr: wrong"),
+        (3, ["ERROR NO MODEL WAS EXPORTED"], UserError, "the last checkpoint or the export failed"),
+        (1, ["Traceback", "ValueError: a bug"], RuntimeError, "status 1; its last line: ValueError: a bug"),
+        (-9, [], RuntimeError, "killed by signal 9"),
+    ],
+)
+def test_what_a_status_becomes(status: int, lines: list[str], error: type[Exception], text: str) -> None:
+    found = api._error(status, api.deque(lines))
+    assert type(found) is error and text in str(found)
+
+
+def test_two_calls_equal_the_command(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs with different settings in one process; the second one saves and exports, and equals the command."""
+    before = dict(os.environ)
+    settings = {"model_name": model_folder, "dataset_name": rows_file, "max_length": 128, "deterministic": True}
+    first = finetune(**settings, output_dir=tmp_path / "first", max_steps=1)
+    assert (first.steps, first.checkpoint, first.export) == (1, None, None)
+    assert "Step 1 | Loss" in capsys.readouterr().err
+
+    more = {"max_steps": 2, "lr": 1e-3, "save_checkpoint": True, "export": True}
+    second = finetune(**settings, **more, output_dir=tmp_path / "second")
+    flags = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--max_length", "128"]
+    flags += ["--deterministic", "--max_steps", "2", "--lr", "1e-3", "--save_checkpoint", "--export"]
+    assert launch(1, *flags, "--output_dir", str(tmp_path / "command")).returncode == 0
+    assert logged(tmp_path / "second") == logged(tmp_path / "command")
+    weights = [tmp_path / name / "model_step2" / "model.safetensors" for name in ("second", "command")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    folder = tmp_path / "second"
+    assert (second.steps, second.checkpoint, second.export) == (2, folder / "global_step2", folder / "model_step2")
+    assert math.isfinite(second.final_loss) and second.final_loss == logged(folder)[-1]["loss"]
+    assert dict(os.environ) == before
+
+
+def test_a_user_error_of_the_run_is_raised(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--dataset_name /missing.json: "):
+        finetune(model_name=model_folder, dataset_name="/missing.json", output_dir=tmp_path)
+
+
+CHILD = """
+import os, signal, sys
+signal.signal(signal.SIGINT, lambda *_: (print("saved"), sys.exit(0)))
+os.kill(os.getppid(), signal.SIGINT)
+signal.pause()
+"""
+
+
+def test_ctrl_c_reaches_the_run_and_is_raised_after_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        api._run([sys.executable, "-c", CHILD], environment())
+    assert capsys.readouterr().err == "saved\n"
