@@ -4,8 +4,8 @@ import sys
 
 import click
 
-from superoffload import cli
-from superoffload.commands import bench, config, convert, doctor, env, export, plan, preview, runs, tiny
+from superoffload import cli, log
+from superoffload.commands import bench, config, convert, doctor, env, export, plan, preview, push, runs, tiny
 from superoffload.errors import UserError
 
 
@@ -20,6 +20,7 @@ from superoffload.errors import UserError
         config.command,
         convert.command,
         export.command,
+        push.command,
         runs.command,
         tiny.command,
     ],
@@ -31,6 +32,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command; a `UserError` is one line and exit status 2."""
+    log.hide_choice_of_cpu()
     try:
         status = group.main(prog_name="superoffload", standalone_mode=False)
     except click.ClickException as error:
