@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -19,6 +20,16 @@ def looks_like_path(name: str) -> bool:
 def has_configs(readme: Path) -> bool:
     """Return whether a data set's README says which files belong to which config and split."""
     return readme.is_file() and "configs" in (huggingface_hub.metadata_load(readme) or {})
+
+
+def metadata(readme: Path) -> dict[str, Any]:
+    """Return the metadata at the head of a card, empty if it has none that can be read."""
+    import yaml  # as huggingface_hub does, which lets its errors through
+
+    try:
+        return dict(huggingface_hub.metadata_load(readme) or {})
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
 
 
 def check(flag: str, name: str, kind: str, cached: Callable[[], bool]) -> None:

@@ -63,6 +63,14 @@ def setup(level: str) -> None:
             logging.getLogger(library).setLevel(logging.WARNING)
 
 
+def hide_choice_of_cpu() -> None:
+    """Hide that DeepSpeed warns of having found no accelerator; called before it is imported.
+
+    For commands that need none. A run has it in its record.
+    """
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
+
+
 def warn(notes: Iterable[str]) -> None:
     """Log each note as a warning."""
     for note in notes:

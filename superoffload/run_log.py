@@ -17,8 +17,8 @@ from superoffload import log
 
 FILE = "run.log"
 _BUFFERED_RECORDS = 10_000
-# torch says at each of DeepSpeed's collectives that it has a new name, which only DeepSpeed can follow. Python would not
-# show it once only: it forgets what it has shown whenever a library changes the filters, as torch does in each step.
+# torch says at each of DeepSpeed's collectives that it has a new name, which only DeepSpeed can use. Python would show
+# that in each step: it forgets what it has shown whenever a library changes the filters, as torch does.
 _RENAMED_COLLECTIVES = r"`torch\.distributed\.\w+` is deprecated"
 _printed = logging.getLogger("stdout")
 

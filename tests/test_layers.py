@@ -69,13 +69,13 @@ LIBRARIES: dict[str, set[str]] = {
         "planning.checks.measure",
         "offload.install", "offload.zero3",
     },
-    "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.weights"},
+    "huggingface_hub": {"hub", "model.architecture", "model.tokenizer", "export.push", "export.weights"},
     "liger_kernel": {"model.kernels"},
-    "matplotlib": {"planning.picture", "bench.picture", "reporting.comparison"},
+    "matplotlib": {"export.picture", "planning.picture", "bench.picture", "reporting.comparison"},
     "mlflow": {"training.trackers.mlflow"},
     "pyarrow": {"data.files", "data.sources"},
     "rich": {"reporting.live", "reporting.panel", "reporting.picture", "reporting.runs_table"},
-    "safetensors": {"model.weights", "export.weights"},
+    "safetensors": {"model.weights", "export.push", "export.weights"},
     "tokenizers": {"tiny"},
     "torch": {
         "distributed", "protocols",
@@ -107,7 +107,7 @@ LIBRARIES: dict[str, set[str]] = {
         "tiny",
     },
     "wandb": {"training.trackers.wandb"},
-    "yaml": {"config_file"},
+    "yaml": {"config_file", "hub"},
 }  # fmt: skip
 
 

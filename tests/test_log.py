@@ -34,3 +34,19 @@ def test_rank_0_writes_each_line_once() -> None:
 
 def test_another_rank_shows_errors_only() -> None:
     assert on_a_pipe("1") == ["ERROR [rank 1] an error"]
+
+
+def test_a_command_does_not_say_that_deepspeed_found_no_accelerator() -> None:
+    program = "from superoffload import log; log.hide_choice_of_cpu(); import deepspeed.accelerator as a; "
+    program += "from deepspeed.utils import logger; a.get_accelerator(); logger.warning('another')"
+    env = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=env,
+        timeout=120,
+        check=True,
+    )
+    assert "Setting accelerator" not in done.stdout + done.stderr and "another" in done.stdout

@@ -32,7 +32,10 @@ COMMAND = ["-m", "superoffload.commands"]
         ([*COMMAND, "--help"], 0),
         ([*COMMAND, "unknown"], 2),
         ([*COMMAND, "runs", "missing"], 2),
-        *[([*COMMAND, name, "--help"], 0) for name in ("preview", "plan", "bench", "convert", "export", "tiny")],
+        *[
+            ([*COMMAND, name, "--help"], 0)
+            for name in ("preview", "plan", "bench", "convert", "export", "push", "tiny")
+        ],
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from superoffload import cli
+from superoffload import cli, log
 from superoffload.commands import (
     bench,
     chat,
@@ -17,6 +17,7 @@ from superoffload.commands import (
     plan,
     plot,
     preview,
+    push,
     report,
     runs,
     tiny,
@@ -37,6 +38,7 @@ from superoffload.errors import UserError
         export.command,
         report.command,
         plot.command,
+        push.command,
         runs.command,
         chat.command,
         eval.command,
@@ -50,6 +52,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command; a `UserError` is one line and exit status 2."""
+    log.hide_choice_of_cpu()
     try:
         status = group.main(prog_name="superoffload", standalone_mode=False)
     except click.ClickException as error:

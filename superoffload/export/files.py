@@ -14,11 +14,13 @@ from superoffload.checkpoint.trust import TRUST
 from superoffload.config import several, shown
 from superoffload.data import mixture
 from superoffload.errors import UserError
+from superoffload.export import picture
 from superoffload.model import architecture, load
 from superoffload.model.tokenizer import load_tokenizer
 from superoffload.protocols import Model
 
 CONFIG = "config.json"
+CURVE = "loss.png"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
              "*.tiktoken", "chat_template*", "additional_chat_templates")  # fmt: skip
@@ -75,7 +77,9 @@ def write(folder: Path, model: Model, checkpoint: RankFiles, dtype: str) -> None
         custom_object_save(model, folder, config=config)  # the code that the model brings along
     _write_generation_config(folder, model, checkpoint)
     _write_tokenizer(folder, checkpoint)
-    (folder / "README.md").write_text(card(checkpoint, dtype), encoding="utf-8")
+    curves = [losses(checkpoint.output_dir, checkpoint.progress.get("step"), name) for name in ("loss", "eval_loss")]
+    has_curve = picture.draw(folder / CURVE, *curves)
+    (folder / "README.md").write_text(card(checkpoint, dtype, has_curve), encoding="utf-8")
 
 
 def _write_generation_config(folder: Path, model: Model, checkpoint: RankFiles) -> None:
@@ -108,13 +112,14 @@ def _write_tokenizer(folder: Path, checkpoint: RankFiles) -> None:
         raise UserError(f"{checkpoint.output_dir}: has no tokenizer; copy the original model's files there")
 
 
-def card(checkpoint: RankFiles, dtype: str) -> str:
-    """Return the model card: base model, data, settings, and the training loss."""
+def card(checkpoint: RankFiles, dtype: str, has_curve: bool = False) -> str:
+    """Return the model card: base model and its licence, data, settings, losses, and their curve if there is one."""
     config, progress = checkpoint.config, checkpoint.progress
     name = str(config.get("model_name", ""))
     data = [mixture.name_of(text).partition("@")[0] for text in several(config.get("dataset_name") or ())]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {name}"] if _on_the_hub(name) else []
+    head += [f"license: {licence}"] if (licence := _licence(name)) else []
     on_the_hub = list(filter(_on_the_hub, data))
     head += ["datasets:", *(f"- {source}" for source in on_the_hub)] if on_the_hub else []
     loss = reached_loss(checkpoint.output_dir, progress.get("step"))
@@ -132,12 +137,22 @@ def card(checkpoint: RankFiles, dtype: str) -> str:
     }
     rows |= {"steps": progress.get("step"), "tokens trained on": progress.get("tokens") or None}
     rows["training loss"] = None if loss is None else f"{loss:.4f}"
+    evaluations = losses(checkpoint.output_dir, progress.get("step"), "eval_loss")
+    rows["loss on held-out rows"] = f"{evaluations[-1][1]:.4f} (step {evaluations[-1][0]})" if evaluations else None
     for key, value in rows.items():
         if value not in (None, "", [], ()):
             text = shown(tuple(value)) if isinstance(value, list | tuple) else str(value)
             escaped = text.replace("|", r"\|")
             lines.append(f"| {key} | {escaped} |")
+    lines += ["", f"![training loss, and that on held-out rows, over the steps]({CURVE})"] if has_curve else []
     return "\n".join(lines) + "\n"
+
+
+def _licence(model_name: str) -> str | None:
+    """Return the licence that the card of a base model in a folder names; that of one on the hub is on its page."""
+    readme = Path(model_name).expanduser() / "README.md"
+    found = hub.metadata(readme).get("license") if model_name and readme.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _on_the_hub(name: str) -> bool:
@@ -146,14 +161,21 @@ def _on_the_hub(name: str) -> bool:
 
 def reached_loss(output_dir: Path, step: int | None) -> float | None:
     """Return the last loss logged up to `step`, or else the final loss of a run that ended there; None if unknown."""
-    loss = None
-    for line in _lines(output_dir / "metrics.jsonl"):
-        if step is not None and line.get("step", step + 1) <= step and isinstance(line.get("loss"), float):
-            loss = line["loss"]
+    logged = losses(output_dir, step, "loss")
+    loss = logged[-1][1] if logged else None
     for summary in _lines(output_dir / "summary.json"):
         if loss is None and summary.get("global_step", summary.get("steps")) == step:
             loss = summary.get("final_loss")
     return loss
+
+
+def losses(output_dir: Path, step: int | None, name: str) -> list[tuple[int, float]]:
+    """Return the steps up to `step` at which a loss was logged, and the loss: `loss` or `eval_loss`."""
+    return [
+        (line["step"], line[name])
+        for line in _lines(output_dir / "metrics.jsonl")
+        if step is not None and line.get("step", step + 1) <= step and isinstance(line.get(name), float)
+    ]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

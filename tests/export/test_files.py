@@ -70,6 +70,26 @@ def test_the_model_card_names_data_settings_and_loss(damaged: Path, tmp_path: Pa
     assert files.reached_loss(damaged, STEPS - 1) is None
 
 
+def test_the_model_card_has_curve_evaluation_and_licence(damaged: Path, tmp_path: Path) -> None:
+    lines: list[dict[str, float]] = [{"step": step, "loss": 5.0 - step} for step in range(1, STEPS + 1)]
+    lines += [{"step": STEPS, "eval_loss": 3.25}, {"step": STEPS + 1, "eval_loss": 1.0}]
+    (damaged / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    weights.export(damaged, tmp_path / "target")
+    card = (tmp_path / "target" / "README.md").read_text()
+    assert f"| loss on held-out rows | 3.2500 (step {STEPS}) |" in card and "license" not in card
+    assert card.endswith("(loss.png)\n")
+    assert (tmp_path / "target" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_licence_is_that_of_a_base_model_in_a_folder(trained: dict[str, Trained], tmp_path: Path) -> None:
+    checkpoint = rank_files.read(trained["llama"].output_dir)
+    checkpoint.config["model_name"] = str(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n")
+    assert "\nlicense: apache-2.0\n" in files.card(checkpoint, "bfloat16")
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "license" not in files.card(checkpoint, "bfloat16")
+
+
 def test_the_model_card_names_every_data_set(trained: dict[str, Trained]) -> None:
     checkpoint = rank_files.read(trained["llama"].output_dir)
     checkpoint.config.update(
