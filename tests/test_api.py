@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_a_mistake_is_found_before_a_process_starts(settings: dict[str, Any], me
     ],
 )
 def test_what_a_status_becomes(status: int, lines: list[str], error: type[Exception], text: str) -> None:
-    found = api._error(status, api.deque(lines))
+    found = api._error(status, deque(lines))
     assert type(found) is error and text in str(found)
 
 
