@@ -41,9 +41,7 @@ def choose(settings: ModelSettings, config: Any, ds_config: DsConfig, packs: boo
     flash_attention_2 was requested and cannot run, or if ranks cannot share rows.
     """
     if parts > 1:
-        chosen = _for_parts(settings, config, ds_config, parts)
-        sequence_parallel.check_heads(config, parts)
-        return chosen
+        return _for_parts(settings, config, ds_config, parts)
     installed = is_flash_attn_2_available()
     suitable = _on_cuda_in_half(ds_config)
     if settings.attn_implementation == "flash_attention_2":
@@ -86,6 +84,7 @@ def _for_parts(settings: ModelSettings, config: Any, ds_config: DsConfig, parts:
         raise UserError(
             f"--sequence_parallel_size {parts}: {config.model_type} does not attend document by document; use 1"
         )
+    sequence_parallel.check_heads(config, parts)
     return _for_documents(config, ds_config, _on_cuda_in_half(ds_config))
 
 
