@@ -127,6 +127,7 @@ arguments=(
 # ZeRO-Offload keeps the whole optimizer on the host, as upstream's scripts do.
 if [[ $mode == superoffload ]]; then arguments+=(--offload_ratio "$OFFLOAD_RATIO"); fi
 if [[ -n $LEAF_MODULE ]]; then arguments+=(--leaf_module "$LEAF_MODULE"); fi
+if [[ $LONG_ROWS != truncate ]]; then arguments+=(--long_rows "$LONG_ROWS"); fi
 if ! on PACKING "$PACKING"; then arguments+=(--no_packing); fi
 case "$ACTIVATION_CHECKPOINTING" in
     true) arguments+=(--activation_checkpointing) ;;
@@ -134,6 +135,7 @@ case "$ACTIVATION_CHECKPOINTING" in
     offload) arguments+=(--activation_checkpointing offload) ;;
     *) fail "ACTIVATION_CHECKPOINTING=$ACTIVATION_CHECKPOINTING in $0: it must be true, false or offload" ;;
 esac
+if [[ $TILED_MLP != 0 ]]; then arguments+=(--tiled_mlp "$TILED_MLP"); fi
 if on DETERMINISTIC "$DETERMINISTIC"; then arguments+=(--deterministic); fi
 saves=false
 if on SAVE_CHECKPOINT "$SAVE_CHECKPOINT"; then
@@ -207,10 +209,10 @@ kernel_line() {
 
 # The flags that `superoffload plan` takes as a run does.
 planned=" --config --output_dir --model_name --revision --trust_remote_code --no_trust_remote_code \
---attn_implementation --freeze --activation_checkpointing --no_activation_checkpointing --loss_kernel --max_length \
---packing --no_packing --padding --batch_size --gradient_accumulation_steps --deepspeed_config --offload_ratio \
---optimizer_state --offload_params --no_offload_params --sub_group_size --save_checkpoint --no_save_checkpoint \
---save_steps --save_minutes --keep_checkpoints --export --no_export "
+--attn_implementation --freeze --activation_checkpointing --no_activation_checkpointing --tiled_mlp --loss_kernel \
+--max_length --packing --no_packing --padding --batch_size --gradient_accumulation_steps --sequence_parallel_size \
+--deepspeed_config --offload_ratio --optimizer_state --offload_params --no_offload_params --sub_group_size \
+--save_checkpoint --no_save_checkpoint --save_steps --save_minutes --keep_checkpoints --export --no_export "
 
 # Print those flags of this run that `superoffload plan` takes, with their values.
 plan_flags() {

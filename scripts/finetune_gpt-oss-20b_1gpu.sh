@@ -19,6 +19,7 @@ WANDB_RUN_NAME="gpt-oss-20b"
 DATASET_NAME="tatsu-lab/alpaca"
 DATASET_PERCENTAGE=100.0
 MAX_LENGTH=8192
+LONG_ROWS=truncate
 PACKING=false  # the model's attention does not separate packed rows (transformers 5.24)
 BATCH_SIZE=4
 EPOCHS=1
@@ -29,6 +30,7 @@ SEED=42
 DETERMINISTIC=false
 
 ACTIVATION_CHECKPOINTING=true
+TILED_MLP=0
 ATTN_IMPLEMENTATION=eager
 LEAF_MODULE="GptOssExperts"
 SUB_GROUP_SIZE=8e8

@@ -9,7 +9,18 @@ import pytest
 
 from superoffload import cli, config
 from tests.helpers.ranks import REPOSITORY
-from tests.helpers.recipes import RECIPES, SCRIPTS, TINY, call, changed, program, script_of, seen, starter
+from tests.helpers.recipes import (
+    OTHER_VALUES,
+    RECIPES,
+    SCRIPTS,
+    TINY,
+    call,
+    changed,
+    program,
+    script_of,
+    seen,
+    starter,
+)
 from tests.helpers.recipes import stand_in as stand_in
 
 NODE_FLAGS = ("--node_rank", "--master_addr", "--master_port", "--batch_size", "--max_steps")
@@ -32,7 +43,8 @@ def test_a_recipe_starts_the_program_with_its_values(recipe: str, mode: str, sta
         "seed": 42, "num_train_epochs": 1, "dataset_name": ("tatsu-lab/alpaca",), "activation_checkpointing": "full",
         "save_checkpoint": False, "fail_on_checkpoint_error": False, "use_wandb": False, "deterministic": False,
         "output_dir": f"./{recipe}_{mode}_output", "deepspeed_config": str(REPOSITORY / f"configs/{mode}.json"),
-        "offload_ratio": ratio if mode == "superoffload" else 1.0,
+        "offload_ratio": ratio if mode == "superoffload" else 1.0, "dataset_percentage": 100.0, "tiled_mlp": 0,
+        "long_rows": "truncate", **OTHER_VALUES.get(recipe, {}),
     }  # fmt: skip
     assert {name: values[name] for name in expected} == expected
 

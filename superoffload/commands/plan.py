@@ -74,7 +74,8 @@ def _settings(
     values: dict[str, Any], explicit: frozenset[str], devices: int
 ) -> tuple[config.Config, ds_config.DsConfig, int, int]:
     """Return the merged settings, and the ranks per machine and altogether; a recipe replaces the defaults."""
-    recipe, name = values["recipe"], values["model_name"] or values["recipe"]
+    recipe = values["recipe"]
+    name = values["model_name"] or (recipe and recipes.model(recipe))
     if not name:
         raise UserError("--model_name: no model is given; give one, or a --recipe")
     flat = {**values, "model_name": name, "output_dir": ""}

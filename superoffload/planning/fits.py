@@ -1,9 +1,12 @@
-"""The README's table: what each recipe needs, and whether it fits the usual devices. Imports no torch.
+"""Tables of the recipes: what each needs and whether it fits the usual devices, and the longest rows that fit.
+
+The first is in the README, the second in docs/long_context.md. Imports no torch.
 
 python -m superoffload.planning.fits
 """
 
 import sys
+from dataclasses import replace
 
 from superoffload import config, ds_config
 from superoffload.planning import recipes
@@ -25,7 +28,7 @@ def recipe_job(name: str, mode: str = "superoffload") -> tuple[Shape, Job]:
         {**recipes.settings(name, mode == "superoffload"), "output_dir": "", "deepspeed_config": f"configs/{mode}.json"}
     )
     merged = ds_config.merge_flags(ds_config.read_ds_config(settings), settings, devices)
-    return shape.built_in(name), job.of(merged.config, merged.ds_config, devices, devices)
+    return shape.built_in(recipes.model(name)), job.of(merged.config, merged.ds_config, devices, devices)
 
 
 def table() -> str:
@@ -37,7 +40,7 @@ def table() -> str:
 
 
 def _by_size() -> list[str]:
-    return sorted(recipes.names(), key=lambda name: shape.built_in(name).parameters)
+    return sorted(recipes.names(), key=lambda name: shape.built_in(recipes.model(name)).parameters)
 
 
 def _row(name: str) -> list[str]:
@@ -63,9 +66,31 @@ def _cell(search: Search, wanted: Job) -> str:
     return f"`{' '.join(found[0].flags)}`" if found else "does not fit"
 
 
+def longest_table() -> str:
+    """Write the table of the longest rows as Markdown: of one row or pack per device, else as the recipe is.
+
+    The lengths are those without and with each of the flags of `remedies.LONGER` that the recipe does not have.
+    """
+    heading = ["recipe", "GPUs", *(f"{size} GB device" for size in DEVICES)]
+    rows = [heading, ["---"] * len(heading), *(_longest(name) for name in _by_size())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _longest(name: str) -> list[str]:
+    model, wanted = recipe_job(name)
+    wanted = replace(wanted, batch=1)
+    found = [Search(shape=model, capacity=Capacity(device=size * GB, host=None)).longest(wanted) for size in DEVICES]
+    return [f"`{name}`", str(wanted.ranks), *(", ".join(map(_thousands, lengths.values())) for lengths in found)]
+
+
+def _thousands(length: int | None) -> str:
+    """Write a length in units of 1,024 tokens, rounded down."""
+    return f"{length // 1024}K" if length and length >= 1024 else "none"
+
+
 def main() -> None:
-    """Print the table."""
-    sys.stdout.write(table())
+    """Print the tables."""
+    sys.stdout.write(f"{table()}\n{longest_table()}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ class Plan:
     """What is known of a run before it starts.
 
     missing: bytes beyond the capacity, by place. remedies: the smallest changes that make it fit, each enough alone;
-    nearest: if there are none, what comes nearest. largest_batch, largest_length: the most that fits with all else the
-    same; None if not even the least fits. steps: by mode.
+    nearest: if there are none, what comes nearest. largest_batch: the most rows that fit with all else the same; None
+    if not even one fits. longest: the largest length by flags for longer rows, "" for none of them. steps: by mode.
     """
 
     shape: Shape
@@ -32,9 +32,14 @@ class Plan:
     remedies: tuple[Remedy, ...]
     nearest: Remedy | None
     largest_batch: int | None
-    largest_length: int | None
+    longest: dict[str, int | None]
     hardware: Hardware
     steps: dict[str, StepTime]
+
+    @property
+    def largest_length(self) -> int | None:
+        """Return the largest length that fits with all else the same; None if not even the least fits."""
+        return self.longest[""]
 
     @property
     def fits(self) -> bool:
@@ -66,7 +71,7 @@ def make(shape: Shape, job: Job, capacity: Capacity, hardware: Hardware) -> Plan
         remedies=remedies,
         nearest=nearest,
         largest_batch=search.largest(job, "batch"),
-        largest_length=search.largest(job, "length"),
+        longest=search.longest(job),
         hardware=hardware,
         steps={mode: in_mode(shape, job, hardware, mode) for mode in MODES},
     )
@@ -89,6 +94,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "nearest": _remedy(plan, plan.nearest) if plan.nearest else None,
         "largest_batch": plan.largest_batch,
         "largest_length": plan.largest_length,
+        "longest": plan.longest,
         "hardware": asdict(plan.hardware),
         "time": None if plan.job.on_cpu else {mode: _time(step) for mode, step in plan.steps.items()},
         "best_mode": None if plan.job.on_cpu else plan.best_mode,

@@ -1,10 +1,13 @@
 """The values of a recipe in scripts/, as the flags that it passes on."""
 
 import re
+from pathlib import Path
 from typing import Any
 
+from superoffload.config import AUTO
 from superoffload.ds_config import REPOSITORY
 from superoffload.errors import UserError
+from superoffload.planning.budget import shape
 
 SCRIPTS = REPOSITORY / "scripts"
 # What the memory and the time of a run depend on: the names in a recipe and what they become.
@@ -16,19 +19,28 @@ SWITCHES = {
 }
 
 
+def _paths() -> dict[str, Path]:
+    found = {path: re.fullmatch(r"finetune_(.*)_\d+gpu\.sh", path.name) for path in SCRIPTS.glob("finetune_*gpu.sh")}
+    return {match[1]: path for path, match in sorted(found.items()) if match}
+
+
 def names() -> tuple[str, ...]:
     """List the recipes for GPUs."""
-    found = (re.fullmatch(r"finetune_(.*)_\d+gpu\.sh", path.name) for path in sorted(SCRIPTS.glob("finetune_*gpu.sh")))
-    return tuple(match[1] for match in found if match)
+    return tuple(_paths())
 
 
 def values(name: str) -> dict[str, str]:
     """Return the values in a recipe, by their names there. Raises `UserError` for an unknown recipe."""
-    paths = list(SCRIPTS.glob(f"finetune_{name}_*gpu.sh")) if name in names() else []
-    if not paths:
-        raise UserError(f"--recipe {name}: must be one of {', '.join(names()) or '(none: scripts/ is not installed)'}")
-    text = paths[0].read_text(encoding="utf-8")
+    paths = _paths()
+    if name not in paths:
+        raise UserError(f"--recipe {name}: must be one of {', '.join(paths) or '(none: scripts/ is not installed)'}")
+    text = paths[name].read_text(encoding="utf-8")
     return {key: value for key, value in re.findall(r'^([A-Z_]+)="?([^"\s]*)"?', text, re.M)}
+
+
+def model(name: str) -> str:
+    """Return the short name of a recipe's model, whose shape is built in."""
+    return shape.built_in(values(name)["MODEL_NAME"]).name
 
 
 def devices(name: str) -> int:
@@ -48,9 +60,9 @@ def settings(name: str, superoffload: bool) -> dict[str, Any]:
     optimizer is on the host. Raises `UserError` for an unknown recipe.
     """
     found = values(name)
-    recomputed = found["ACTIVATION_CHECKPOINTING"]
+    recomputed, tiles = found["ACTIVATION_CHECKPOINTING"], found["TILED_MLP"]
     return {
-        "model_name": name,
+        "model_name": model(name),
         "batch_size": batch(name) // devices(name),
         "offload_ratio": float(found["OFFLOAD_RATIO"]) if superoffload else 1.0,
         "sub_group_size": int(float(found["SUB_GROUP_SIZE"])),
@@ -58,4 +70,5 @@ def settings(name: str, superoffload: bool) -> dict[str, Any]:
         **{flag: int(found[key]) for key, flag in NUMBERS.items()},
         **{flag: found[key] == "true" for key, flag in SWITCHES.items()},
         "activation_checkpointing": {"true": "full", "false": "none"}.get(recomputed, recomputed),
+        "tiled_mlp": tiles if tiles == AUTO else int(tiles),
     }

@@ -6,12 +6,13 @@ from functools import lru_cache
 from math import ceil, floor
 from typing import Any
 
+from superoffload.config import AUTO
 from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.memory import Budget, budget
 from superoffload.planning.budget.shape import Shape
 
 LENGTH_STEP = 256
-MOST_BATCH, MOST_LENGTH = 4096, 2**20
+MOST_BATCH, MOST_LENGTH = 4096, 2**23
 MOST_STEPS = 2**40  # of one flag; nothing larger can fit
 
 
@@ -69,12 +70,21 @@ class Countdown(Sequence[Step]):
 class Ladder:
     """The steps of one flag from the smallest change to the largest, and the places where they save memory.
 
-    hardware: the flag is of `superoffload plan`, and means more devices or machines.
+    hardware: the flag is of `superoffload plan`, and means more devices or machines. divides_heads: the steps divide
+    the model's heads among `Job.parts` ranks, so only divisors of their number can be taken.
     """
 
     steps: Callable[[Job], Sequence[Step]]
     saves: frozenset[str]
     hardware: bool = False
+    divides_heads: bool = False
+
+    def of(self, shape: Shape, job: Job) -> Sequence[Step]:
+        """Return the steps that can be taken from a job of a model."""
+        steps = self.steps(job)
+        if self.divides_heads:
+            return [step for step in steps if shape.heads and shape.heads % step.changes["parts"] == 0]
+        return steps
 
 
 def _switch(flag: str, possible: Callable[[Job], bool], **changes: Any) -> Callable[[Job], Sequence[Step]]:
@@ -99,6 +109,15 @@ def _batch(job: Job) -> Sequence[Step]:
 
 def _length(job: Job) -> Sequence[Step]:
     return Countdown("--max_length", "length", job.length, LENGTH_STEP)
+
+
+def _parts(job: Job) -> list[Step]:
+    """Return the steps to more ranks per row; rows are then laid out without a mask, for a kernel of documents."""
+    numbers = [number for number in (2, 4, 8) if number > job.parts and job.ranks % number == 0]
+    steps = [
+        Step(flag=f"--sequence_parallel_size {number}", changes={"parts": number, "packed": True}) for number in numbers
+    ]
+    return [] if job.eager else steps
 
 
 def _devices(job: Job) -> list[Step]:
@@ -136,6 +155,11 @@ def _recomputation(job: Job) -> list[Step]:
     return [] if job.offload_activations else [offload] if job.recompute else [full, offload]
 
 
+# Flags for longer rows.
+LONGER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--activation_checkpointing offload", {"recompute": True, "offload_activations": True}),
+    ("--tiled_mlp auto", {"tiled": AUTO}),
+)
 DEVICE, HOST, DISK = frozenset({"device"}), frozenset({"host"}), frozenset({"disk"})
 # What costs least comes first.
 LADDERS = (
@@ -144,7 +168,9 @@ LADDERS = (
     Ladder(steps=_less_on_host, saves=HOST),
     Ladder(steps=_switch("--loss_kernel chunked", lambda job: not job.chunked_loss, chunked_loss=True), saves=DEVICE),
     Ladder(steps=_recomputation, saves=DEVICE),
+    Ladder(steps=_switch("--tiled_mlp auto", lambda job: not job.tiled, tiled=AUTO), saves=DEVICE),
     Ladder(steps=_batch, saves=DEVICE),
+    Ladder(steps=_parts, saves=DEVICE, divides_heads=True),
     Ladder(steps=_length, saves=DEVICE),
     Ladder(steps=_switch("--offload_params", lambda job: not job.offload_params, offload_params=True), saves=DEVICE),
     Ladder(steps=_devices, saves=DEVICE, hardware=True),
@@ -188,10 +214,26 @@ class Search:
     def largest(self, job: Job, field: str) -> int | None:
         """Return the largest batch (`batch`) or length (`length`) that fits with all else the same; None if none.
 
-        A length is a multiple of LENGTH_STEP.
+        A length is a multiple of LENGTH_STEP. Memory grows with both, except where the MLP begins to run in tiles, or
+        in one tile more; if the search ends there, a length beyond it may fit too.
         """
         unit, most = (1, MOST_BATCH) if field == "batch" else (LENGTH_STEP, MOST_LENGTH)
         return unit * _last(most // unit, lambda n: self.fits(_with(job, {field: n * unit}))) or None
+
+    def longest(self, job: Job) -> dict[str, int | None]:
+        """Return `largest` length by flags: none, then those that let activations take less memory and lose no token.
+
+        Each includes the flags before it. Flags that the job has already, or that the CPU has no use for, are left out.
+        """
+        result = {"": self.largest(job, "length")}
+        names: list[str] = []
+        for flag, changes in () if job.on_cpu else LONGER:
+            changed = _with(job, changes)
+            if changed != job:
+                job = changed
+                names.append(flag)
+                result[" ".join(names)] = self.largest(job, "length")
+        return result
 
     def _remedy(self, job: Job, *steps: Step) -> Remedy:
         changed = _with(job, {key: value for step in steps for key, value in step.changes.items()})
@@ -206,7 +248,7 @@ class Search:
         saves = _saves(ladder, job)
         if not saves & self.missing(job).keys():
             return None
-        steps = ladder.steps(job)
+        steps = ladder.of(self.shape, job)
 
         def too_little(number: int) -> bool:
             return bool(saves & self.missing(_with(job, steps[number - 1].changes)).keys())
@@ -221,7 +263,7 @@ class Search:
         """Yield the pairs of flags that are enough: the second as small as the first's end allows, then the first."""
         found: set[frozenset[int]] = set()
         for one, first in enumerate(ladders):
-            steps = first.steps(job) if _saves(first, job) & self.missing(job).keys() else ()
+            steps = first.of(self.shape, job) if _saves(first, job) & self.missing(job).keys() else ()
             for two, second in enumerate(ladders):
                 if not steps or one == two or frozenset({one, two}) in found:
                     continue
@@ -239,7 +281,7 @@ class Search:
 
     def _nearest(self, job: Job) -> Remedy:
         """Return the end of one or two ladders at which the least is missing."""
-        ends = [ladder.steps(job)[-1] for ladder in LADDERS if ladder.steps(job)]
+        ends = [steps[-1] for ladder in LADDERS if (steps := ladder.of(self.shape, job))]
         tries = [self._remedy(job, *steps) for steps in [(), *((end,) for end in ends)]]
         tries += [self._remedy(job, one, two) for i, one in enumerate(ends) for two in ends[i + 1 :]]
         return min(tries, key=lambda remedy: sum(self.capacity.missing(remedy.budget).values()))

@@ -206,6 +206,12 @@ def _verdict(plan: Plan) -> list[str]:
         result += _wrap(f"  That is close: the arithmetic is no more exact than about {CLOSE:.0%}", 2)
     if capacity.device is not None and plan.largest_batch and plan.largest_length:
         result += _wrap(f"The most that fits: --batch_size {plan.largest_batch}, or --max_length {plan.largest_length}")
+        result += [
+            line
+            for flags, length in plan.longest.items()
+            if flags and length and length > plan.largest_length
+            for line in _wrap(f"  with {flags}: --max_length {length}", 4)
+        ]
     return result
 
 

@@ -187,7 +187,7 @@ def recipes() -> str:
     lines: list[str] = []
     for name in RECIPES:
         job = recipe_job(name)
-        parts = device.device_bytes(built_in(name), job)
+        parts = device.device_bytes(built_in(RECIPES[name][0]), job)
         if not lines:
             lines = [f"| recipe | ratio | {' | '.join(parts)} | sum |", "| --- " * (len(parts) + 3) + "|"]
         sizes = (*parts.values(), sum(parts.values()))

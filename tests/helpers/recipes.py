@@ -12,15 +12,28 @@ from tests.helpers.ranks import REPOSITORY
 SCRIPTS = REPOSITORY / "scripts"
 TINY = SCRIPTS / "finetune_tiny_cpu.sh"
 # model, GPUs, max_length, sub-group, ratio, leaf module, attention: the values of upstream's scripts, but for the ratio
-# of three, which is 0.9 there and does not fit (tests/planning/test_recipes.py)
+# of three, which is 0.9 there and does not fit (tests/planning/test_recipes.py), and for llama-8b_longcontext, which
+# upstream does not have
 RECIPES = {
     "llama-8b": ("meta-llama/Llama-3.1-8B", 1, 4096, 4e8, 0.8, None, "auto"),
+    "llama-8b_longcontext": ("meta-llama/Llama-3.1-8B", 1, 131072, 4e8, 0.8, None, "auto"),
     "phi-4": ("microsoft/phi-4", 1, 4096, 4e8, 0.9, None, "auto"),
     "qwen3-14b": ("Qwen/Qwen3-14B", 1, 4096, 4e8, 0.9, None, "auto"),
     "gpt-oss-20b": ("openai/gpt-oss-20b", 1, 8192, 8e8, 0.95, "GptOssExperts", "eager"),
     "qwen3-30b-a3b": ("Qwen/Qwen3-30B-A3B", 2, 4096, 4e8, 0.9, "Qwen3MoeSparseMoeBlock", "auto"),
     "seed-oss-36b": ("ByteDance-Seed/Seed-OSS-36B-Instruct", 2, 4096, 4e8, 0.92, None, "auto"),
     "llama-70b": ("meta-llama/Llama-3.3-70B-Instruct", 4, 4096, 4e8, 0.92, None, "auto"),
+}
+# Other values that differ from those of the other recipes, by flag.
+OTHER_VALUES: dict[str, dict[str, object]] = {
+    "llama-8b_longcontext": {
+        "batch_size": 1,
+        "dataset_name": ("emozilla/pg19",),
+        "dataset_percentage": 1.0,
+        "activation_checkpointing": "offload",
+        "tiled_mlp": "auto",
+        "long_rows": "split",
+    }
 }
 
 

@@ -18,6 +18,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "--loss_kernel chunked": {"chunked_loss": False},
     "--activation_checkpointing": {"recompute": False},
     "--activation_checkpointing offload": {"offload_activations": False},
+    "--tiled_mlp auto": {"tiled": 0},
     "--offload_params": {"offload_params": False},
     "--optimizer_state bf16": {"bf16_state": False},
 }
@@ -42,6 +43,8 @@ CASES: list[tuple[str, dict[str, Any], float, float, float]] = [
     ("seed-oss-36b", {}, 0.8, 0.8, 2),
     ("llama-70b", {}, 0.5, 1.0, 2),
     ("llama-70b", {}, 0.3, 0.5, 2),
+    ("llama-70b", {"length": 32768, "batch": 1}, 0.5, 2, 2),
+    ("llama-8b", {"length": 131072, "batch": 1, "offload_activations": True}, 0.9, 2, 2),
     ("llama-70b", {"ranks": 1, "ranks_per_node": 1}, 0.4, 1.5, 2),
 ]
 
@@ -71,6 +74,9 @@ def smaller(flag: str, job: Job, original: Job) -> Job:
         return replace(job, batch=job.batch + 1)
     if name == "--max_length":
         return replace(job, length=min(job.length + LENGTH_STEP, original.length))
+    if name == "--sequence_parallel_size":
+        parts = max(original.parts, int(value) // 2)
+        return replace(job, parts=parts, packed=original.packed or parts > 1)
     if name == "--keep_checkpoints":
         return replace(job, kept=job.kept + 1)
     if name == "--gpus":
@@ -96,7 +102,7 @@ def test_every_remedy_fits_and_nothing_smaller_does(case: tuple[str, dict[str, A
 def test_the_cases_offer_every_flag_alone_or_in_a_pair() -> None:
     offered = {flag.split()[0] for case in CASES for remedy in remedies_of(case) for flag in remedy.flags}
     assert offered == {*(flag.split()[0] for flag in SWITCHES), "--offload_ratio", "--batch_size", "--max_length",
-                       "--keep_checkpoints", "--gpus", "--nodes"}  # fmt: skip
+                       "--keep_checkpoints", "--sequence_parallel_size", "--gpus", "--nodes"}  # fmt: skip
     assert {len(remedy.flags) for case in CASES for remedy in remedies_of(case)} == {1, 2}
 
 
@@ -146,6 +152,31 @@ def test_the_nearest_miss_is_named_where_two_flags_are_not_enough() -> None:
     assert nearest and len(nearest.flags) == 2
     missing = sum(search.capacity.missing(nearest.budget).values())
     assert 0 < missing < sum(search.missing(wanted).values())
+
+
+def test_ranks_share_a_row_only_if_they_divide_its_heads() -> None:
+    shape, wanted = recipe("llama-70b", ranks=8, ranks_per_node=8)
+    search = Search(
+        shape=replace(shape, heads=6), capacity=Capacity(device=int(0.6 * budget(shape, wanted).device_peak), host=None)
+    )
+    flags = {flag for remedy in search.remedies(wanted)[0] for flag in remedy.flags}
+    assert {flag for flag in flags if "parallel" in flag} <= {"--sequence_parallel_size 2"}
+    assert not any(
+        "parallel" in flag for remedy in search.remedies(replace(wanted, eager=True))[0] for flag in remedy.flags
+    )
+
+
+def test_flags_for_longer_rows_add_up() -> None:
+    shape, wanted = recipe("llama-8b", batch=1)
+    search = Search(shape=shape, capacity=Capacity(device=80 * 10**9, host=None))
+    found = search.longest(wanted)
+    offload, tiled = "--activation_checkpointing offload", "--tiled_mlp auto"
+    assert list(found) == ["", offload, f"{offload} {tiled}"]
+    lengths = [length or 0 for length in found.values()]
+    assert lengths == sorted(lengths) and lengths[0] == search.largest(wanted, "length")
+    with_both = replace(wanted, offload_activations=True, tiled="auto")
+    assert search.longest(with_both) == {"": lengths[2]}
+    assert list(search.longest(replace(wanted, on_cpu=True))) == [""]
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "qwen3-30b-a3b", "llama-70b"])
