@@ -49,14 +49,17 @@ class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
 
 
-class CountOrAuto(WholeNumber):
+class CountOrAuto(click.ParamType):  # type: ignore[type-arg]
     """A whole number, or `auto`."""
 
     name = "integer|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """Return the value as an int unless it is `auto`; fail if it is neither."""
-        return config.AUTO if value == config.AUTO else super().convert(value, param, ctx)
+        try:
+            return config.AUTO if value == config.AUTO else config.whole_number(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor {config.AUTO}.", param, ctx)
 
 
 class Choice(click.Choice):  # type: ignore[type-arg]

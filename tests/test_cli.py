@@ -159,6 +159,8 @@ def test_whole_numbers_may_be_written_with_an_exponent() -> None:
         (["--dataset_percentage", "101"], "--dataset_percentage 101.0"),
         (["--offload_ratio", "2"], "--offload_ratio 2.0: must be 0 <= value <= 1 or auto"),
         (["--offload_ratio", "most"], "'most' is neither a number nor auto"),
+        (["--tiled_mlp", "-1"], "--tiled_mlp -1: must be 0 <= value or auto"),
+        (["--tiled_mlp", "1.5"], "'1.5' is neither a whole number nor auto"),
         (["--offload_ratio", "nan"], "--offload_ratio nan: must be"),
         (["--lr", "auto"], "'auto' is not a valid float"),
         (["--max_grad_norm", "-1"], "--max_grad_norm -1.0"),

@@ -52,6 +52,8 @@ def test_a_flag_can_undo_each_switch(parsed: Any) -> None:
         ("sub_group_size: 4e8", 400_000_000),
         ("seed: 010", 10),  # 8 in YAML 1.1
         ("offload_ratio: auto", "auto"),
+        ("tiled_mlp: auto", "auto"),
+        ("tiled_mlp: 4", 4),
         ("deepspeed_config: ~/ds.json", str(Path.home() / "ds.json")),
         ("dataset_name: [~/a, b]", (str(Path.home() / "a"), "b")),
         (r"freeze: 'layers\.[0-7]\.'", (r"layers\.[0-7]\.",)),

@@ -232,7 +232,7 @@ class _Tiled(torch.autograd.Function):
         """Compute each tile again, and return the gradients of states and parameters.
 
         Those of the parameters are summed over the tiles in float32. Each tile's comes from its matrix product rounded
-        to its type, so the error of the sum is at most eps times the sum of their sizes, and eps times its own size.
+        to its type, so the error of a sum is at most half an eps of the sum of their sizes, and half an eps of its own.
         """
         (states,) = ctx.keeper.saved_tensors
         trained = [parameter for parameter in ctx.parameters if parameter.requires_grad]

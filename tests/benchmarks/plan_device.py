@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -60,6 +60,7 @@ class Row:
     chunked_loss: bool
     eager: bool
     packed: bool
+    tiled: int | Literal["auto"]
     predicted: int
     counted: int
     offload_activations: bool = False
@@ -157,6 +158,7 @@ def measure(case: Case) -> Row:
         eager=job.eager,
         packed=job.packed,
         offload_activations=job.offload_activations,
+        tiled=job.tiled,
         predicted=predict(case),
         counted=counted_memory.count(case.model, job, **_changes(case)),
     )
@@ -165,13 +167,15 @@ def measure(case: Case) -> Row:
 def report(rows: list[Row]) -> str:
     """Write the rows as a Markdown table."""
     lines = [
-        "| model | layers | batch x length | activations | loss | attention | predicted, GiB | counted, GiB | error |",
-        "| --- " * 9 + "|",
+        "| model | layers | batch x length | activations | MLP | loss | attention "
+        "| predicted, GiB | counted, GiB | error |",
+        "| --- " * 10 + "|",
     ]
     for row in rows:
         words = (
             row.model, str(row.layers), f"{row.batch} x {row.length}", _activations(row),
-            "chunked" if row.chunked_loss else "plain", "eager" if row.eager else "flash" if row.packed else "masked",
+            f"tiles: {row.tiled}" if row.tiled else "whole", "chunked" if row.chunked_loss else "plain",
+            "eager" if row.eager else "flash" if row.packed else "masked",
             f"{row.predicted / GIB:.2f}", f"{row.counted / GIB:.2f}", f"{row.error:+.1%}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(words)} |")
