@@ -31,7 +31,10 @@ COMMAND = ["-m", "superoffload.commands"]
         ([SCRIPT, "--model_name", "m", "--output_dir", "o", "--deepspeed_config", "missing.json"], 2),
         ([*COMMAND, "--help"], 0),
         ([*COMMAND, "unknown"], 2),
-        *[([*COMMAND, name, "--help"], 0) for name in ("preview", "plan", "bench", "convert", "export", "chat", "eval", "tiny")],
+        *[
+            ([*COMMAND, name, "--help"], 0)
+            for name in ("preview", "plan", "bench", "convert", "export", "chat", "eval", "tiny")
+        ],
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
