@@ -23,6 +23,7 @@ ASSIGNMENT = re.compile(r"[A-Z_]+=")
 OTHERS = {
     "source .venv/bin/activate",
     "pre-commit install",
+    "vllm serve my-model",
     'eval "$(_SUPEROFFLOAD_COMPLETE=bash_source superoffload)"',  # tests/test_config_command.py runs it
     "git switch --detach main",
     "vllm serve my-model",

@@ -34,7 +34,7 @@ COMMAND = ["-m", "superoffload.commands"]
         ([*COMMAND, "runs", "missing"], 2),
         *[
             ([*COMMAND, name, "--help"], 0)
-            for name in ("preview", "plan", "bench", "convert", "export", "push", "tiny")
+            for name in ("preview", "plan", "bench", "convert", "export", "push", "chat", "eval", "tiny")
         ],
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

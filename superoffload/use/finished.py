@@ -60,6 +60,7 @@ def find(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> Sou
     path = str(folder) if folder.is_dir() else name
     plain = ModelSettings(model_name=path, revision=revision, trust_remote_code=trust.code)
     if not folder.is_dir():
+        _check_not_local(name, folder)
         return Source(name=name, model=plain, trust=trust)
     if not _holds_checkpoint(folder):
         if (folder / CONFIG_FILE).is_file():
@@ -75,6 +76,15 @@ def find(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> Sou
     run = config.build({"output_dir": "", **checkpoint.config}) if checkpoint.config.get("model_name") else None
     started_from = replace(run.model, trust_remote_code=trust.code) if run else plain
     return Source(name=name, model=started_from, checkpoint=checkpoint, run=run, trust=trust)
+
+
+def _check_not_local(name: str, path: Path) -> None:
+    """Raise `UserError` for a file, and for a checkpoint that a run's output folder does not have: no hub ids."""
+    if path.is_file():
+        raise UserError(f"{name}: is a file; give a model folder, a checkpoint, or the output folder of a run")
+    if (path.parent / CONFIG_FILE).is_file():
+        known = [found.name for found in manifest.complete_checkpoints(path.parent)]
+        raise UserError(f"{name}: no such folder; the checkpoints of this run are {', '.join(known) or '(none)'}")
 
 
 def _holds_checkpoint(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from superoffload import config
 from superoffload.data.formats import Chat, Pair, Text
 from superoffload.errors import UserError
 from superoffload.model.load import load_whole
+from superoffload.training import evaluation
 from superoffload.use import dialogue, speaker
 from superoffload.use.finished import Source
 from superoffload.use.speaker import Manner, Speaker, Template
@@ -69,7 +70,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) ->
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record the number of tokens of each prompt, and answer with a random model's four tokens."""
     lengths: list[int] = []
-    generate: Callable[..., Any] = speaker.evaluation.generate_ids
+    generate: Callable[..., Any] = evaluation.generate_ids
 
     def recording(model: Any, tokenizer: Any, ids: list[int], **options: Any) -> Any:
         lengths.append(len(ids))
@@ -77,7 +78,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise KeyboardInterrupt
         return generate(model, tokenizer, ids, **options)
 
-    monkeypatch.setattr(speaker.evaluation, "generate_ids", recording)
+    monkeypatch.setattr(evaluation, "generate_ids", recording)
     return lengths
 
 

@@ -51,6 +51,15 @@ def test_what_cannot_be_used_is_one_line(make: Callable[[Path], str], tmp_path: 
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_id(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 3, 1.0)
+    write_settings(tmp_path)
+    with pytest.raises(UserError, match="global_step9: no such folder; the checkpoints of this run are global_step3$"):
+        finished.find(str(tmp_path / "global_step9"))
+    with pytest.raises(UserError, match="config.yaml: is a file; give a model folder, a checkpoint, or"):
+        finished.find(str(tmp_path / "config.yaml"))
+
+
 def test_an_export_in_the_output_folder_knows_its_run(tmp_path: Path) -> None:
     write_settings(tmp_path, chat_template="plain")
     for name in ("model_step3", "other"):
