@@ -26,7 +26,6 @@ OTHERS = {
     "vllm serve my-model",
     'eval "$(_SUPEROFFLOAD_COMPLETE=bash_source superoffload)"',  # tests/test_config_command.py runs it
     "git switch --detach main",
-    "vllm serve my-model",
     "git switch -",
     "git tag v0.2.0",
     "diff <(cut -d, -f1-5 before_output/metrics.jsonl) <(cut -d, -f1-5 after_output/metrics.jsonl)",
