@@ -2,23 +2,28 @@
 
 ninja compiles an operator again if another version of ninja, or an environment in another folder, compiled it before.
 So this environment's ninja must be on PATH, even if the environment is not activated, and each environment keeps its
-operators in a folder of its own. torch guards a build with a file named `lock`. If the building process is killed,
-nothing removes that file, and every later process that needs the operator waits forever, silently.
+operators in a folder of its own, beside what DeepSpeed asks about the processor. torch guards a build with a file named
+`lock`. If the building process is killed, nothing removes that file, and every later process that needs the operator
+waits forever, silently.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
+from typing import Any
 
+import cpuinfo
 import psutil
 from filelock import FileLock
 from torch.utils.cpp_extension import get_default_build_root
@@ -41,7 +46,30 @@ def prepare() -> None:
     if programs not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = programs + os.pathsep + os.environ["PATH"]
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder()))
+    cpuinfo.get_cpu_info = processor
     clear_abandoned_locks(folder())
+
+
+@functools.cache
+def processor(ask: Callable[[], dict[str, Any]] = cpuinfo.get_cpu_info) -> dict[str, Any]:
+    """Return what py-cpuinfo says about the processor, from a file if it has been asked on such a processor before.
+
+    An answer of py-cpuinfo takes a second, and DeepSpeed asks three times while it loads its Adam.
+    """
+    told = ("vendor_id", "model name", "flags", "CPU ", "Features")  # the latter two on ARM
+    lines = {line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith(told)}
+    key = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
+    path = folder() / f"processor_{key}.json"
+    with suppress(OSError, ValueError):  # none yet, or damaged
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    answer = ask()
+    with suppress(OSError):  # the folder may not be writable; then it is asked again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(answer), encoding="utf-8")
+        unfinished.replace(path)
+    return answer
 
 
 def folder() -> Path:

@@ -35,6 +35,37 @@ def on_sleep(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], obje
 
 
 @pytest.mark.unit
+def test_the_processor_is_asked_for_once_on_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "operators"))
+    asked: list[int] = []
+
+    def ask() -> dict[str, object]:
+        asked.append(1)
+        return {"arch": "X86_64", "flags": ["avx2"]}
+
+    try:
+        for _ in range(3):
+            operators.processor.cache_clear()  # as another process
+            assert operators.processor(ask) == operators.processor(ask) == {"arch": "X86_64", "flags": ["avx2"]}
+        assert asked == [1]
+        (file,) = (tmp_path / "operators").iterdir()
+        file.write_text("{", encoding="utf-8")
+        operators.processor.cache_clear()
+        assert operators.processor(ask)["arch"] == "X86_64"
+        assert asked == [1, 1]
+    finally:
+        operators.processor.cache_clear()
+
+
+@pytest.mark.unit
+def test_deepspeed_asks_the_remembered_processor() -> None:
+    import cpuinfo
+
+    operators.prepare()
+    assert cpuinfo.get_cpu_info is operators.processor
+
+
+@pytest.mark.unit
 def test_an_abandoned_lock_is_removed(tmp_path: Path, on_sleep: list[Callable[[], object]]) -> None:
     lock = make_lock(tmp_path, "cpu_adam", age_s=1000)
     on_sleep += [lambda: None]
