@@ -309,6 +309,10 @@ def test_measured_rates_are_used_for_the_machine_at_hand_alone(
             "--recipe llama-8b: its batch of 4 cannot be divided among 3 devices",
         ),
         (("--recipe", "llama-70b", "--nodes", "2"), "--recipe llama-70b: its batch of 4 cannot be divided among 8 "),
+        (
+            ("--model_name", "llama-8b", "--gpus", "3", "--sequence_parallel_size", "3"),
+            "--sequence_parallel_size 3: the 32 attention heads of llama-8b cannot be divided among 3 ranks",
+        ),
         (("--recipe", "gpt-5"), "--recipe gpt-5: must be one of gpt-oss-20b, "),
         (("--model_name", "llama-8b", "--batch_size", "0"), "--batch_size 0: must be 1 <= value"),
         (("--recipe", "llama-8b", "--plot", "plan.txt"), "--plot plan.txt: must be the name of a PNG file"),
