@@ -98,8 +98,8 @@ def test_recomputation_of_a_recipe(stand_in: Path, value: str, flag: str | None)
 
 
 def test_a_recipe_of_an_earlier_version_still_runs(stand_in: Path) -> None:
-    script = changed("llama-8b", stand_in.parent, "LONG_ROWS=truncate\n", "")
-    script.write_text(script.read_text().replace("TILED_MLP=0\n", ""))
+    script = changed("llama-8b", stand_in.parent, "LONG_ROWS=truncate", "")
+    script.write_text(script.read_text().replace("TILED_MLP=0", ""))
     assert call(script, stand_in, "superoffload").returncode == 7
     words = (stand_in.parent / "seen").read_text().splitlines()
     parsed = cli.parse(words[words.index("--model_name") :])

@@ -111,7 +111,7 @@ def test_several_machines_divide_the_batch_of_a_recipe_as_its_script_does(
         ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=false", "activation_checkpointing", "none"),
         ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=offload", "activation_checkpointing", "offload"),
         ("TILED_MLP=0", "TILED_MLP=auto", "tiled_mlp", "auto"),
-        ("TILED_MLP=0\n", "", "tiled_mlp", 0),  # a recipe of an earlier version
+        ("TILED_MLP=0", "", "tiled_mlp", 0),  # a recipe of an earlier version
         ("MAX_LENGTH=4096", "MAX_LENGTH=512", "max_length", 512),
     ],
 )
