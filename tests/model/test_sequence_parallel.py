@@ -23,12 +23,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 6},  # shorter than a document
 }
 MORE_KINDS: dict[str, dict[str, Any]] = {
-    "qwen3": {"head_dim": 8},
     # Neither 6 nor 4 ranks is a multiple of the other: key and value are repeated twice.
     "llama with six heads of key and value": {
         "num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 96,
     },
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3": {"head_dim": 8},
 }  # fmt: skip
 BF16: DsConfig = {**FP32, "bf16": {"enabled": True}}
 NO_STEP = 1e-30  # a learning rate that changes no weight
