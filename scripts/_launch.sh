@@ -56,6 +56,7 @@ case "$mode" in
         usage
         ;;
 esac
+: "${LONG_ROWS:=truncate}" "${TILED_MLP:=0}" # recipes of earlier versions do not have these
 batch_size=$BATCH_SIZE
 if [[ $# -gt 0 && $1 != -* ]]; then
     batch_size=$1
@@ -82,7 +83,7 @@ if on BIND_CORES "$BIND_CORES"; then bind_cores=true; fi
 if [[ $devices == 1 && -z ${HOSTFILE:-} ]] && ! $bind_cores; then
     # One rank needs no launcher, whose two processes take several seconds to import torch and DeepSpeed.
     launch=(python3 "$program" --local_rank 0)
-    unset RANK LOCAL_RANK WORLD_SIZE
+    unset RANK LOCAL_RANK WORLD_SIZE SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE # it waits for no other ranks
     visible=${CUDA_VISIBLE_DEVICES-0}
     export CUDA_VISIBLE_DEVICES=${visible%%,*} # one device, as the launcher does it
 else
@@ -130,10 +131,10 @@ if [[ -n $LEAF_MODULE ]]; then arguments+=(--leaf_module "$LEAF_MODULE"); fi
 if [[ $LONG_ROWS != truncate ]]; then arguments+=(--long_rows "$LONG_ROWS"); fi
 if ! on PACKING "$PACKING"; then arguments+=(--no_packing); fi
 case "$ACTIVATION_CHECKPOINTING" in
-    true) arguments+=(--activation_checkpointing) ;;
-    false) ;;
+    true | full) arguments+=(--activation_checkpointing) ;;
+    false | none) ;;
     offload) arguments+=(--activation_checkpointing offload) ;;
-    *) fail "ACTIVATION_CHECKPOINTING=$ACTIVATION_CHECKPOINTING in $0: it must be true, false or offload" ;;
+    *) fail "ACTIVATION_CHECKPOINTING=$ACTIVATION_CHECKPOINTING in $0: it must be none, full or offload" ;;
 esac
 if [[ $TILED_MLP != 0 ]]; then arguments+=(--tiled_mlp "$TILED_MLP"); fi
 if on DETERMINISTIC "$DETERMINISTIC"; then arguments+=(--deterministic); fi

@@ -36,30 +36,19 @@ class WholeNumber(click.ParamType):  # type: ignore[type-arg]  # not generic bef
             self.fail(f"{value!r} is not a whole number.", param, ctx)
 
 
-class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
-    """A number, or `auto`."""
+class OrAuto(click.ParamType):  # type: ignore[type-arg]
+    """A number that `read` reads from a text, or `auto`."""
 
-    name = "float|auto"
+    def __init__(self, kind: str, noun: str, read: Callable[[str], float]) -> None:
+        self.name = f"{kind}|{config.AUTO}"
+        self._noun, self._read = noun, read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
-        """Return the value as a float unless it is `auto`; fail if it is neither."""
+        """Return the value as a number unless it is `auto`; fail if it is neither."""
         try:
-            return config.AUTO if value == config.AUTO else float(value)
+            return config.AUTO if value == config.AUTO else self._read(str(value))
         except ValueError:
-            self.fail(f"{value!r} is neither a number nor {config.AUTO}.", param, ctx)
-
-
-class CountOrAuto(click.ParamType):  # type: ignore[type-arg]
-    """A whole number, or `auto`."""
-
-    name = "integer|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Return the value as an int unless it is `auto`; fail if it is neither."""
-        try:
-            return config.AUTO if value == config.AUTO else config.whole_number(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor {config.AUTO}.", param, ctx)
+            self.fail(f"{value!r} is neither {self._noun} nor {config.AUTO}.", param, ctx)
 
 
 class Choice(click.Choice):  # type: ignore[type-arg]
@@ -154,8 +143,9 @@ class GroupedCommand(Command):
 def option(spec: Field[Any]) -> click.Option:
     """Build the click option of a setting."""
     kinds: dict[Any, Any] = {
-        int: WholeNumber(), float: float, config.NumberOrAuto: NumberOrAuto(), config.CountOrAuto: CountOrAuto(),
-        bool: bool, tuple[float, ...]: float,
+        int: WholeNumber(), float: float, bool: bool, tuple[float, ...]: float,
+        config.NumberOrAuto: OrAuto("float", "a number", float),
+        config.CountOrAuto: OrAuto("integer", "a whole number", config.whole_number),
     }  # fmt: skip
     alone = spec.metadata.get("alone")
     kind = Choice(spec.metadata["choices"], alone) if "choices" in spec.metadata else kinds.get(spec.type, str)

@@ -88,33 +88,30 @@ def test_what_a_status_becomes(status: int, lines: list[str], error: type[Except
     assert type(found) is error and text in str(found)
 
 
-def test_two_calls_equal_the_command(
+def test_a_call_equals_the_command(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two runs with different settings in one process; the second one saves and exports, and equals the command."""
     before = dict(os.environ)
-    settings = {"model_name": model_folder, "dataset_name": rows_file, "max_length": 128, "deterministic": True}
-    first = finetune(**settings, output_dir=tmp_path / "first", max_steps=1)
-    assert (first.steps, first.checkpoint, first.export) == (1, None, None)
-    assert "Step 1 | Loss" in capsys.readouterr().err
-
-    more = {"max_steps": 2, "lr": 1e-3, "save_checkpoint": True, "export": True}
-    second = finetune(**settings, **more, output_dir=tmp_path / "second")
+    found = finetune(
+        model_name=model_folder, dataset_name=rows_file, max_length=128, deterministic=True, max_steps=2, lr=1e-3,
+        save_checkpoint=True, export=True, output_dir=tmp_path / "call",
+    )  # fmt: skip
+    assert dict(os.environ) == before and "Step 2 | Loss" in capsys.readouterr().err
     flags = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--max_length", "128"]
     flags += ["--deterministic", "--max_steps", "2", "--lr", "1e-3", "--save_checkpoint", "--export"]
     assert launch(1, *flags, "--output_dir", str(tmp_path / "command")).returncode == 0
-    assert logged(tmp_path / "second") == logged(tmp_path / "command")
-    weights = [tmp_path / name / "model_step2" / "model.safetensors" for name in ("second", "command")]
+    folder = tmp_path / "call"
+    assert logged(folder) == logged(tmp_path / "command")
+    weights = [path / "model_step2" / "model.safetensors" for path in (folder, tmp_path / "command")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    folder = tmp_path / "second"
-    assert (second.steps, second.checkpoint, second.export) == (2, folder / "global_step2", folder / "model_step2")
-    assert math.isfinite(second.final_loss) and second.final_loss == logged(folder)[-1]["loss"]
-    assert dict(os.environ) == before
+    assert (found.steps, found.checkpoint, found.export) == (2, folder / "global_step2", folder / "model_step2")
+    assert math.isfinite(found.final_loss) and found.final_loss == logged(folder)[-1]["loss"]
 
 
-def test_a_user_error_of_the_run_is_raised(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--dataset_name /missing.json: "):
-        finetune(model_name=model_folder, dataset_name="/missing.json", output_dir=tmp_path)
+def test_a_user_error_of_the_run_is_raised(tmp_path: Path) -> None:
+    """An error that the run finds before it imports torch."""
+    with pytest.raises(UserError, match="^--deepspeed_config /missing.json: cannot be read"):
+        finetune(model_name="m", deepspeed_config="/missing.json", output_dir=tmp_path)
 
 
 CHILD = """

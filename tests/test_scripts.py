@@ -86,15 +86,24 @@ def test_a_recipe_with_a_list_of_data_sets(stand_in: Path) -> None:
     assert (data.dataset_name, data.dataset_weights) == (("my rows.jsonl", "b.parquet:0.5"), (1.0, 2.0))
 
 
-@pytest.mark.parametrize(("value", "flag"), [("false", "none"), ("offload", "offload"), ("ofload", None)])
+@pytest.mark.parametrize(("value", "flag"), [("none",) * 2, ("full",) * 2, ("offload",) * 2, ("ofload", None)])
 def test_recomputation_of_a_recipe(stand_in: Path, value: str, flag: str | None) -> None:
     line = "ACTIVATION_CHECKPOINTING="
     result = call(changed("llama-8b", stand_in.parent, f"{line}true", line + value), stand_in, "superoffload")
     if flag is None:
-        assert result.returncode == 2 and result.stderr.endswith("it must be true, false or offload\n")
+        assert result.returncode == 2 and result.stderr.endswith("it must be none, full or offload\n")
     else:
         words = (stand_in.parent / "seen").read_text().splitlines()
         assert cli.parse(words[words.index("--model_name") :]).model.activation_checkpointing == flag
+
+
+def test_a_recipe_of_an_earlier_version_still_runs(stand_in: Path) -> None:
+    script = changed("llama-8b", stand_in.parent, "LONG_ROWS=truncate", "")
+    script.write_text(script.read_text().replace("TILED_MLP=0", ""))
+    assert call(script, stand_in, "superoffload").returncode == 7
+    words = (stand_in.parent / "seen").read_text().splitlines()
+    parsed = cli.parse(words[words.index("--model_name") :])
+    assert (parsed.data.long_rows, parsed.model.tiled_mlp) == ("truncate", 0)
 
 
 def test_data_sets_after_the_mode_replace_those_of_the_recipe(stand_in: Path) -> None:
@@ -155,11 +164,13 @@ def test_a_dry_run_prints_a_command_that_a_shell_reads_back(stand_in: Path) -> N
 
 @pytest.mark.parametrize(("visible", "device"), [(None, "0"), ("3,1", "3"), ("", "")])
 def test_one_rank_needs_no_launcher(visible: str | None, device: str, stand_in: Path) -> None:
-    starter(stand_in, 'echo "$1 ${*: -2} $CUDA_VISIBLE_DEVICES ${WORLD_SIZE-unset}" > "$SEEN"')
+    others = "${WORLD_SIZE-}${SLURM_STEP_NUM_TASKS-}${OMPI_COMM_WORLD_SIZE-}"
+    starter(stand_in, f'echo "$1 ${{*: -2}} $CUDA_VISIBLE_DEVICES ({others})" > "$SEEN"')
     more = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    result = call(script_of("llama-8b"), stand_in, "superoffload", "4", "--lr", "1", WORLD_SIZE="8", **more)
+    more |= {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "2"}
+    result = call(script_of("llama-8b"), stand_in, "superoffload", "4", "--lr", "1", **more)
     assert result.returncode == 0
-    assert (stand_in.parent / "seen").read_text() == f"{REPOSITORY}/finetune_zero3.py --lr 1 {device} unset\n"
+    assert (stand_in.parent / "seen").read_text() == f"{REPOSITORY}/finetune_zero3.py --lr 1 {device} ()\n"
 
 
 def allocator(stand_in: Path, **env: str) -> list[str]:

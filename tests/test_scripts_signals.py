@@ -92,8 +92,19 @@ def assert_nothing_is_left(stand_in: Path) -> None:
     assert below(stand_in) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("script", [script_of("llama-8b"), script_of("llama-70b"), TINY], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (script_of("llama-70b"), signal.SIGTERM),
+        (script_of("llama-70b"), signal.SIGUSR1),
+        (script_of("llama-70b"), signal.SIGINT),
+        (script_of("llama-70b"), signal.SIGHUP),
+        (script_of("llama-8b"), signal.SIGTERM),
+        (script_of("llama-8b"), signal.SIGINT),
+        (TINY, signal.SIGUSR1),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else value.name,
+)
 def test_signals_reach_the_ranks_and_their_status_comes_back(
     script: Path,
     number: signal.Signals,

@@ -55,6 +55,11 @@ def _show(**values: Any) -> int:
         divided=recipes.batch(values["recipe"]) if values["recipe"] and "batch_size" not in explicit else 0,
     )
     capacity, model = _capacity(values, explicit, here), _shape(settings.model)
+    if model.heads % wanted.parts:
+        raise UserError(
+            f"--sequence_parallel_size {wanted.parts}: the {model.heads} attention heads of {model.name} cannot be "
+            f"divided among {wanted.parts} ranks; use a divisor of their number"
+        )
     if settings.offload.offload_ratio == config.AUTO:
         wanted = replace(wanted, ratio=ratio.auto(model, wanted, capacity.device)[0])
     found = plan.make(model, wanted, capacity, _hardware(values, here, ranks_per_node))

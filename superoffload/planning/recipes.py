@@ -60,7 +60,8 @@ def settings(name: str, superoffload: bool) -> dict[str, Any]:
     optimizer is on the host. Raises `UserError` for an unknown recipe.
     """
     found = values(name)
-    recomputed, tiles = found["ACTIVATION_CHECKPOINTING"], found["TILED_MLP"]
+    recomputed = found["ACTIVATION_CHECKPOINTING"]
+    tiles = found.get("TILED_MLP", "0")  # recipes of earlier versions do not have it
     return {
         "model_name": model(name),
         "batch_size": batch(name) // devices(name),

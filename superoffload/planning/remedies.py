@@ -214,11 +214,21 @@ class Search:
     def largest(self, job: Job, field: str) -> int | None:
         """Return the largest batch (`batch`) or length (`length`) that fits with all else the same; None if none.
 
-        A length is a multiple of LENGTH_STEP. Memory grows with both, except where the MLP begins to run in tiles, or
-        in one tile more; if the search ends there, a length beyond it may fit too.
+        A length is a multiple of LENGTH_STEP. Memory grows with both, except where `tiled=AUTO` makes one tile more, so
+        tiles become smaller. It does grow from any number of tokens to the one that is greater by the largest tile, the
+        model's width; so nothing larger fits if that many in a row do not.
         """
         unit, most = (1, MOST_BATCH) if field == "batch" else (LENGTH_STEP, MOST_LENGTH)
-        return unit * _last(most // unit, lambda n: self.fits(_with(job, {field: n * unit}))) or None
+
+        def fits(number: int) -> bool:
+            return self.fits(_with(job, {field: number * unit}))
+
+        last = tried = _last(most // unit, fits)
+        tile = ceil(self.shape.hidden / _with(job, {field: unit}).tokens) if job.tiled == AUTO else 0
+        while tried < min(last + tile, most // unit):
+            tried += 1
+            last = tried if fits(tried) else last
+        return unit * last or None
 
     def longest(self, job: Job) -> dict[str, int | None]:
         """Return `largest` length by flags: none, then those that let activations take less memory and lose no token.

@@ -110,6 +110,8 @@ def test_several_machines_divide_the_batch_of_a_recipe_as_its_script_does(
         ("PACKING=true", "PACKING=false", "packing", False),
         ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=false", "activation_checkpointing", "none"),
         ("ACTIVATION_CHECKPOINTING=true", "ACTIVATION_CHECKPOINTING=offload", "activation_checkpointing", "offload"),
+        ("TILED_MLP=0", "TILED_MLP=auto", "tiled_mlp", "auto"),
+        ("TILED_MLP=0", "", "tiled_mlp", 0),  # a recipe of an earlier version
         ("MAX_LENGTH=4096", "MAX_LENGTH=512", "max_length", 512),
     ],
 )
@@ -307,6 +309,10 @@ def test_measured_rates_are_used_for_the_machine_at_hand_alone(
             "--recipe llama-8b: its batch of 4 cannot be divided among 3 devices",
         ),
         (("--recipe", "llama-70b", "--nodes", "2"), "--recipe llama-70b: its batch of 4 cannot be divided among 8 "),
+        (
+            ("--model_name", "llama-8b", "--gpus", "3", "--sequence_parallel_size", "3"),
+            "--sequence_parallel_size 3: the 32 attention heads of llama-8b cannot be divided among 3 ranks",
+        ),
         (("--recipe", "gpt-5"), "--recipe gpt-5: must be one of gpt-oss-20b, "),
         (("--model_name", "llama-8b", "--batch_size", "0"), "--batch_size 0: must be 1 <= value"),
         (("--recipe", "llama-8b", "--plot", "plan.txt"), "--plot plan.txt: must be the name of a PNG file"),

@@ -8,6 +8,7 @@ import pytest
 
 from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.memory import budget
+from superoffload.planning.budget.shape import built_in
 from superoffload.planning.remedies import LENGTH_STEP, Capacity, Remedy, Search
 from tests.helpers.planning import recipe
 
@@ -188,6 +189,21 @@ def test_the_largest_fits_and_the_next_does_not(name: str, field: str, unit: int
     assert largest and largest % unit == 0
     assert search.fits(replace(wanted, **{field: largest}))  # type: ignore[arg-type]
     assert not search.fits(replace(wanted, **{field: largest + unit}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("parts", "batch"), [(1, 1), (2, 1), (1, 3)])
+def test_the_largest_length_may_lie_beyond_a_length_that_does_not_fit(parts: int, batch: int) -> None:
+    """With one tile more, tiles are smaller."""
+    shape = built_in("mixtral-8x7b")
+    _, wanted = recipe("llama-8b", batch=batch, parts=parts, tiled="auto", offload_activations=True)
+    lengths = range(LENGTH_STEP, 2**15 * parts, LENGTH_STEP)
+    need = {length: budget(shape, replace(wanted, length=length)).device_peak for length in lengths}
+    falls = [length for length in lengths[1:-1] if need[length] > need[length + LENGTH_STEP]]
+    assert len(falls) > 2
+    for fall in falls:
+        search = Search(shape=shape, capacity=Capacity(device=need[fall + LENGTH_STEP], host=None))
+        fitting = [length for length in lengths if not search.missing(replace(wanted, length=length))]
+        assert search.largest(wanted, "length") == fitting[-1] > fall
 
 
 def test_nothing_is_largest_where_nothing_fits() -> None:

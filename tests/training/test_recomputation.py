@@ -64,7 +64,7 @@ def train_all(folder: str) -> dict[tuple[str, str], Any]:
     return {run: train(folder, *run) for run in RUNS}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_losses_norms_and_weights_are_equal_bit_for_bit(ranks: int, model_folder: Path) -> None:
     for found in run_ranks(ranks, train_all, str(model_folder)):
         numbers, weights, _ = found[RUNS[0]]

@@ -33,7 +33,7 @@ def run(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("where", ["", "global_step6", "model_step6"])
+@pytest.mark.parametrize("where", ["", pytest.param("global_step6", marks=pytest.mark.slow), "model_step6"])
 def test_answers_are_those_of_the_evaluation(where: str, said: tuple[Path, str]) -> None:
     out, log = said
     samples = re.findall(r"INFO Sample \|.*?### Response:\n \| (.*?)\n(?=\d{4}-)", log, re.S)
