@@ -156,23 +156,16 @@ def fine_tune(
         control=RunControl(config, distributed.is_rank_0()),
         samples=tracking.start_samples(config, distributed.is_rank_0(), progress.step),
     )
-    recorder.start(run, forecast.record() if forecast else {}, environment.of_run)
-    try:
+    with recorder.recording(run, forecast.record() if forecast else {}, environment.of_run):
         with run.control:
             if source:
                 run.restore_rng_and_check_data(source, state)
             train(run)
             if config.checkpoint.save_checkpoint or run.stopped:
                 run.save()
-        summary = run.meter.summary(config.measurement.warmup_steps)
-        summary["stopped_by"] = run.control.stopped_by if run.stopped else None
-        metrics.report(summary, progress, run.saved, config.output.output_dir)
+        run.summarize()
         run.check_last_loss()
         run.export()
-    finally:
-        recorder.end(run)
-        run.samples.finish()
-        run.trackers.finish()
     return run.failed
 
 

@@ -76,16 +76,28 @@ devices=$((nodes * GPUS_PER_NODE))
     fail "batch size $batch_size cannot be divided among $devices devices; use a multiple of $devices"
 output_dir=${OUTPUT_DIR:-./${recipe}_${mode}_output}
 
+# Use the active environment, or else the one that scripts/setup.sh created.
+if ! command -v deepspeed >/dev/null; then
+    PATH="$repository/.venv/bin:$PATH"
+    command -v deepspeed >/dev/null || fail "deepspeed is not installed; run: bash $repository/scripts/setup.sh"
+fi
+
+# Succeed if the launcher's packages are also those of python3.
+python_has_deepspeed() {
+    python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)' 2>/dev/null
+}
+
 labels="" # the file of node names, if this script is to write one
 program=$repository/finetune_zero3.py
 bind_cores=false
 if on BIND_CORES "$BIND_CORES"; then bind_cores=true; fi
-if [[ $devices == 1 && -z ${HOSTFILE:-} ]] && ! $bind_cores; then
-    # One rank needs no launcher, whose two processes take several seconds to import torch and DeepSpeed.
+if [[ $devices == 1 && -z ${HOSTFILE:-} ]] && ! $bind_cores && python_has_deepspeed; then
+    # One rank needs no launcher, whose two processes take several seconds to import torch and DeepSpeed. Without the
+    # variables below, among them the number of tasks of srun and of mpirun, it is a job of its own.
     launch=(python3 "$program" --local_rank 0)
-    unset RANK LOCAL_RANK WORLD_SIZE SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE # it waits for no other ranks
+    unset RANK LOCAL_RANK WORLD_SIZE SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE
     visible=${CUDA_VISIBLE_DEVICES-0}
-    export CUDA_VISIBLE_DEVICES=${visible%%,*} # one device, as the launcher does it
+    export CUDA_VISIBLE_DEVICES=${visible%%,*} # the first of those it may use
 else
     launch=(deepspeed --num_gpus "$GPUS_PER_NODE")
     if [[ "$*" != *--log_level?DEBUG* ]]; then launch+=(--quiet); fi # only errors; run.log has the command
@@ -147,12 +159,6 @@ if $saves || [[ $SAVE_STEPS != 0 ]]; then arguments+=(--fail_on_checkpoint_error
 if on EXPORT "$EXPORT"; then arguments+=(--export); fi
 if on USE_WANDB "$USE_WANDB"; then
     arguments+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_run_name "$WANDB_RUN_NAME-$mode")
-fi
-
-# Use the active environment, or else the one that scripts/setup.sh created.
-if ! command -v deepspeed >/dev/null; then
-    PATH="$repository/.venv/bin:$PATH"
-    command -v deepspeed >/dev/null || fail "deepspeed is not installed; run: bash $repository/scripts/setup.sh"
 fi
 
 # Less fragmentation on the device, and pinned memory that is neither rounded up to a power of two nor kept after it was
@@ -296,7 +302,8 @@ set +m
 while kill -0 "$launcher" 2>/dev/null; do sleep 0.2 || true; done # a trap would interrupt `wait`, whose status is then lost
 status=0
 wait "$launcher" || status=$?
-left_alone=$(ranks)
+left_alone=""
+if [[ ${launch[0]} == deepspeed ]]; then left_alone=$(ranks); fi
 while [[ -n $(ranks) ]]; do sleep 0.2 || true; done # a scheduler signals the launcher too, which then exits before its ranks
 ((signals == 0)) || kill -s TERM -- "-$launcher" 2>/dev/null || true # children of the ranks, such as tokenising workers
 trap - USR1 TERM INT HUP

@@ -5,20 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from superoffload import cli, config, config_file
+from superoffload import cli, config, config_file, launcher
 from superoffload.ds_config import REPOSITORY
 from superoffload.errors import UserError
 
 SCRIPT = REPOSITORY / "finetune_zero3.py"
 ERROR = "Error: "
 KEPT_LINES = 50
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    *launcher.SIZES,
+)  # fmt: skip
+"""What would make the run a rank of the job that this process belongs to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +58,9 @@ def finetune(**settings: Any) -> Finetuned:
             "repository"
         )
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    began = time.time()
     _run([sys.executable, str(SCRIPT), *flags], environment)
-    return _result(asked)
+    return _result(asked, began)
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
@@ -130,9 +136,13 @@ def _error(status: int, lines: deque[str]) -> Exception:
     return RuntimeError(f"finetune: the run {how}; its last line: {lines[-1] if lines else '(none)'}")
 
 
-def _result(asked: config.Config) -> Finetuned:
+def _result(asked: config.Config, began: float) -> Finetuned:
+    """Read what the run has left. Raises `RuntimeError` if it could not write its summary."""
     folder = Path(asked.output.output_dir)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if summary.get("ended_at", 0.0) < began:  # of an earlier run, or none
+        raise RuntimeError(f"finetune: the run has ended, but {path} could not be written; see {folder / 'run.log'}")
     loss, checkpoint = summary["final_loss"], summary["checkpoint"]
     export = folder / f"model_step{summary['global_step']}"
     return Finetuned(

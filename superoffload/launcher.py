@@ -16,6 +16,8 @@ _SCHEDULERS = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
 }
+SIZES = tuple(size for _, size, _, _ in _SCHEDULERS.values())
+"""The variables without which a process joins no other tasks."""
 _FIRST_PORT, _PORTS = 15000, 15000
 
 

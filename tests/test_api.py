@@ -1,5 +1,6 @@
 """`from superoffload import finetune`: a run from Python."""
 
+import json
 import math
 import os
 import subprocess
@@ -88,30 +89,48 @@ def test_what_a_status_becomes(status: int, lines: list[str], error: type[Except
     assert type(found) is error and text in str(found)
 
 
+@pytest.mark.unit
+def test_the_summary_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    asked = cli.parse(["--model_name", "m", "--output_dir", str(tmp_path)])
+    for text in (None, '{"ended_at": 5.0}'):
+        if text is not None:
+            (tmp_path / "summary.json").write_text(text)
+        with pytest.raises(RuntimeError, match=r"the run has ended, but .*summary.json could not be written; see "):
+            api._result(asked, 6.0)
+
+
+@pytest.mark.unit
+def test_what_was_not_asked_for_is_none(tmp_path: Path) -> None:
+    asked = cli.parse(["--model_name", "m", "--output_dir", str(tmp_path)])
+    (tmp_path / "model_step1").mkdir()  # of an earlier run
+    summary = {"global_step": 1, "final_loss": None, "checkpoint": None, "ended_at": 5.0}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    found = api._result(asked, 4.0)
+    assert (found.steps, found.checkpoint, found.export) == (1, None, None) and math.isnan(found.final_loss)
+
+
 def test_a_call_equals_the_command(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = dict(os.environ)
-    found = finetune(
-        model_name=model_folder, dataset_name=rows_file, max_length=128, deterministic=True, max_steps=2, lr=1e-3,
-        save_checkpoint=True, export=True, output_dir=tmp_path / "call",
-    )  # fmt: skip
-    assert dict(os.environ) == before and "Step 2 | Loss" in capsys.readouterr().err
+    settings = {"model_name": model_folder, "dataset_name": rows_file, "max_length": 128, "deterministic": True}
+    folder = tmp_path / "call"
+    done = finetune(**settings, output_dir=folder, max_steps=2, lr=1e-3, save_checkpoint=True, export=True)
+    assert "Step 1 | Loss" in capsys.readouterr().err
     flags = ["--model_name", str(model_folder), "--dataset_name", str(rows_file), "--max_length", "128"]
     flags += ["--deterministic", "--max_steps", "2", "--lr", "1e-3", "--save_checkpoint", "--export"]
     assert launch(1, *flags, "--output_dir", str(tmp_path / "command")).returncode == 0
-    folder = tmp_path / "call"
     assert logged(folder) == logged(tmp_path / "command")
-    weights = [path / "model_step2" / "model.safetensors" for path in (folder, tmp_path / "command")]
+    weights = [tmp_path / name / "model_step2" / "model.safetensors" for name in ("call", "command")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert (found.steps, found.checkpoint, found.export) == (2, folder / "global_step2", folder / "model_step2")
-    assert math.isfinite(found.final_loss) and found.final_loss == logged(folder)[-1]["loss"]
+    assert (done.steps, done.checkpoint, done.export) == (2, folder / "global_step2", folder / "model_step2")
+    assert math.isfinite(done.final_loss) and done.final_loss == logged(folder)[-1]["loss"]
+    assert dict(os.environ) == before
 
 
-def test_a_user_error_of_the_run_is_raised(tmp_path: Path) -> None:
-    """An error that the run finds before it imports torch."""
-    with pytest.raises(UserError, match="^--deepspeed_config /missing.json: cannot be read"):
-        finetune(model_name="m", deepspeed_config="/missing.json", output_dir=tmp_path)
+def test_a_user_error_of_the_run_is_raised(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--deepspeed_config /missing.json: "):  # said before torch is imported
+        finetune(model_name=model_folder, deepspeed_config="/missing.json", output_dir=tmp_path)
 
 
 CHILD = """

@@ -137,6 +137,7 @@ def start_node(rank: int, port: int, flags: list[str], folder: Path) -> "subproc
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_nodes_without_ssh(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     """Start a recipe on each of two nodes, here two launchers on the loopback interface."""
     (tmp_path / "scripts").mkdir()

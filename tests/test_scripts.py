@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from superoffload import cli, config
+from superoffload import cli, config, launcher
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.recipes import (
     OTHER_VALUES,
@@ -34,8 +34,8 @@ def test_a_recipe_starts_the_program_with_its_values(recipe: str, mode: str, sta
     assert result.returncode == 7, result.stderr  # the launcher's own status
     banner = result.stdout.splitlines()[1]
     assert banner == f"Fine-tuning {model} on {gpus} x GPU, {mode}"
-    launcher, flags = seen(stand_in)
-    assert launcher == (["--num_gpus", str(gpus), "--quiet", "--bind_cores_to_rank"] if gpus > 1 else [])
+    words, flags = seen(stand_in)
+    assert words == (["--num_gpus", str(gpus), "--quiet", "--bind_cores_to_rank"] if gpus > 1 else [])
     values = config.flat(cli.parse(flags))
     expected = {
         "model_name": model, "max_length": max_length, "sub_group_size": sub_group, "leaf_module": leaf,
@@ -164,13 +164,19 @@ def test_a_dry_run_prints_a_command_that_a_shell_reads_back(stand_in: Path) -> N
 
 @pytest.mark.parametrize(("visible", "device"), [(None, "0"), ("3,1", "3"), ("", "")])
 def test_one_rank_needs_no_launcher(visible: str | None, device: str, stand_in: Path) -> None:
-    others = "${WORLD_SIZE-}${SLURM_STEP_NUM_TASKS-}${OMPI_COMM_WORLD_SIZE-}"
-    starter(stand_in, f'echo "$1 ${{*: -2}} $CUDA_VISIBLE_DEVICES ({others})" > "$SEEN"')
-    more = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    more |= {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "2"}
-    result = call(script_of("llama-8b"), stand_in, "superoffload", "4", "--lr", "1", **more)
+    left = "".join(f"${{{name}-}}" for name in ("WORLD_SIZE", *launcher.SIZES))
+    starter(stand_in, f'echo "$1 ${{*: -2}} $CUDA_VISIBLE_DEVICES <{left}>" > "$SEEN"')
+    env = {"WORLD_SIZE": "8", **dict.fromkeys(launcher.SIZES, "8")}
+    env |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    result = call(script_of("llama-8b"), stand_in, "superoffload", "4", "--lr", "1", **env)
     assert result.returncode == 0
-    assert (stand_in.parent / "seen").read_text() == f"{REPOSITORY}/finetune_zero3.py --lr 1 {device} ()\n"
+    assert (stand_in.parent / "seen").read_text() == f"{REPOSITORY}/finetune_zero3.py --lr 1 {device} <>\n"
+
+
+def test_a_python_without_deepspeed_leaves_one_rank_to_the_launcher(stand_in: Path) -> None:
+    program(stand_in / "python3", "exit 1")
+    assert call(script_of("llama-8b"), stand_in, "superoffload").returncode == 7
+    assert seen(stand_in)[0] == ["--num_gpus", "1", "--quiet"]
 
 
 def allocator(stand_in: Path, **env: str) -> list[str]:
@@ -212,8 +218,8 @@ def test_nodes_reached_by_ssh(stand_in: Path) -> None:
     hosts = stand_in.parent / "hosts"
     hosts.write_text("# two nodes\nalpha slots=4\nbeta slots=4\n\n")
     call(script_of("llama-70b"), stand_in, "superoffload", "8", HOSTFILE=str(hosts), MASTER_ADDR="alpha")
-    launcher, flags = seen(stand_in)
-    assert launcher[-2:] == ["--hostfile", str(hosts)]
+    words, flags = seen(stand_in)
+    assert words[-2:] == ["--hostfile", str(hosts)]
     assert cli.parse(flags).training.batch_size == 1
     result = call(script_of("llama-70b"), stand_in, "superoffload", HOSTFILE="/no/such/file")
     assert (result.returncode, result.stderr) == (2, "Error: HOSTFILE=/no/such/file: no such file\n")
@@ -222,8 +228,8 @@ def test_nodes_reached_by_ssh(stand_in: Path) -> None:
 def test_nodes_without_ssh(stand_in: Path) -> None:
     node = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
     call(script_of("llama-8b"), stand_in, "superoffload", OUTPUT_DIR="out", **node)
-    launcher, flags = seen(stand_in)
-    assert launcher == [
+    words, flags = seen(stand_in)
+    assert words == [
         "--num_gpus", "1", "--quiet", "--hostfile", "out/hostfile_1", "--no_ssh", "--node_rank", "1",
         "--master_addr", "10.0.0.1", "--master_port", "29501",
     ]  # fmt: skip
@@ -287,7 +293,7 @@ def test_without_deepspeed_the_setup_command_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "status", "tools"),
+    ("commands", "status", "tools"),
     [
         ("exit 0", 0, ["tiny write out/start", "tiny score out/start out"]),
         ("exit 7", 7, ["tiny write out/start"]),
@@ -296,9 +302,9 @@ def test_without_deepspeed_the_setup_command_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_the_example_is_scored_after_a_complete_run(
-    launcher: str, status: int, tools: list[str], stand_in: Path
+    commands: str, status: int, tools: list[str], stand_in: Path
 ) -> None:
-    starter(stand_in, launcher)
+    starter(stand_in, commands)
     program(stand_in / "superoffload", 'echo "$@" >> "$SEEN"')
     result = call(TINY, stand_in, "superoffload", OUTPUT_DIR="out")
     assert result.returncode == status, result.stderr

@@ -75,6 +75,14 @@ def test_a_killed_launcher_is_no_complete_run(stand_in: Path) -> None:
     assert "scored" not in result.stdout
 
 
+def test_a_rank_without_a_launcher_may_leave_a_child_behind(stand_in: Path) -> None:
+    program(stand_in / "child", 'sleep 0.5; touch "$SEEN"')
+    starter(stand_in, f"{stand_in}/child --local_rank 0 & exit 0")  # a fork has the command line of its rank
+    result = call(script_of("llama-8b"), stand_in, "superoffload")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (stand_in.parent / "seen").exists()  # it was waited for
+
+
 def function_of(name: str, folder: Path) -> str:
     """Return a function of _launch.sh that looks for /proc and /sys in a folder."""
     text = (SCRIPTS / "_launch.sh").read_text()

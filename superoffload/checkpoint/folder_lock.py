@@ -1,4 +1,7 @@
-"""The lock of an output folder: one run at a time writes there. Imports no torch."""
+"""The lock of an output folder: one run at a time writes there. Imports no torch.
+
+It is a lock of `run.log`, because NFS locks only files that are open for writing, which a folder cannot be.
+"""
 
 import fcntl
 import os
@@ -7,6 +10,7 @@ from pathlib import Path
 
 from superoffload.errors import UserError
 from superoffload.log import logger
+from superoffload.run_log import FILE
 
 LOOK_S = 0.1
 """Longer than `is_locked` holds the lock that it looks at."""
@@ -18,8 +22,9 @@ def lock(folder: str) -> int | None:
     Returns the handle that holds the lock, None if the file system has no locks. Raises `UserError` if another run
     holds it.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle = None
     try:
+        handle = os.open(Path(folder) / FILE, os.O_RDWR | os.O_CREAT, 0o666)
         if not _take(handle, fcntl.LOCK_EX):
             time.sleep(LOOK_S)
             if not _take(handle, fcntl.LOCK_EX):
@@ -29,7 +34,7 @@ def lock(folder: str) -> int | None:
                 )
     except OSError as error:
         logger.warning("%s cannot be locked (%s): make sure that no other run writes there", folder, error.strerror)
-        os.close(handle)
+        unlock(handle)
         return None
     return handle
 
@@ -43,7 +48,7 @@ def unlock(handle: int | None) -> None:
 def is_locked(folder: Path) -> bool:
     """Return whether a run holds the lock of an output folder; False if the file system has no locks."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder / FILE, os.O_RDONLY)
     except OSError:
         return False
     try:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,11 @@ def losses(output_dir: Path, step: int | None, name: str) -> list[tuple[int, flo
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON, one object per file or per line; an unreadable file has none."""
-    try:
+    """Read the objects of a file of JSON, one per file or per line, but for what cannot be read."""
+    found = []
+    with suppress(OSError, UnicodeDecodeError):
         text = path.read_text(encoding="utf-8")
-        objects = [json.loads(text)] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError):
-        return []
-    return [item for item in objects if isinstance(item, dict)]
+        for part in [text] if path.suffix == ".json" else text.splitlines():
+            with suppress(ValueError):  # the last line of a run that was killed
+                found.append(json.loads(part))
+    return [item for item in found if isinstance(item, dict)]

@@ -1,8 +1,12 @@
-"""Record a run on rank 0: `run.json` at its start, the report at its end. A failure is a warning, never an error."""
+"""Record a run on rank 0: `run.json` at its start, the report at its end. A failure is a warning, never an error.
+
+Nothing here is collective, so a rank that fails alone, or is slow to record, makes no other rank hang.
+"""
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,24 @@ from superoffload.checkpoint.manifest import replace_text
 from superoffload.errors import FAILURES, first_line
 from superoffload.log import logger
 from superoffload.reporting import report
-from superoffload.reporting.records import RUN_FILE, starts
+from superoffload.reporting.records import RUN_FILE, json_object, starts
 from superoffload.training.run import Run
+
+
+@contextmanager
+def recording(run: Run, plan: Mapping[str, Any], environment: Callable[[], Any]) -> Iterator[None]:
+    """Record a run around its steps, however they end; then end its trackers. The arguments are those of `start`."""
+    failure = None
+    start(run, plan, environment)
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        end(run, failure)
+        run.samples.finish()
+        run.trackers.finish()
 
 
 def start(run: Run, plan: Mapping[str, Any], environment: Callable[[], Any]) -> None:
@@ -27,18 +47,21 @@ def start(run: Run, plan: Mapping[str, Any], environment: Callable[[], Any]) -> 
         return
     path = Path(run.config.output.output_dir) / RUN_FILE
     try:
-        record = _record(run, plan, environment(), _earlier_starts(path) if run.progress.step else [])
+        record = _record(run, plan, environment(), starts(json_object(path, [])) if run.progress.step else [])
         replace_text(path, json.dumps(record, indent=1) + "\n")
     except FAILURES as error:
         logger.warning("%s was not written: %s", RUN_FILE, first_line(error))
 
 
-def end(run: Run) -> None:
-    """Write the report of a run, and give it to the trackers."""
+def end(run: Run, failure: BaseException | None = None) -> None:
+    """Write the report of a run, and give it to the trackers; add the error that ended the run to `run.json`."""
     if not distributed.is_rank_0():
         return
     folder = Path(run.config.output.output_dir)
     try:
+        if failure is not None:
+            record = {**json_object(folder / RUN_FILE, []), "error": first_line(failure)}
+            replace_text(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         path = report.write(folder, folder / report.REPORT_FILE)
     except (*FAILURES, TemplateError) as error:
         logger.warning("No report was written: %s", first_line(error))
@@ -64,12 +87,3 @@ def _record(run: Run, plan: Mapping[str, Any], environment: Any, before: list[di
         "data": asdict(run.batches.statistics()),
         "environment": environment,
     }
-
-
-def _earlier_starts(path: Path) -> list[dict[str, Any]]:
-    """Return the starts that a resumed run continues; none if it continues one of another folder."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return starts(found) if isinstance(found, dict) else []

@@ -62,12 +62,12 @@ def read(folder: Path) -> Records:
     if not any((folder / name).is_file() for name in (RUN_FILE, METRICS_FILE)):
         raise UserError(f"{folder}: has neither {RUN_FILE} nor {METRICS_FILE}; give the output folder of a run")
     notes: list[str] = []
-    run, summary = _object(folder / RUN_FILE, notes), _object(folder / SUMMARY_FILE, notes)
+    run, summary = (json_object(folder / name, notes) for name in (RUN_FILE, SUMMARY_FILE))
     metrics = sorted(_lines(folder / METRICS_FILE, notes), key=lambda line: float(line["step"]))
     return Records(
         folder=folder,
         run=run,
-        summary={} if _outdated(summary, run) else summary,
+        summary={} if outdated(summary, run) else summary,
         steps=[line for line in metrics if "loss" in line],
         evaluations=[line for line in metrics if "eval_loss" in line],
         samples=list(_lines(folder / SAMPLES_FILE, notes)),
@@ -102,13 +102,14 @@ def starts(run: Mapping[str, Any]) -> list[Line]:
     return [one for one in listed if all(number(one.get(name)) is not None for name in ("at", "step"))]
 
 
-def _outdated(summary: Line, run: Line) -> bool:
+def outdated(summary: Line, run: Line) -> bool:
     """Return whether a summary was written before the last start, which then has not ended in order."""
     began, ended = starts(run), number(summary.get("ended_at"))
     return bool(began) and (ended is None or ended < began[-1]["at"])
 
 
-def _object(path: Path, notes: list[str]) -> Line:
+def json_object(path: Path, notes: list[str]) -> Line:
+    """Return the object that a file holds; empty without one, of which `notes` says why if there is a file."""
     if not path.is_file():
         return {}
     try:

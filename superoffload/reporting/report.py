@@ -74,6 +74,8 @@ def state(found: Records) -> str:
     total = number(found.run.get("total_steps"))
     of_total = f" of {total:,.0f}" if total else ""
     steps = f"{found.last_step:,}{of_total} steps"
+    if found.run.get("error"):
+        return f"Failed; step {found.last_step:,}{of_total} is the last on record. {found.run['error']}"
     if not found.summary and not found.last_step:
         return f"Not finished: no step{of_total} is on record"
     if not found.summary:
@@ -97,6 +99,7 @@ def _head(found: Records) -> list[str]:
         words.append(f"took {timedelta(seconds=round(ended - began[-1]['at']))}" if ended else "")
         resumed = [f"{one['step']:,}" for one in began if one["step"]]
         words.append(f"resumed from step {', '.join(resumed)}" if resumed else "")
+    words.append(str(found.summary.get("checkpoint_note") or ""))
     return [word for word in words if word]
 
 

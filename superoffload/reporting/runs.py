@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from superoffload import config_file
+from superoffload import config_file, run_log
 from superoffload.checkpoint import folder_lock, manifest
 from superoffload.errors import UserError
+from superoffload.reporting import records
+from superoffload.reporting.records import METRICS_FILE, RUN_FILE, SETTINGS_FILE, SUMMARY_FILE, number
 
-RUN_FILE = "run.json"
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-SUMMARY_FILE = "summary.json"
 TAIL_BYTES = 2**20
 """How much of the end of metrics.jsonl is read: about 2,000 logged steps."""
 NO_RUNS_IN = (".", "global_step", "model_step", "__pycache__", "node_modules", "wandb", "mlruns", "tensorboard")
@@ -59,30 +57,30 @@ def output_folders(folder: Path) -> Iterator[Path]:
     """List the output folders of runs in and below a folder; does not follow links."""
     for path, inner, files in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(NO_RUNS_IN)]
-        if RUN_FILE in files or {CONFIG_FILE, METRICS_FILE} <= {*files}:
+        if RUN_FILE in files or {SETTINGS_FILE, METRICS_FILE} <= {*files}:
             yield Path(path)
 
 
 def read(folder: Path) -> FoundRun:
     """Read what the files of an output folder say; a file that is missing, truncated or being written says less."""
     described = _described(folder)
+    model = described.get("model")
     logged, evaluated = _last_lines(folder / METRICS_FILE)
-    summary = _object(folder / SUMMARY_FILE)
-    started_at = max(_modified(folder / RUN_FILE), _modified(folder / CONFIG_FILE))
-    has_ended = bool(summary) and _modified(folder / SUMMARY_FILE) >= started_at
-    step = _number(logged.get("step")) or (_number(summary.get("global_step")) if has_ended else None) or 0
-    total = _number(described.get("total_steps"))
+    summary = records.json_object(folder / SUMMARY_FILE, [])
+    has_ended = bool(summary) and not records.outdated(summary, described)
+    step = max(number(logged.get("step")) or 0, (number(summary.get("global_step")) or 0) if has_ended else 0)
+    total = number(described.get("total_steps"))
     if folder_lock.is_locked(folder):
         state = RUNNING
-    elif not has_ended:
+    elif not has_ended or described.get("error"):
         state = DIED
     else:
-        epochs = _number(described.get("num_train_epochs"))
-        is_complete = step >= total if total else (_number(logged.get("epoch")) or 0) >= (epochs or 0)
-        state = FINISHED if is_complete else STOPPED
+        epochs = number(described.get("num_train_epochs")) or 0
+        is_complete = step >= total if total else (number(logged.get("epoch")) or 0) >= epochs
+        state = FINISHED if is_complete and not summary.get("stopped_by") else STOPPED
     return FoundRun(
         folder=folder,
-        model=_text(described.get("model")),
+        model=_text(model.get("name")) if isinstance(model, dict) else None,
         mode=_text(described.get("mode")),
         step=int(step),
         total_steps=int(total) if total else None,
@@ -90,21 +88,21 @@ def read(folder: Path) -> FoundRun:
         eval_loss=_loss(evaluated, "eval_loss"),
         state=state,
         checkpoint=_checkpoint(folder),
-        active_at=max(started_at, _modified(folder / METRICS_FILE), _modified(folder / "run.log")),
+        active_at=max(_modified(folder / name) for name in (RUN_FILE, SETTINGS_FILE, METRICS_FILE, run_log.FILE)),
     )
 
 
 def _described(folder: Path) -> dict[str, Any]:
     """Return what run.json says; of a run without it, what its settings say."""
-    described = _object(folder / RUN_FILE)
+    described = records.json_object(folder / RUN_FILE, [])
     if described:
         return described
     try:
-        values = config_file.read(str(folder / CONFIG_FILE))
+        values = config_file.read(str(folder / SETTINGS_FILE))
     except UserError:
         return {}
     return {
-        "model": values.get("model_name"),
+        "model": {"name": values.get("model_name")},
         "mode": Path(values.get("deepspeed_config", "superoffload.json")).stem,
         "total_steps": values.get("bench_steps") or values.get("max_steps"),
         "num_train_epochs": values.get("num_train_epochs", 1),
@@ -135,13 +133,6 @@ def _last_with(lines: bytes, key: bytes) -> dict[str, Any]:
     return {}
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        return _parsed(path.read_bytes())
-    except OSError:
-        return {}
-
-
 def _parsed(text: bytes) -> dict[str, Any]:
     """Return a JSON object, empty if the text is no complete one."""
     try:
@@ -167,10 +158,6 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and value == value else None
-
-
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
@@ -179,5 +166,5 @@ def _loss(line: dict[str, Any], name: str) -> float | None:
     """Return a loss of metrics.jsonl, where null is one that is infinite or NaN."""
     if name not in line:
         return None
-    found = _number(line[name])
+    found = number(line[name])
     return float("nan") if found is None else found

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from superoffload import distributed
+from superoffload.checkpoint.manifest import replace_text
 from superoffload.config import Config
 from superoffload.data.collate import Batch
 from superoffload.log import logger
@@ -268,7 +269,7 @@ def report(summary: dict[str, Any], progress: Progress, saved: Saved, folder: st
     }
     if distributed.is_rank_0():
         try:
-            (Path(folder) / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
+            replace_text(Path(folder) / "summary.json", to_json(summary, indent=2) + "\n")
         except OSError as error:
             logger.error("summary.json could not be written: %s", error)
     resumed = f" ({summary['steps']} of them since the resume)" if summary["steps"] < progress.step else ""

@@ -17,6 +17,7 @@ from superoffload.export import weights
 from superoffload.log import logger
 from superoffload.model.head import Loss
 from superoffload.protocols import Engine, Tokenizer
+from superoffload.training import metrics
 from superoffload.training import progress as outcomes
 from superoffload.training.evaluation import Evaluation
 from superoffload.training.metrics import Meter
@@ -91,6 +92,12 @@ class Run:
             logger.warning("The loss of step %d is infinite or NaN", self.progress.step - 1)
         if self.bad_steps and self.bad_steps == self.config.training.stop_on_nan:
             raise self._diverged(self.progress.step - 1)
+
+    def summarize(self) -> None:
+        """Write `summary.json` and log the last lines of the run (collective)."""
+        summary = self.meter.summary(self.config.measurement.warmup_steps)
+        summary["stopped_by"] = self.control.stopped_by if self.stopped else None
+        metrics.report(summary, self.progress, self.saved, self.config.output.output_dir)
 
     def check_last_loss(self) -> None:
         """Raise `UserError` if the loss of the last step is infinite or NaN on any rank (collective)."""

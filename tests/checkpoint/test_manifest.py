@@ -141,6 +141,7 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         patched.setattr(manifest, "sync", sync)
         with pytest.raises(OSError, match="No space left"):
             manifest.replace_text(tmp_path / "latest", "global_step6")
+    assert os.listdir(tmp_path) == ["latest"]  # and nothing is left of what did not fit
     assert (tmp_path / "latest").read_text() == "global_step3"
     manifest.replace_text(tmp_path / "latest", "global_step6")
     assert (tmp_path / "latest").read_text() == "global_step6"

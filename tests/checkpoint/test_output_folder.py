@@ -20,9 +20,9 @@ def test_an_output_folder_that_cannot_be_written(folder: str) -> None:
 
 
 @pytest.mark.unit
-def test_preparing_leaves_no_file(tmp_path: Path) -> None:
+def test_preparing_leaves_only_the_locked_file(tmp_path: Path) -> None:
     output_folder.prepare(str(tmp_path / "a" / "b"))
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["run.log"]
 
 
 @pytest.mark.unit
@@ -69,8 +69,17 @@ def test_a_lock_can_be_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.unit
+def test_what_is_locked_is_open_for_writing(tmp_path: Path) -> None:
+    """NFS locks nothing else."""
+    handle = folder_lock.lock(str(tmp_path))
+    assert handle is not None and os.write(handle, b"") == 0
+    folder_lock.unlock(handle)
+
+
+@pytest.mark.unit
 def test_a_look_at_the_lock_refuses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = os.open(tmp_path, os.O_RDONLY)
+    (tmp_path / "run.log").touch()
+    look = os.open(tmp_path / "run.log", os.O_RDONLY)
     fcntl.flock(look, fcntl.LOCK_SH)
     monkeypatch.setattr(time, "sleep", lambda seconds: os.close(look))  # the look is over
     folder_lock.unlock(folder_lock.lock(str(tmp_path)))

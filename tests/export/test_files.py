@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from superoffload.checkpoint import rank_files
 from superoffload.checkpoint.trust import Trust
 from superoffload.errors import UserError
-from superoffload.export import files, weights
+from superoffload.export import files, picture, weights
 from tests.helpers.exports import STEPS, Trained, load
 
 
@@ -57,6 +58,7 @@ def test_the_model_card_names_data_settings_and_loss(damaged: Path, tmp_path: Pa
     (damaged / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"cut sho')
     weights.export(damaged, tmp_path / "target")
     card = (tmp_path / "target" / "README.md").read_text()
+    assert f"| training loss | {5.0 - STEPS:.4f} |" in card  # the last line was cut off
     assert "datasets:\n- tatsu-lab/alpaca\n" in card
     assert "| lr | 0.005 |" in card
     assert f"| steps | {STEPS} |" in card
@@ -115,3 +117,12 @@ def test_the_model_card_names_what_was_trained(trained: dict[str, Trained]) -> N
     card = files.card(checkpoint, "bfloat16")
     assert "| decay | 0.1 |" in card and "| label_smoothing | 0.2 |" in card
     assert r"| freeze | embed\|head norm |" in card
+
+
+@pytest.mark.unit
+def test_a_matplotlib_that_does_not_work_leaves_out_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # an import raises ImportError
+    assert not picture.draw(tmp_path / "loss.png", [(1, 2.0), (2, 1.0)], [])
+    assert "The model card has no curve of the loss: " in caplog.text and list(tmp_path.iterdir()) == []

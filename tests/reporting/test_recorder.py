@@ -10,7 +10,7 @@ import pytest
 from superoffload import config, distributed
 from superoffload.data.rows import RowCounts
 from superoffload.data.statistics import Statistics
-from superoffload.reporting import recorder, report
+from superoffload.reporting import recorder, records, report, runs
 from superoffload.training.progress import Progress
 
 STATISTICS = Statistics(
@@ -21,18 +21,25 @@ PLAN = {"parameters": 1000, "trained_parameters": 900, "planned_memory": {"host_
 
 
 class Attached(list[Path]):
-    """A tracker that keeps the files it is given."""
+    """Trackers that keep the files they are given."""
+
+    finished = False
 
     def attach(self, path: Path) -> None:
+        assert not self.finished
         self.append(path)
+
+    def finish(self) -> None:
+        self.finished = True
 
 
 def make_run(folder: Path, step: int = 0) -> Any:
     chosen = config.build({"model_name": "org/m", "output_dir": str(folder)})
     batches = SimpleNamespace(statistics=lambda: STATISTICS)
     return SimpleNamespace(
-        config=chosen, progress=Progress(step=step), batches=batches, last_step=9, trackers=Attached()
-    )
+        config=chosen, progress=Progress(step=step), batches=batches, last_step=9, trackers=Attached(),
+        samples=Attached(),
+    )  # fmt: skip
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -74,6 +81,27 @@ def test_the_trackers_get_the_report(one_rank: None, tmp_path: Path, caplog: pyt
     assert run.trackers == [tmp_path / "report.html"]
     assert "org/m" in run.trackers[0].read_text()
     assert caplog.messages == [f"Report: {tmp_path / 'report.html'}"]
+
+
+def test_the_error_that_ends_a_run_is_on_record(one_rank: None, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(RuntimeError), recorder.recording(run, PLAN, dict):
+        raise RuntimeError("the loss was NaN\nmore")
+    assert run.trackers == [tmp_path / "report.html"] and run.trackers.finished and run.samples.finished
+    found = records.read(tmp_path)
+    assert report.state(found) == "Failed; step 0 of 9 is the last on record. the loss was NaN"
+    assert recorded(tmp_path)["model"]["name"] == "org/m"
+    (tmp_path / "summary.json").write_text(json.dumps({"global_step": 9, "ended_at": 1e12}))  # as after the last step
+    assert runs.read(tmp_path).state == "died"
+    with recorder.recording(run := make_run(tmp_path), PLAN, dict):
+        pass
+    assert "error" not in recorded(tmp_path) and run.trackers.finished
+
+
+def test_the_list_of_runs_reads_what_is_recorded(one_rank: None, tmp_path: Path) -> None:
+    recorder.start(make_run(tmp_path), PLAN, dict)
+    found = runs.read(tmp_path)
+    assert (found.model, found.mode, found.total_steps, found.state) == ("org/m", "superoffload", 9, "died")
 
 
 def test_what_goes_wrong_is_a_warning(

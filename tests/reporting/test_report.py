@@ -114,6 +114,12 @@ def test_how_a_run_ended(summary: dict[str, Any], expected: str, tmp_path: Path)
     assert report.state(records.read(tmp_path)) == expected
 
 
+def test_the_page_says_how_the_last_save_ended(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"global_step": 9, "checkpoint_note": "NO CHECKPOINT WAS SAVED"}))
+    assert "NO CHECKPOINT WAS SAVED" in page_of(tmp_path).texts["p"]
+
+
 def test_changed_settings_come_first(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     made = config.build({"model_name": "m", "output_dir": "o", "lr": 3e-4, "wandb_tags": ("a", "b")})

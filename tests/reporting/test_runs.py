@@ -17,7 +17,10 @@ from tests.helpers.runs import make_checkpoint
 
 pytestmark = pytest.mark.unit
 
-DESCRIPTION = {"model": "owner/model", "mode": "superoffload", "started": "now", "total_steps": 300}
+DESCRIPTION = {
+    "model": {"name": "owner/model"}, "mode": "superoffload", "starts": [{"at": 100.0, "step": 0}], "total_steps": 300,
+}  # fmt: skip
+ENDED = {"ended_at": 200.0, "stopped_by": None}
 
 
 def line(step: int, **more: Any) -> str:
@@ -44,15 +47,19 @@ def test_a_run_that_died(tmp_path: Path) -> None:
 
 
 def test_the_states(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "out", line(300), {"global_step": 300})
-    assert runs.read(folder).state == "finished"
-    (folder / "metrics.jsonl").write_text(line(200))
-    assert runs.read(folder).state == "stopped"
+    folder = write_run(tmp_path / "out", line(200), {"global_step": 300, **ENDED})
+    assert (runs.read(folder).state, runs.read(folder).step) == ("finished", 300)
     handle = folder_lock.lock(str(folder))
     assert runs.read(folder).state == "running"
     folder_lock.unlock(handle)
-    os.utime(folder / "summary.json", (1, 1))  # of a start before the last one
+    (folder / "run.json").write_text(json.dumps({**DESCRIPTION, "error": "the loss was NaN"}))
     assert runs.read(folder).state == "died"
+    stopped = write_run(tmp_path / "stopped", summary={"global_step": 300, **ENDED, "stopped_by": "SIGTERM"})
+    assert runs.read(stopped).state == "stopped"
+    (stopped / "summary.json").write_text(json.dumps({"global_step": 205, **ENDED}))
+    assert (runs.read(stopped).state, runs.read(stopped).step) == ("stopped", 205)
+    (stopped / "summary.json").write_text(json.dumps({"global_step": 300, "ended_at": 99.0}))  # of an earlier start
+    assert (runs.read(stopped).state, runs.read(stopped).step) == ("died", 200)
 
 
 def test_a_run_without_run_json_is_described_by_its_settings(tmp_path: Path) -> None:
@@ -92,7 +99,7 @@ def test_only_the_end_of_the_metrics_is_read(tmp_path: Path, monkeypatch: pytest
 
 
 def test_damaged_files_say_less(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "out", summary={"global_step": 200})
+    folder = write_run(tmp_path / "out", summary={"global_step": 200, **ENDED})
     (folder / "latest").write_text("../elsewhere")
     (folder / "summary.json").write_text('{"global_')
     (folder / "run.json").write_text('{"model": 3, "total_steps": "many"')
@@ -117,8 +124,9 @@ def test_runs_are_found_below_a_folder_the_last_active_first(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_table_fits_the_terminal(width: int, tmp_path: Path) -> None:
-    write_run(tmp_path / "llama-8b_superoffload_output_of_a_long_name_and_more", model="meta-llama/Llama-3.1-8B")
-    write_run(tmp_path / "short", line(1200), {"global_step": 120000}, total_steps=120000)
+    model = {"name": "meta-llama/Llama-3.1-8B"}
+    write_run(tmp_path / "llama-8b_superoffload_output_of_a_long_name_and_more", model=model)
+    write_run(tmp_path / "short", line(1200), {"global_step": 1200, **ENDED}, total_steps=120000)
     found = runs.find(tmp_path)
     lines = runs_table.lines(found, tmp_path, found[0].active_at + 7300, width)
     text = "\n".join(lines)
@@ -129,7 +137,7 @@ def test_the_table_fits_the_terminal(width: int, tmp_path: Path) -> None:
 
 
 def test_elsewhere_each_run_is_one_line(tmp_path: Path) -> None:
-    write_run(tmp_path / ("long" * 40), model="m" * 100)
+    write_run(tmp_path / ("long" * 40), model={"name": "m" * 100})
     header, row = runs_table.lines(runs.find(tmp_path), tmp_path, 0, None)
     assert header.split() == ["run", "model", "mode", "state", "step", "loss", "eval", "saved", "active"]
     assert row.split()[:5] == ["long" * 40, "m" * 100, "superoffload", "died", "200/300"]

@@ -91,6 +91,11 @@ def test_runs_whose_loss_is_nan(rows_file: Path, tmp_path: Path) -> None:
     assert "Error: --lr 1e-05: the loss was infinite or NaN in 2 step(s) in a row" in ended.stderr
     assert {path.name for path in (tmp_path / "ended").iterdir()} == {*written, "summary.json"}
 
+    for name, error in (("stopped", "--stop_on_nan 3: the loss was "), ("ended", "--lr 1e-05: the loss was ")):
+        assert json.loads((tmp_path / name / "run.json").read_text())["error"].startswith(error)
+        page = (tmp_path / name / "report.html").read_text()
+        assert "Failed; step " in page and error in page
+
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")
 

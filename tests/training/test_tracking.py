@@ -1,5 +1,6 @@
 """Trackers: metrics.jsonl and Weights & Biases."""
 
+import contextlib
 import json
 import sys
 import types
@@ -12,6 +13,7 @@ import pytest
 from superoffload import config
 from superoffload.training import tracking
 from superoffload.training.trackers import names
+from superoffload.training.trackers.json_lines import JsonLines
 
 pytestmark = pytest.mark.unit
 
@@ -159,3 +161,29 @@ def test_answers_are_recorded_if_there_are_prompts(tmp_path: Path) -> None:
     assert [line["step"] for line in kept] == [1, 2, 3] and kept[2]["answers"] == []
     tracking.start_samples(silent, True, step=0)
     assert (tmp_path / "samples.jsonl").read_text() == ""  # those of another run
+
+
+def test_a_resume_onto_a_full_disk_loses_no_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = config.build({"model_name": "m", "output_dir": str(tmp_path)})
+    tracking.start(asked, True).log(1, {"step": 1})
+    (tmp_path / "metrics.jsonl.partial").mkdir()  # in place of the full disk: it cannot be written
+    tracking.start(asked, True, step=1).log(2, {"step": 2})
+    assert lines(tmp_path) == [{"step": 1}]
+    assert "metrics.jsonl failed to start and is disabled" in caplog.text
+
+
+def test_lines_are_written_again_when_the_disk_has_space(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = JsonLines(tmp_path / "metrics.jsonl", 0)
+    healthy = made._file
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        made._file = full
+        made.log(1, {"step": 1})
+        made.log(2, {"step": 2})
+        made._file = healthy
+        made.log(3, {"step": 3})
+        with contextlib.suppress(OSError):
+            full.close()
+    assert lines(tmp_path) == [{"step": 3}]
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "cannot be written (No space left on device); lines may be missing there"
+    ]

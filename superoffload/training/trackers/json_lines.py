@@ -5,6 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from superoffload.checkpoint.manifest import replace_text
+from superoffload.log import logger
+
 
 class JsonLines:
     """One line of JSON per record: the numbers of `metrics.jsonl`, the answers of `samples.jsonl`."""
@@ -13,16 +16,20 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int) -> None:
         """Open the file; a resumed run keeps the lines up to `step` and drops later ones."""
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.exists() else []
+        replace_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        self._path, self._failed = path, False
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Append a line and flush it to the operating system."""
-        self._file.write(to_json(values) + "\n")
-        self._file.flush()
+        """Append a line and flush it to the operating system; a full disk is a warning, and later lines may fit."""
+        try:
+            self._file.write(to_json(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._failed:
+                logger.warning("%s: cannot be written (%s); lines may be missing there", self._path, error.strerror)
+            self._failed = True
 
     def attach(self, path: Path) -> None:
         """Store nothing: the file is in the same folder."""
