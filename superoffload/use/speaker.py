@@ -102,6 +102,7 @@ class Speaker:
             ids = self._encoder.prompt_ids(prompt, self._kind, self._turns)
         except BadRow as error:
             raise UserError(f"{prompt!r}: {error}") from error
+        room = self._room(len(ids))
         streamer = _Streamer(self._tokenizer, write)
         try:
             evaluation.generate_ids(
@@ -109,7 +110,7 @@ class Speaker:
                 self._tokenizer,
                 ids,
                 end_ids=self._ends,
-                max_new_tokens=self._room(len(ids)),
+                max_new_tokens=room,
                 streamer=streamer,
                 **self._sampling(),
             )

@@ -110,6 +110,15 @@ def test_a_prompt_longer_than_the_model_is_refused(
     assert "Error: the prompt has 999 tokens, and the model 512 positions; shorten it\n" in capsys.readouterr().err
 
 
+def test_a_prompt_that_was_refused_is_no_turn_of_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, asked: list[int], model_folder: Path, capsys: Capture
+) -> None:
+    typed(monkeypatch, "word " * 200, "hello", EOFError)
+    dialogue.talk([make_speaker(model_folder, Chat, max_new_tokens=4)])
+    assert capsys.readouterr().err.count("Error: the prompt has") == 1
+    assert len(asked) == 1 and asked[0] < 100
+
+
 def test_sampling_depends_on_the_seed_alone(model_folder: Path) -> None:
     warm = make_speaker(model_folder, Text, temperature=1.0, max_new_tokens=12)
     answers = []
