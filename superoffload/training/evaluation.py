@@ -113,9 +113,7 @@ def generate(model_engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], 
     Collective: every rank generates the same tokens, and so runs the same forwards.
     """
     with attention.without_packs(model_engine.module):
-        tokens = generate_ids(
-            model_engine.module, tokenizer, prompt, end_ids=end_ids, max_new_tokens=SAMPLE_TOKENS
-        )
+        tokens = generate_ids(model_engine.module, tokenizer, prompt, end_ids=end_ids, max_new_tokens=SAMPLE_TOKENS)
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
