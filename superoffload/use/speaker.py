@@ -75,7 +75,7 @@ class Speaker:
         self._kind = template.kind
         self.keeps_turns = self._encoder.takes_turns(template.kind)
         if manner.system is not None and not self.keeps_turns:
-            raise UserError(f"--system: {self.template}, which the model was trained with, has no system message")
+            raise UserError(f"--system: {self.template} has no place for a system message")
         self._ends = self._encoder.end_ids(template.kind)
         self.reset()
 
