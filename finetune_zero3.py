@@ -86,9 +86,9 @@ def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architec
     attention_kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs, parts)
     tokenizer = load_tokenizer(*config.model.origin)
     with distributed.wait_without_collective("tokenising"):
-        prompts = read_prompts(config.evaluation.sample_prompts)
+        texts = read_prompts(config.evaluation.sample_prompts)
         rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
-        prompt_ids = loader.tokenize_prompts(prompts, tokenizer, config.data)
+        prompts = loader.tokenize_prompts(texts, tokenizer, config.data)
     takes_documents = attention.takes_documents(attention_kernel)
     layout = collate.choose_layout(config.data, tokenizer.pad_token_id, takes_documents, parts)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
@@ -96,7 +96,7 @@ def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architec
     held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
     for line in batches.statistics().short_lines():
         log.logger.info("%s", line)
-    evaluation = Evaluation(held_out, prompt_ids, config.evaluation.eval_steps, prompts)
+    evaluation = Evaluation(held_out, prompts, config.evaluation.eval_steps)
     return Inputs(attention_kernel, tokenizer, batches, evaluation)
 
 

@@ -119,7 +119,7 @@ def _inputs(merged: Merged, architecture: Architecture, order: Order) -> finetun
     rows = documents.make(order.documents, rows_of_table, config.data.max_length, config.training.seed)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(rows, layout, config.training, **ranks)
-    return finetune_zero3.Inputs(kernel, cast(Any, None), batches, Evaluation(None, (), 0))
+    return finetune_zero3.Inputs(kernel, cast(Any, None), batches, Evaluation(None, loader.Prompts(), 0))
 
 
 def _model(merged: Merged, architecture: Architecture, inputs: finetune_zero3.Inputs, order: Order) -> Model:

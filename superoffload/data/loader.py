@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,15 @@ from superoffload.errors import BadRow, UserError
 from superoffload.protocols import Tokenizer
 
 ROWS_AT_A_TIME = 1000  # in memory, when all rows are read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Prompts to answer during a run: their texts, their tokens, and the tokens that end an answer."""
+
+    texts: Sequence[str] = ()
+    ids: Sequence[Sequence[int]] = ()
+    end_ids: Sequence[int] = ()
 
 
 def load(tokenizer: Tokenizer, settings: DataSettings, seed: int) -> tuple[TokenizedRows, TokenizedRows | None]:
@@ -75,22 +84,22 @@ def _held_out(settings: DataSettings) -> DatasetSpec | None:
     return DatasetSpec(name=source.name, split=settings.eval_split, flag="eval_dataset", config=settings.eval_config)
 
 
-def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer, settings: DataSettings) -> list[list[int]]:
+def tokenize_prompts(texts: Sequence[str], tokenizer: Tokenizer, settings: DataSettings) -> Prompts:
     """Tokenise prompts as they are in the rows of the training data, of which the first source decides the format.
 
     Raises `UserError` as `load` does.
     """
-    if not prompts:
-        return []
+    if not texts:
+        return Prompts()
     kind = kind_of_rows(settings)
     encoder = Encoder(tokenizer, settings)
-    result = []
-    for prompt in prompts:
+    ids = []
+    for text in texts:
         try:
-            result.append(encoder.prompt_ids(prompt, kind))
+            ids.append(encoder.prompt_ids(text, kind))
         except BadRow as error:
-            raise UserError(f"--sample_prompts: {prompt!r}: {error}") from error
-    return result
+            raise UserError(f"--sample_prompts: {text!r}: {error}") from error
+    return Prompts(texts=texts, ids=ids, end_ids=encoder.end_ids(kind))
 
 
 def kind_of_rows(settings: DataSettings) -> type[formats.Conversation]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from superoffload import distributed
-from superoffload.data.loader import Batches
+from superoffload.data.loader import Batches, Prompts
 from superoffload.errors import UserError
 from superoffload.log import logger
 from superoffload.model import attention
@@ -36,28 +36,25 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
 class Evaluation:
     """Evaluates held-out rows and prompts, either of which may be missing."""
 
-    def __init__(
-        self, held_out: Batches | None, prompts: Sequence[Sequence[int]], every: int, texts: Sequence[str] = ()
-    ) -> None:
-        """Take the held-out rows, the prompts as token ids, the steps between evaluations, and the prompts as texts."""
+    def __init__(self, held_out: Batches | None, prompts: Prompts, every: int) -> None:
+        """Take the held-out rows, the prompts, and the number of steps between evaluations."""
         self._held_out = held_out
         self._prompts = prompts
         self._every = every
-        self._texts = texts
         self._answers: list[str] = []
         self._done_at = -1
 
     def samples(self) -> dict[str, list[str]]:
         """Return the prompts, and the answers of the last evaluation; empty if there are none."""
-        return {"prompts": list(self._texts), "answers": self._answers} if self._answers else {}
+        return {"prompts": list(self._prompts.texts), "answers": self._answers} if self._answers else {}
 
     def ids(self, training: Batches) -> tuple[list[Batches], Sequence[Sequence[int]]]:
         """Return all that a run gives the model: the rows to train on and those held out, and the prompts."""
-        return [training] if self._held_out is None else [training, self._held_out], self._prompts
+        return [training] if self._held_out is None else [training, self._held_out], self._prompts.ids
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether to evaluate after a step: every `every` steps, and after the last one."""
-        if self._held_out is None and not self._prompts:
+        if self._held_out is None and not self._prompts.ids:
             return False
         return step != self._done_at and (last or (self._every > 0 and step % self._every == 0))
 
@@ -79,8 +76,8 @@ class Evaluation:
                         step, label, numbers[f"eval_loss/{label}"], numbers[f"eval_target_tokens/{label}"],
                     )  # fmt: skip
             self._answers = []
-            for prompt in self._prompts:
-                answer = generate(model_engine, tokenizer, prompt)
+            for prompt in self._prompts.ids:
+                answer = generate(model_engine, tokenizer, prompt, self._prompts.end_ids)
                 self._answers.append(answer)
                 logger.info("Sample | %s | %s", tokenizer.decode(prompt), answer)
         model_engine.train()
@@ -110,12 +107,13 @@ def held_out_loss(model_engine: Engine, loss: Loss, held_out: Batches) -> dict[s
     }
 
 
-def generate(model_engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
-    """Continue a prompt greedily (collective: every rank generates the same tokens and so runs the same forwards)."""
+def generate(model_engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], end_ids: Sequence[int]) -> str:
+    """Continue a prompt greedily until one of `end_ids`.
+
+    Collective: every rank generates the same tokens, and so runs the same forwards.
+    """
     with attention.without_packs(model_engine.module):
-        tokens = generate_ids(
-            model_engine.module, tokenizer, prompt, end_ids=[tokenizer.eos_token_id], max_new_tokens=SAMPLE_TOKENS
-        )
+        tokens = generate_ids(model_engine.module, tokenizer, prompt, end_ids=end_ids, max_new_tokens=SAMPLE_TOKENS)
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 

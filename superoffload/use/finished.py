@@ -64,7 +64,7 @@ def find(name: str, revision: str | None = None, trust: Trust = NO_TRUST) -> Sou
         return Source(name=name, model=plain, trust=trust)
     if not _holds_checkpoint(folder):
         if (folder / CONFIG_FILE).is_file():
-            raise UserError(f"{name}: this run has saved no checkpoint; run it with --save_checkpoint")
+            raise UserError(f"{name}: this run has saved no checkpoint; runs with --save_checkpoint or --save_steps do")
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{name}: neither a model (no config.json) nor a checkpoint, nor the output folder of a run"

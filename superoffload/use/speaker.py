@@ -75,7 +75,7 @@ class Speaker:
         self._kind = template.kind
         self.keeps_turns = self._encoder.takes_turns(template.kind)
         if manner.system is not None and not self.keeps_turns:
-            raise UserError(f"--system: {self.template}, which the model was trained with, has no system message")
+            raise UserError(f"--system: {self.template} has no place for a system message")
         self._ends = self._encoder.end_ids(template.kind)
         self.reset()
 
@@ -102,6 +102,7 @@ class Speaker:
             ids = self._encoder.prompt_ids(prompt, self._kind, self._turns)
         except BadRow as error:
             raise UserError(f"{prompt!r}: {error}") from error
+        room = self._room(len(ids))
         streamer = _Streamer(self._tokenizer, write)
         try:
             evaluation.generate_ids(
@@ -109,7 +110,7 @@ class Speaker:
                 self._tokenizer,
                 ids,
                 end_ids=self._ends,
-                max_new_tokens=self._room(len(ids)),
+                max_new_tokens=room,
                 streamer=streamer,
                 **self._sampling(),
             )

@@ -251,9 +251,20 @@ def test_sample_prompts_are_turns_if_the_rows_are_chats(
     jsonl: WriteJsonLines, tokenizer: Tokenizer, row: dict[str, Any], in_turns: bool
 ) -> None:
     settings = DataSettings(dataset_name=(jsonl([b"{broken", row]),))
-    [ids] = loader.tokenize_prompts(["Say it."], tokenizer, settings)
+    [ids] = loader.tokenize_prompts(["Say it."], tokenizer, settings).ids
     heading = "### User:" if in_turns else "### Instruction:"
     assert tokenizer.decode(ids).startswith(f"{heading}\nSay it.")
+
+
+def test_answers_to_sample_prompts_end_as_those_of_the_rows(jsonl: WriteJsonLines) -> None:
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_chat_tokenizer(template)
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    prompts = loader.tokenize_prompts(["hi"], tokenizer, DataSettings(dataset_name=(jsonl(rows),)))
+    assert prompts.end_ids == tokenizer.convert_tokens_to_ids(["<eos>", "<|end|>"])
 
 
 def test_a_sample_prompt_that_the_template_rejects(jsonl: WriteJsonLines) -> None:

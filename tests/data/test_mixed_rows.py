@@ -145,7 +145,7 @@ def test_a_config_is_of_the_sources_that_have_configs(
     rows, _ = load(*names, dataset_config="nb")
     assert words(rows, tokenizer) == [*named("pairs", range(20)), "nb0", "saved0"]
     settings = DataSettings(dataset_name=names, dataset_config="nb")
-    assert len(loader.tokenize_prompts(["hi"], tokenizer, settings)) == 1
+    assert len(loader.tokenize_prompts(["hi"], tokenizer, settings).ids) == 1
     with pytest.raises(UserError, match="--dataset_name .*folder: has several configs; choose one with --dataset_conf"):
         load(*names)
     with pytest.raises(UserError, match="has no configs; leave out --dataset_config nb"):
@@ -321,7 +321,7 @@ def test_extent_names_the_sources(files: tuple[str, ...], load: Load) -> None:
 def test_prompts_are_written_as_in_the_first_source(files: tuple[str, ...], tokenizer: Tokenizer) -> None:
     for order, start in ((files, "### Instruction:"), (files[1:], "### User:")):
         settings = DataSettings(dataset_name=(f"{order[0]}:0.5", *order[1:]))
-        (ids,) = loader.tokenize_prompts(["q"], tokenizer, settings)
+        (ids,) = loader.tokenize_prompts(["q"], tokenizer, settings).ids
         assert tokenizer.decode(ids).startswith(start)
 
 

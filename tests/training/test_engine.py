@@ -73,7 +73,7 @@ def train(values: dict[str, Any], ds_config: DsConfig = FP32) -> tuple[Any, list
             progress=Progress(),
             meter=metrics.Meter(chosen, shape),
             trackers=tracking.Trackers({"recorder": recorder}),
-            evaluation=Evaluation(None, [], 0),
+            evaluation=Evaluation(None, loader.Prompts(), 0),
             control=RunControl(chosen, is_rank_0=True),
         )
     )

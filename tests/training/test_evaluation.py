@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from superoffload.model import load, loss_kernel
 from superoffload.model.head import summed_loss
 from superoffload.model.tokenizer import load_tokenizer
 from superoffload.training import engine, evaluation
+from superoffload.use import held_out
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import FP32
 
@@ -31,10 +33,12 @@ def evaluate(values: dict[str, Any]) -> tuple[dict[str, float], str, bool]:
     batches = loader.Batches(held_out, layout, chosen.training, **ranks)
     model = load.load_model(chosen.model, load.load_architecture(chosen.model), merged.ds_config, None)
     model_engine = engine.create(model, merged.ds_config, chosen, 10)
-    (prompt,) = loader.tokenize_prompts(["Say the thing."], tokenizer, chosen.data)
+    prompts = loader.tokenize_prompts(["Say the thing."], tokenizer, chosen.data)
     loss = loss_kernel.choose(chosen.model.loss_kernel, model_engine, layout)
-    numbers = evaluation.Evaluation(batches, [prompt], 0).run(model_engine, loss, tokenizer, 1)
-    return numbers, evaluation.generate(model_engine, tokenizer, prompt), model_engine.training
+    evaluated = evaluation.Evaluation(batches, prompts, 0)
+    numbers = evaluated.run(model_engine, loss, tokenizer, 1)
+    (answer,) = evaluated.samples()["answers"]
+    return numbers, answer, model_engine.training
 
 
 def test_the_numbers_do_not_depend_on_ranks_or_packing(model_folder: Path, rows_file: Path) -> None:
@@ -66,11 +70,25 @@ def test_the_numbers_do_not_depend_on_ranks_or_packing(model_folder: Path, rows_
 @pytest.mark.unit
 def test_when_to_evaluate() -> None:
     some: Any = object()
-    every_third = evaluation.Evaluation(some, [], 3)
+    none = loader.Prompts()
+    every_third = evaluation.Evaluation(some, none, 3)
     assert [step for step in range(1, 8) if every_third.due(step, last=step == 7)] == [3, 6, 7]
-    assert evaluation.Evaluation(None, [[1]], 0).due(5, last=True)
-    assert not evaluation.Evaluation(some, [], 0).due(5, last=False)
-    assert not evaluation.Evaluation(None, [], 3).due(3, last=True)
+    assert evaluation.Evaluation(None, loader.Prompts(ids=[[1]]), 0).due(5, last=True)
+    assert not evaluation.Evaluation(some, none, 0).due(5, last=False)
+    assert not evaluation.Evaluation(None, none, 3).due(3, last=True)
+
+
+@pytest.mark.unit
+def test_an_answer_ends_with_any_of_the_end_tokens(model_folder: Path) -> None:
+    whole, tokenizer = load.load_whole(model_folder)
+    model: Any = held_out.WholeModel(whole, torch.device("cpu"))
+    prompt, eos = [5, 6, 7], tokenizer.eos_token_id
+    free = evaluation.generate_ids(whole, tokenizer, prompt, end_ids=[eos], max_new_tokens=8)
+    prompts = loader.Prompts(texts=["q"], ids=[prompt], end_ids=[eos, free[3]])
+    evaluated = evaluation.Evaluation(None, prompts, 0)
+    evaluated.run(model, Mock(), tokenizer, 1)
+    expected = tokenizer.decode(free[: free.index(free[3]) + 1], skip_special_tokens=True)
+    assert evaluated.samples() == {"prompts": ["q"], "answers": [expected]}
 
 
 @pytest.mark.unit

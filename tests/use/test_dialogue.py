@@ -50,7 +50,7 @@ def make_speaker(model_folder: Path, kind: Any, **values: Any) -> Speaker:
 
 
 def test_a_system_message_needs_a_template_with_turns(model_folder: Path) -> None:
-    with pytest.raises(UserError, match="--system: the Alpaca template, which the model was trained with, has no"):
+    with pytest.raises(UserError, match="--system: the Alpaca template has no place"):
         make_speaker(model_folder, Pair, system="Be brief.")
 
 
@@ -108,6 +108,15 @@ def test_a_prompt_longer_than_the_model_is_refused(
     typed(monkeypatch, "word " * 200, EOFError)
     dialogue.talk([make_speaker(model_folder, Text)])
     assert "Error: the prompt has 999 tokens, and the model 512 positions; shorten it\n" in capsys.readouterr().err
+
+
+def test_a_prompt_that_was_refused_is_no_turn_of_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, asked: list[int], model_folder: Path, capsys: Capture
+) -> None:
+    typed(monkeypatch, "word " * 200, "hello", EOFError)
+    dialogue.talk([make_speaker(model_folder, Chat, max_new_tokens=4)])
+    assert capsys.readouterr().err.count("Error: the prompt has") == 1
+    assert len(asked) == 1 and asked[0] < 100
 
 
 def test_sampling_depends_on_the_seed_alone(model_folder: Path) -> None:

@@ -30,7 +30,7 @@ def empty(folder: Path) -> str:
 
 def nothing_saved(folder: Path) -> str:
     write_settings(folder)
-    return "this run has saved no checkpoint; run it with --save_checkpoint"
+    return "this run has saved no checkpoint; runs with --save_checkpoint or --save_steps do"
 
 
 def interrupted(folder: Path) -> str:
