@@ -145,12 +145,16 @@ def _run(merged: Merged, model_engine: Engine, model: Model, inputs: finetune_ze
         batches=batches,
         progress=Progress(),
         meter=metrics.Meter(
-            config, flops.shape_of(model), sources=batches.sources, parts=StepParts(model_engine)
+            config,
+            flops.shape_of(model),
+            sources=batches.sources,
+            parts=StepParts(model_engine),
+            tiled=flops.tiled_parameters(model),
         ),
         trackers=Trackers({}),
         evaluation=inputs.evaluation,
         control=RunControl(config, distributed.is_rank_0()),
-    )  # fmt: skip
+    )
 
 
 def _endless(batches: Batches) -> Iterator[list[Batch]]:

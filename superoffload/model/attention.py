@@ -84,7 +84,7 @@ def _for_parts(settings: ModelSettings, config: Any, ds_config: DsConfig, parts:
         raise UserError(
             f"--sequence_parallel_size {parts}: {config.model_type} does not attend document by document; use 1"
         )
-    sequence_parallel.check_heads(config, parts)
+    sequence_parallel.check_config(config, parts)
     return _for_documents(config, ds_config, _on_cuda_in_half(ds_config))
 
 

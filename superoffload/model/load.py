@@ -14,7 +14,7 @@ from superoffload.errors import UserError
 from superoffload.log import hide_bars_of_transformers, logger
 from superoffload.model import architecture, buffers, freezing, quantization, vocabulary, weights
 from superoffload.model.flops import count_parameters, numel
-from superoffload.model.leaf_modules import SPARSE_BLOCK, class_names, sparse_blocks
+from superoffload.model.leaf_modules import SPARSE_BLOCK, class_names, make_leaf, sparse_blocks
 from superoffload.model.tokenizer import check_name, explain, load_tokenizer
 from superoffload.protocols import Model, Tokenizer
 
@@ -218,8 +218,8 @@ def _log(name: str, model: Model, dtype: str) -> None:
 
 def _set_leaf_modules(model: Model, requested: str | None) -> None:
     leaves = [requested] if requested else sparse_blocks(model)
+    for module in model.modules():
+        if type(module).__name__ in leaves:
+            make_leaf(module)
     if leaves:
-        from deepspeed.utils import set_z3_leaf_modules  # only here: an export loads no DeepSpeed
-
-        set_z3_leaf_modules(model, leaves)
         logger.info("ZeRO-3 leaf modules: %s", ", ".join(leaves))

@@ -40,9 +40,22 @@ def form_groups(parts: int) -> None:
         _groups[parts], _ = torch.distributed.new_subgroups(parts)  # type: ignore[no-untyped-call]
 
 
-def check_heads(config: Any, parts: int) -> None:
-    """Raise `UserError` unless the heads of a model can be divided among the ranks that share a row."""
-    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+def check_config(config: Any, parts: int) -> None:
+    """Raise `UserError` if a model's configuration says that ranks cannot share a row.
+
+    Its heads must be divisible. Rotary embeddings must not depend on the largest position, which each rank has of its
+    own part alone (transformers, modeling_rope_utils.py, dynamic_rope_update).
+    """
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    for each in (rotary, *rotary.values()):  # for all layers, or by their type
+        kind = str(each.get("rope_type")) if isinstance(each, dict) else ""
+        if "dynamic" in kind or kind == "longrope":
+            raise UserError(
+                f"--sequence_parallel_size {parts}: the rotary embedding of {config.model_type} ({kind}) depends on "
+                "the length of a row, of which each rank has a part; use 1"
+            )
+    heads = getattr(text, "num_attention_heads", None)
     if not isinstance(heads, int) or heads % parts:
         raise UserError(
             f"--sequence_parallel_size {parts}: the {heads} attention heads of {config.model_type} cannot be divided "
@@ -127,7 +140,7 @@ def check(model_engine: Engine, layout: Layout) -> None:
     noise = min(max(found[::parts]), LARGEST_NOISE)
     tolerance = NOISE_FACTOR * noise + TOLERANCE.get(next(model_engine.module.parameters()).dtype, HALF_TOLERANCE)
     logger.debug("Differences of logits by rank, between parts of a row and the whole: %s", found)
-    if not max(found) <= tolerance:
+    if not all(difference <= tolerance for difference in found):  # some may be NaN
         raise UserError(
             f"{what} mixes positions outside of its attention (logits of a part differ by {max(found):.1%}); use 1"
         )

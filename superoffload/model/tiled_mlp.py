@@ -7,6 +7,7 @@ module, which ZeRO-3 gathers once for forward and once for backward, and autogra
 sum over the tiles in float32, rounded at the end.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.utils import set_z3_leaf_module
 from torch.autograd.function import once_differentiable
 
 from superoffload import distributed
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
 from superoffload.model.kernels import FAILURES, HALF_TOLERANCE, TOLERANCE
+from superoffload.model.leaf_modules import make_leaf
 from superoffload.model.tiles import tile_tokens
 from superoffload.protocols import Model
 
@@ -41,14 +42,13 @@ def use(tiles: Tiles, model: Model) -> None:
     if not tiles:
         return
     found, problem = _find(model)
-    if distributed.all_ranks_ok(problem is None):
+    if problem is None:
         for module in found:
             _tile(module, tiles)
         counts = Counter(type(module).__name__ for module in found)
         names = ", ".join(f"{count} {name}" for name, count in counts.items())
         logger.info("MLP: in %s, in %s", "tiles" if tiles == "auto" else f"{tiles} tiles", names)
         return
-    problem = problem or "another rank rejected it"
     if tiles != "auto":
         raise UserError(f"--tiled_mlp {tiles}: does not suit {type(model).__name__} ({problem}); use auto or 0")
     logger.info("MLP: not in tiles, because they do not suit %s (%s)", type(model).__name__, problem)
@@ -72,7 +72,10 @@ def _find(model: Model) -> tuple[list[Any], str | None]:
                 continue
             key = type(child), sizes, tuple(parameter.requires_grad for parameter in child.parameters())
             if key not in results:
-                results[key] = _problem(child, int(model.config.get_text_config().hidden_size))
+                problem = _problem(child, int(model.config.get_text_config().hidden_size))
+                # Ranks that took different modules would wait for each other forever.
+                agreed = distributed.all_ranks_ok(problem is None)
+                results[key] = None if agreed else problem or "another rank rejected it"
             if results[key] is None:
                 suitable.append(child)
             else:
@@ -94,7 +97,12 @@ def _layers(model: Model) -> list[Any]:
 
 
 def _problem(module: Any, width: int) -> str | None:
-    """Run a module whole and in tiles, forward and backward; return why they differ, None if not (collective)."""
+    """Run a module whole and in tiles, forward and backward; return why they differ, None if not (collective).
+
+    A module that may get more than its input is not tried: what the layer passes on is not known here.
+    """
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return "it takes more than its input"
     parameters = list(module.parameters())
     was_training = module.training
     with GatheredParameters(parameters):
@@ -108,8 +116,8 @@ def _problem(module: Any, width: int) -> str | None:
             for forward in (own, partial(_run, own, parameters, size=TILE)):
                 leaf = states.clone().requires_grad_()
                 output = _first(forward(leaf))
-                if output.shape != states.shape:
-                    return f"its output has the shape {tuple(output.shape)} for {tuple(states.shape)}"
+                if (output.shape, output.dtype) != (states.shape, states.dtype):
+                    return f"it returns {output.dtype} {list(output.shape)} for {states.dtype} {list(states.shape)}"
                 given = numbers.roll(1).to(output)
                 gradients = torch.autograd.grad(output, [leaf, *trained], given, allow_unused=True)
                 results.append((output.detach(), *gradients))
@@ -150,19 +158,7 @@ def _tile(module: Any, tiles: Tiles) -> None:
 
     module.forward = forward
     module.runs_in_tiles = True
-    module.register_forward_pre_hook(_require_gradient)
-    set_z3_leaf_module(module, True)
-
-
-def _require_gradient(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Let the input require a gradient if a weight does, as it may not with everything before it frozen.
-
-    ZeRO-3 takes the gradients of a leaf module's weights when that of its input is there (torch, full backward hooks);
-    without one it would take them too early, as zeros.
-    """
-    states = inputs[0]
-    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
-    return (states.detach().requires_grad_(), *inputs[1:]) if trained and not states.requires_grad else None
+    make_leaf(module)
 
 
 def _run(own: Forward, parameters: list[Any], states: torch.Tensor, size: int) -> Any:

@@ -73,12 +73,13 @@ def test_a_model_with_its_weights_is_measured_on_the_rows_of_a_data_set(
     """Two configurations take turns; those that fail are named, and their logs are kept."""
     model = ("--model_name", str(model_folder), "--dataset_name", str(rows_file), "--max_length", "64")
     kernels = ("--attn_implementation", "auto", "flash_attention_2")
-    grid = ("--layout", "packed", "padded", "--activation_checkpointing", "offload", *kernels)
+    grid = ("--layout", "packed", "padded", "--activation_checkpointing", "offload", "--tiled_mlp", "2", *kernels)
     assert bench(*model, *grid, *SHORT, "--no_picture", "--out", str(tmp_path)) == 1
     packed, failed, padded, _ = configurations(tmp_path).values()
     assert failed["failure"].startswith("--attn_implementation flash_attention_2: the package flash-attn")
     assert {path.name for path in tmp_path.glob("*.log")} == {"configuration_2.log", "configuration_4.log"}
     assert packed["settings"]["activation_checkpointing"] == "offload" and padded["settings"]["layout"] == "padded"
+    assert packed["settings"]["tiled_mlp"] == 2
     assert packed["hardware_tflops_per_gpu"]["median"] > packed["tflops_per_gpu"]["median"]
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["rows"] == str(rows_file) and not report["model"]["random_weights"]

@@ -26,6 +26,11 @@ def test_configurations_are_the_product_and_are_named_by_what_differs() -> None:
     assert [case.ds_config for case in found] == ["superoffload.json"] * 3 + ["zerooffload.json"] * 3
 
 
+def test_tiles_are_named() -> None:
+    found = grid.cases({**ONE, "tiled_mlp": (0, 4, "auto")}, ())
+    assert [case.name for case in found] == ["untiled", "4 tiles", "auto tiles"]
+
+
 def test_a_single_configuration_is_named_by_its_mode() -> None:
     assert [case.name for case in grid.cases(ONE, ())] == ["superoffload"]
 

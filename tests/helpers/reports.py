@@ -6,8 +6,8 @@ from superoffload.bench.report import summarise
 
 ONE: dict[str, tuple[Any, ...]] = {
     "mode": ("superoffload",), "layout": ("packed",), "batch_size": (2,), "max_length": (64,),
-    "gradient_accumulation_steps": (1,), "activation_checkpointing": ("none",), "loss_kernel": ("auto",),
-    "attn_implementation": ("auto",), "kernels": ("auto",),
+    "gradient_accumulation_steps": (1,), "activation_checkpointing": ("none",), "tiled_mlp": (0,),
+    "loss_kernel": ("auto",), "attn_implementation": ("auto",), "kernels": ("auto",),
 }  # fmt: skip
 """One value on each axis of the grid."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from superoffload import config, distributed
 from superoffload.data.collate import Batch, Layout, collate
@@ -183,3 +184,16 @@ def test_models_that_mix_positions_outside_of_attention_are_refused(tmp_path: Pa
         assert len(found) == 4
         for line, expected in zip(found, words, strict=True):
             assert line.startswith("--sequence_parallel_size 2: ") and expected in line
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("by_type", [False, True])
+def test_a_rotary_embedding_that_depends_on_the_length_is_refused(by_type: bool) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    default = {"rope_type": "default", "rope_theta": 1e4}
+    of_types = {"full_attention": dynamic, "sliding_attention": default}
+    kind = "gemma3_text" if by_type else "llama"
+    changed = transformers.AutoConfig.for_model(kind, rope_parameters=of_types if by_type else dynamic)
+    with pytest.raises(UserError, match=rf"the rotary embedding of {kind} \(dynamic\) depends on the length of a row"):
+        sequence_parallel.check_config(changed, 2)
+    sequence_parallel.check_config(transformers.AutoConfig.for_model(kind), 2)

@@ -177,6 +177,24 @@ def wrap(model: Any) -> Any:
     return model
 
 
+class Told(torch.nn.Module):
+    """May get more than the states, which its layer would pass on."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, states: torch.Tensor, number: int | None = None) -> torch.Tensor:
+        result: torch.Tensor = self.mlp(states)
+        return result
+
+
+def tell(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.mlp = Told(layer.mlp)
+    return model
+
+
 def drop(model: Any) -> Any:
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.5))
@@ -192,6 +210,7 @@ def route(model: Any) -> Any:
     ("change", "kind", "words"),
     [
         (wrap, "llama", "layer 0 has no MLP that works token by token; .*mlp: the results of tiles differ by"),
+        (tell, "llama", "layer 0 has no MLP that works token by token; .*mlp: it takes more than its input"),
         (drop, "llama", "layer 0 has no MLP that works token by token; .*mlp: the results of tiles differ by"),
         (route, "qwen3_moe", "output_router_logits is set: the loss of a router is taken over all tokens"),
     ],
@@ -204,6 +223,13 @@ def test_a_model_that_tiles_do_not_suit(change: Any, kind: str, words: str, capl
         tiled_mlp.use("auto", model)
     assert caplog.messages[-1].startswith(f"MLP: not in tiles, because they do not suit {type(model).__name__} (")
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_module_that_another_rank_rejects_is_not_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trial is decided together: the next one gathers other weights, and a tiled module is gathered as a whole."""
+    monkeypatch.setattr(distributed, "all_ranks_ok", lambda ok: False)
+    with pytest.raises(UserError, match="mlp: another rank rejected it"):
+        tiled_mlp.use(4, make("llama"))
 
 
 def test_the_activations_of_one_tile_exist_at_a_time() -> None:

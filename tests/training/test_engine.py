@@ -157,6 +157,7 @@ TILED: dict[str, dict[str, Any]] = {
     "llama, recomputed": {"activation_checkpointing": True},
     "llama, MLPs alone": {"freeze": MLPS_ALONE},  # the input of the first MLP needs no gradient
     "qwen3_moe": {},
+    "qwen3_moe, blocks alone": {"freeze": MLPS_ALONE},
     "gemma3_text, recomputed": {"activation_checkpointing": True},
 }
 """The kinds of models to train with the MLP in tiles, and what else is set."""
@@ -195,7 +196,7 @@ def tiled_gradients(folder: str, names: Sequence[str], values: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("ranks", "names"),
     [
-        (2, ["llama, recomputed", "qwen3_moe"]),
+        (2, ["llama, recomputed", "qwen3_moe, blocks alone"]),
         pytest.param(1, list(TILED), marks=pytest.mark.slow),
         pytest.param(2, list(TILED), marks=pytest.mark.slow),
     ],

@@ -72,6 +72,21 @@ def test_a_run_on_two_ranks_that_share_rows_logs_the_numbers_of_one_rank(
     assert manifest_of(shared)["progress"] == manifest_of(alone)["progress"]  # tokens are counted once
 
 
+@pytest.mark.slow
+def test_with_tiles_inputs_on_the_host_and_frozen_weights(
+    float32_configs: dict[str, str], model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    other = write_rows(tmp_path / "other.json", 12, seed=5)
+    options = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--label_smoothing", "0.1", "--freeze",
+               "embed_tokens", "layers.0.self_attn", "--dataset_name", str(rows_file), str(other),
+               "--deepspeed_config", float32_configs["superoffload"]]  # fmt: skip
+    start(1, model_folder, rows_file, tmp_path / "plain", *options)
+    less = ["--tiled_mlp", "3", "--activation_checkpointing", "offload", "--loss_kernel", "chunked"]
+    said = start(2, model_folder, rows_file, tmp_path / "less", *options, *less, *SHARED)
+    assert "MLP: in 3 tiles" in said
+    assert_close(logged(tmp_path / "less"), logged(tmp_path / "plain"))
+
+
 def manifest_of(out: Path) -> dict[str, Any]:
     described = manifest.read(out / (out / "latest").read_text())
     assert described is not None

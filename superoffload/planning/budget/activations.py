@@ -104,15 +104,17 @@ def _widths(shape: Shape) -> tuple[int, int]:
 def _attention_bytes(shape: Shape, job: Job) -> int:
     """Return what attention keeps per token.
 
-    A flash kernel keeps queries, keys, values, the result, and 4 bytes per head. With a mask, there are keys and values
-    for every head (transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa). Attention that computes all scores
-    (`eager`) also keeps the softmax: in float32 and bf16, in gpt-oss in bf16 alone.
+    A flash kernel keeps queries, keys, values, the result, and 4 bytes per head. Where ranks share a row, the result is
+    kept as the kernel computes it and again as the ranks have exchanged it (model/sequence_parallel.py). With a mask,
+    there are keys and values for every head (transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa). Attention
+    that computes all scores (`eager`) also keeps the softmax: in float32 and bf16, in gpt-oss in bf16 alone.
     """
     queries, keys = _widths(shape)
     norms = _head_norm_bytes(shape)
     if job.eager:
         return norms + 8 * queries + (2 if shape.sinks else 6) * shape.heads * job.length
-    return norms + 4 * (queries + keys if job.packed else 2 * queries) + 4 * shape.heads
+    exchanged = 2 * queries if job.parts > 1 else 0
+    return norms + 4 * (queries + keys if job.packed else 2 * queries) + 4 * shape.heads + exchanged
 
 
 def mask_bytes(job: Job) -> int:
