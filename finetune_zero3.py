@@ -4,7 +4,7 @@ Started by the launcher: `deepspeed finetune_zero3.py --model_name ... --output_
 `main`, so that `--help` and usage errors return immediately.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from superoffload import cli, log
 from superoffload.ds_config import merge_flags, read_ds_config
@@ -16,25 +16,14 @@ if TYPE_CHECKING:
     from superoffload.checkpoint.resume import Source
     from superoffload.config import Config
     from superoffload.data.collate import Batch
-    from superoffload.data.loader import Batches
-    from superoffload.ds_config import DsConfig, Merged
+    from superoffload.ds_config import Merged
     from superoffload.model.load import Architecture
     from superoffload.planning.forecast import Forecast
-    from superoffload.protocols import Tokenizer
-    from superoffload.training.evaluation import Evaluation
+    from superoffload.training.inputs import Inputs
     from superoffload.training.run import Run
     from superoffload.training.step import StepCounts, Votes
 
 CHECKPOINT_ERROR = 3
-
-
-class Inputs(NamedTuple):
-    """What a run reads besides the model, and the attention kernel, on which the layout of batches depends."""
-
-    attention_kernel: "str | None"
-    tokenizer: "Tokenizer"
-    batches: "Batches"
-    evaluation: "Evaluation"
 
 
 def main(config: "Config") -> int:
@@ -49,7 +38,7 @@ def main(config: "Config") -> int:
     from superoffload.checkpoint import folder_lock, output_folder, resume
     from superoffload.model import load, sequence_parallel
     from superoffload.planning import exhaustion, preflight
-    from superoffload.training import engine
+    from superoffload.training import engine, inputs
 
     merged = merge_flags(ds_config, config, distributed.world_size())
     config = merged.config
@@ -63,47 +52,20 @@ def main(config: "Config") -> int:
     checkpoints = resume.find(config)
     output_folder.write_settings(config)
     architecture = load.load_architecture(config.model, config.data.max_length)
-    inputs = load_inputs(config, merged.ds_config, architecture)
-    merged, forecast = preflight.check(merged, architecture, inputs.batches.longest, checkpoints)
+    loaded = inputs.load(config, merged.ds_config, architecture)
+    merged, forecast = preflight.check(merged, architecture, loaded.batches.longest, checkpoints)
 
     with exhaustion.explained(forecast, config.output.output_dir):
-        failed = fine_tune(merged, architecture, inputs, checkpoints, forecast)
+        failed = fine_tune(merged, architecture, loaded, checkpoints, forecast)
     distributed.close()
     folder_lock.unlock(lock)
     return CHECKPOINT_ERROR if failed and config.checkpoint.fail_on_checkpoint_error else 0
 
 
-def load_inputs(config: "Config", ds_config: "DsConfig", architecture: "Architecture") -> Inputs:
-    """Tokenise the rows once per machine, and build this rank's batches for training and evaluation."""
-    from superoffload import distributed
-    from superoffload.data import collate, loader
-    from superoffload.model import attention
-    from superoffload.model.tokenizer import load_tokenizer
-    from superoffload.training.evaluation import Evaluation, read_prompts
-
-    run_log.adopt_libraries()  # `datasets` has been imported
-    parts = config.training.sequence_parallel_size
-    attention_kernel = attention.choose(config.model, architecture.config, ds_config, config.data.packs, parts)
-    tokenizer = load_tokenizer(*config.model.origin)
-    with distributed.wait_without_collective("tokenising"):
-        texts = read_prompts(config.evaluation.sample_prompts)
-        rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
-        prompts = loader.tokenize_prompts(texts, tokenizer, config.data)
-    takes_documents = attention.takes_documents(attention_kernel)
-    layout = collate.choose_layout(config.data, tokenizer.pad_token_id, takes_documents, parts)
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    batches = loader.Batches(rows, layout, config.training, **ranks)
-    held_out = loader.Batches(held_out_rows, layout, config.training, **ranks) if held_out_rows else None
-    for line in batches.statistics().short_lines():
-        log.logger.info("%s", line)
-    evaluation = Evaluation(held_out, prompts, config.evaluation.eval_steps)
-    return Inputs(attention_kernel, tokenizer, batches, evaluation)
-
-
 def fine_tune(
     merged: "Merged",
     architecture: "Architecture",
-    inputs: Inputs,
+    inputs: "Inputs",
     checkpoints: "list[Source]",
     forecast: "Forecast | None",
 ) -> bool:

@@ -96,7 +96,7 @@ class RunLog:
             logger.handlers[:] = [log.screen, handler]
         self._handler = handler
 
-    def adopt_libraries(self) -> None:
+    def _adopt_libraries(self) -> None:
         """Take the handlers of libraries away, which write to the terminal; each adds its own on import."""
         for name in log.LIBRARIES:
             library = logging.getLogger(name)
@@ -108,7 +108,7 @@ class RunLog:
 
         A file that cannot be opened is a warning.
         """
-        self.adopt_libraries()
+        self._adopt_libraries()
         before, path = self._handler, Path(folder) / FILE
         try:
             self._record_with(_File(path, encoding="utf-8"), before.level)

@@ -22,6 +22,8 @@ from superoffload.planning import preflight
 from superoffload.protocols import Engine, Model
 from superoffload.training import engine, metrics
 from superoffload.training.evaluation import Evaluation
+from superoffload.training.inputs import Inputs
+from superoffload.training.inputs import load as load_inputs
 from superoffload.training.progress import Progress
 from superoffload.training.run import Run
 from superoffload.training.run_control import RunControl
@@ -108,10 +110,10 @@ class Worker:
         distributed.close()
 
 
-def _inputs(merged: Merged, architecture: Architecture, order: Order) -> finetune_zero3.Inputs:
+def _inputs(merged: Merged, architecture: Architecture, order: Order) -> Inputs:
     """Return rows of the data set as a run does, or synthetic ones."""
     if not order.documents:
-        return finetune_zero3.load_inputs(merged.config, merged.ds_config, architecture)
+        return load_inputs(merged.config, merged.ds_config, architecture)
     config = merged.config
     kernel = attention.choose(config.model, architecture.config, merged.ds_config, config.data.packs)
     layout = collate.choose_layout(config.data, 0, attention.takes_documents(kernel))
@@ -119,10 +121,10 @@ def _inputs(merged: Merged, architecture: Architecture, order: Order) -> finetun
     rows = documents.make(order.documents, rows_of_table, config.data.max_length, config.training.seed)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = loader.Batches(rows, layout, config.training, **ranks)
-    return finetune_zero3.Inputs(kernel, cast(Any, None), batches, Evaluation(None, loader.Prompts(), 0))
+    return Inputs(kernel, cast(Any, None), batches, Evaluation(None, loader.Prompts(), 0))
 
 
-def _model(merged: Merged, architecture: Architecture, inputs: finetune_zero3.Inputs, order: Order) -> Model:
+def _model(merged: Merged, architecture: Architecture, inputs: Inputs, order: Order) -> Model:
     model, kernel = merged.config.model, inputs.attention_kernel
     if order.random_weights:
         return load.random_model(model, architecture, merged.ds_config, kernel)
@@ -133,7 +135,7 @@ def _model(merged: Merged, architecture: Architecture, inputs: finetune_zero3.In
     return load.load_model(model, architecture, merged.ds_config, kernel, rows)
 
 
-def _run(merged: Merged, model_engine: Engine, model: Model, inputs: finetune_zero3.Inputs) -> Run:
+def _run(merged: Merged, model_engine: Engine, model: Model, inputs: Inputs) -> Run:
     config, batches = merged.config, inputs.batches
     isolation.check(model_engine, batches.layout)
     loss = loss_kernel.choose(config.model.loss_kernel, model_engine, batches.layout)

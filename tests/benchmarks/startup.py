@@ -50,13 +50,14 @@ def run_rank(path: Path) -> None:
 
     def mark_the_rest() -> None:  # modules that the program itself imports later
         from superoffload.model import load, loss_kernel
+        from superoffload.training import inputs
 
         mark("architecture", load, "load_architecture")
+        mark("rows", inputs, "load")
         mark("model", load, "load_model")
         mark("engine", loss_kernel, "choose")
 
     mark("imports", finetune_zero3, "merge_flags", mark_the_rest)  # the first call after the imports
-    mark("rows", finetune_zero3, "load_inputs")
     mark("first step", finetune_zero3, "train_step")
     cli.run(finetune_zero3.main)
 
