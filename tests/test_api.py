@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -142,6 +143,10 @@ signal.pause()
 
 
 def test_ctrl_c_reaches_the_run_and_is_raised_after_its_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        api._run([sys.executable, "-c", CHILD], environment())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            api._run([sys.executable, "-c", CHILD], environment())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "saved\n"
