@@ -110,6 +110,7 @@ def test_what_was_not_asked_for_is_none(tmp_path: Path) -> None:
     assert (found.steps, found.checkpoint, found.export) == (1, None, None) and math.isnan(found.final_loss)
 
 
+@pytest.mark.slow
 def test_a_call_equals_the_command(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

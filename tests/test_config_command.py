@@ -34,7 +34,7 @@ def test_the_command_checks_a_file_and_prints_the_schema(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["superoffload", "pl"], "plain,plan"),
+        (["superoffload", "pla"], "plain,plan"),
         (["superoffload", "preview", "--max_l"], "plain,--max_length"),
         (["superoffload", "preview", "--dataset_format", "al"], "plain,alpaca"),
         (["superoffload", "preview", "--dataset_name", "a", "--max_l"], "plain,--max_length"),

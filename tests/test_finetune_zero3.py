@@ -37,7 +37,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_whole_run(ranks: int, model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "prompts.txt").write_text("Say <b>one</b> thing.\n")
@@ -160,9 +160,10 @@ def test_two_nodes_without_ssh(model_folder: Path, rows_file: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (
+        pytest.param(
             ["--model_name", "no/such-model"],
             "--model_name no/such-model: not a local path, and the hub cannot be reached",
+            marks=pytest.mark.slow,
         ),
         (["--dataset_name", "./none.json"], "--dataset_name ./none.json: no such file or folder"),
         (

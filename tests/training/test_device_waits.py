@@ -156,7 +156,7 @@ def test_steps_between_two_log_lines_do_not_wait_for_the_device(
         evaluated.append(given[-1])
         return {}
 
-    evaluation: Any = SimpleNamespace(due=lambda *_: True, run=evaluate)
+    evaluation: Any = SimpleNamespace(due=lambda *_: True, run=evaluate, samples=dict)
     engine: Any = Engine()
     control = RunControl(chosen, is_rank_0=True)
     monkeypatch.setattr(control, "votes", votes)
