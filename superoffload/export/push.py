@@ -100,7 +100,7 @@ def push(upload: Upload, say: Callable[[str], None]) -> str:
     """Upload it as one revision of the repository, which is created if necessary; return its address.
 
     Weights of an earlier revision that this one does not have are removed from the newest revision; everything else
-    stays. Raises `UserError` before anything is uploaded if nobody is logged in, or if the repository is public and
+    stays. Raises `UserError` before anything is uploaded if you are not logged in, or if the repository is public and
     `upload` is private.
     """
     api = HfApi()
@@ -136,7 +136,7 @@ def _account() -> str:
     if answer.problem is not None:
         raise UserError(f"{answer.endpoint}: cannot be asked who is logged in ({answer.problem}); check the network")
     if answer.account is None:
-        state = "the token is not valid" if answer.has_token else "nobody is logged in"
+        state = "the token is not valid" if answer.has_token else "you are not logged in"
         raise UserError(f"{answer.endpoint}: {state}; run `hf auth login`, with a token that may write")
     return answer.account
 

@@ -124,7 +124,7 @@ class HostStates:
         return memory
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """Take a buffer whose content nobody needs any more."""
+        """Take back a buffer that is no longer in use."""
         self._free.append(buffer)
 
 
@@ -160,7 +160,7 @@ class _Kept:
             get_accelerator().current_stream().wait_event(self._event)
 
     def leave_device(self) -> None:
-        """Drop the tensor on the device: whoever gets its memory next comes after the copy to the host."""
+        """Drop the tensor on the device: its memory is used again only after the copy to the host."""
         if self._on_device is not None:
             self._take()
 

@@ -175,7 +175,7 @@ def test_the_name_of_the_repository(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"account": None, "has_token": False}, "nobody is logged in; run `hf auth login`"),
+        ({"account": None, "has_token": False}, "you are not logged in; run `hf auth login`"),
         ({"account": None}, "the token is not valid"),
         ({"account": None, "problem": "no route"}, "cannot be asked who is logged in (no route)"),
     ],
