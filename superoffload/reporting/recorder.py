@@ -4,6 +4,7 @@ Nothing here is collective, so a rank that fails alone, or is slow to record, ma
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,21 +26,17 @@ from superoffload.training.run import Run
 @contextmanager
 def recording(run: Run, plan: Mapping[str, Any], environment: Callable[[], Any]) -> Iterator[None]:
     """Record a run around its steps, however they end; then end its trackers. The arguments are those of `start`."""
-    failure = None
     start(run, plan, environment)
     try:
         yield
-    except BaseException as error:
-        failure = error
-        raise
     finally:
-        end(run, failure)
+        end(run, sys.exception())
         run.samples.finish()
         run.trackers.finish()
 
 
 def start(run: Run, plan: Mapping[str, Any], environment: Callable[[], Any]) -> None:
-    """Write `run.json`, for whoever reads the output folder while the run is under way or afterwards.
+    """Write `run.json`, which says what the run is, while it is under way and afterwards.
 
     `plan` is what was planned, empty if nothing was; `environment` looks at versions and the machine.
     """

@@ -213,14 +213,14 @@ def _data(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     return result
 
 
-def _sources(found: Records, data: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Return the table of several data sets: name, then rows, tokens, share of the targets, first and last loss."""
+def _sources(found: Records, data: Mapping[str, Any]) -> list[list[str]]:
+    """Return the table of several data sets: name, rows, tokens, share of the targets, first and last loss."""
     result = []
     for source in data.get("sources") or ():
         losses = [value for _, value in found.series(f"loss/{source['label']}") if value is not None]
         ends = (f"{losses[0]:.4f}", f"{losses[-1]:.4f}") if losses else ("", "")
         shares = (f"{source['rows']:,}", f"{source['tokens']:,}", f"{source['target_share']:.1%}")
-        result.append((source["label"], [*shares, *ends]))
+        result.append([source["label"], *shares, *ends])
     return result
 
 

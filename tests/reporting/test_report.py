@@ -159,7 +159,7 @@ def test_several_data_sets_have_a_chart_and_a_table(tmp_path: Path) -> None:
     source = {"label": "a", "rows": 1200, "tokens": 34000, "target_share": 0.25}
     (tmp_path / "run.json").write_text(json.dumps({"data": {"packed": False, "sources": [source]}}))
     found = report.view(records.read(tmp_path))
-    assert found["sources"] == [("a", ["1,200", "34,000", "25.0%", "2.0000", "1.0000"])]
+    assert found["sources"] == [["a", "1,200", "34,000", "25.0%", "2.0000", "1.0000"]]
     (chart,) = [one for one in found["training"] if one.title == "Loss of each data set"]
     assert [(series.name, series.kind) for series, _ in chart.series] == [("a", "line"), ("a, held out", "dots")]
 
