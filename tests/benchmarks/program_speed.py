@@ -4,8 +4,10 @@
 
 In both modes, three loops take turns on the same batches: the steps of the program itself; a bare loop of the same
 engine calls (loss, backward, step) in the same process; forward and backward of the same model without DeepSpeed, in
-another process. Then forward and backward at hidden size 512 and 1024 take turns with a large product of bf16 matrices,
-whose rate is what the machine reaches. Writes program_speed.md and program_speed.json.
+another process. Where their memory lies differs from start to start, and so does their speed, by several percent: both
+processes are started anew --starts times. Their first passes over the batches are left out: in these the heap still
+grows, by several hundred thousand pages. Then forward and backward at hidden size 512 and 1024 take turns with a large
+product of bf16 matrices, whose rate is what the machine reaches. Writes program_speed.md and program_speed.json.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ RATE_BARS = {1: 0.7, 2: 0.8}  # by how many times the hidden size is
 # the model alone but not in the program. On cores that others use too, this doubles the time of the model.
 STEADY = {**STEADY_ALLOCATOR, "OMP_WAIT_POLICY": "PASSIVE"}
 LOOPS = ("program", "bare loop", "without DeepSpeed")
+Loops = dict[str, list[list[float]]]  # the seconds of the steps of each loop, by round
+WARM_UP = 2  # passes over the batches before the first turn
 
 
 def flags_of(options: argparse.Namespace, model: Path, mode: str, output: Path) -> list[str]:
@@ -47,14 +51,12 @@ def flags_of(options: argparse.Namespace, model: Path, mode: str, output: Path) 
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def compare_loops(
-    program: program_turns.Turn, alone: program_turns.Turn, folder: str, rounds: int
-) -> dict[str, list[list[float]]]:
+def compare_loops(program: program_turns.Turn, alone: program_turns.Turn, folder: str, rounds: int) -> Loops:
     """Let the loops take turns; return the times of their steps by round, and those of the optimizer.
 
     The first step of each turn is left out: in the program's loop, it includes the start of the loop.
     """
-    times: dict[str, list[list[float]]] = {name: [] for name in (*LOOPS, "optimizer")}
+    times: Loops = {name: [] for name in (*LOOPS, "optimizer")}
     for name in turns(LOOPS, rounds):
         if name == "program":
             times[name].append(program.ask("whole")[1:])
@@ -84,23 +86,30 @@ def shares_of_rate(alone: program_turns.Turn, folders: dict[int, str], rounds: i
     return {"flops_per_s": rates, "shares": shares}
 
 
+def loops_of(options: argparse.Namespace, folder: str, mode: str, output: Path) -> tuple[Loops, bytes]:
+    """Start both processes and let the loops of a mode take turns; return their times, and facts for another model."""
+    with process(program_turns.program, flags_of(options, Path(folder), mode, output), options.steps + 1) as program:
+        facts = program.ask("facts")
+        with process(program_turns.without_deepspeed, [folder], facts) as alone:
+            for _ in range(WARM_UP):
+                alone.ask("forward_backward", folder), program.ask("bare_loop")
+            return compare_loops(program, alone, folder, options.rounds), facts
+
+
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Measure both modes one after the other, then the shares of the machine's rate."""
+    """Measure both modes in turns, start by start, then the shares of the machine's rate."""
     shape = whole_runs.shape_of(options)
     folders: dict[int, str] = {}
     for hidden in (times * shape.hidden for times in RATE_BARS):
         made = whole_runs.write_model(work / f"model{hidden}", options.data, replace(shape, hidden=hidden))
         folders[hidden] = str(made)
-    first, steps = folders[shape.hidden], options.steps + 1
-    loops: dict[str, Any] = {}
-    for mode in MODES:
-        flags = flags_of(options, Path(first), mode, work / mode)
-        with process(program_turns.program, flags, steps) as program:
-            facts = program.ask("facts")
-            with process(program_turns.without_deepspeed, [first], facts) as alone:
-                print(mode, file=sys.stderr, flush=True)
-                alone.ask("forward_backward", first), program.ask("bare_loop")  # warm up
-                loops[mode] = compare_loops(program, alone, first, options.rounds)
+    first = folders[shape.hidden]
+    loops: dict[str, Loops] = {mode: {} for mode in MODES}
+    for number, mode in enumerate(turns(MODES, options.starts)):
+        print(mode, file=sys.stderr, flush=True)
+        times, facts = loops_of(options, first, mode, work / f"output{number}")
+        for name, rounds in times.items():
+            loops[mode].setdefault(name, []).extend(rounds)
     with process(program_turns.without_deepspeed, list(folders.values()), facts) as alone:
         alone.ask("forward_backward", first)
         return {"step_times_s": loops, **shares_of_rate(alone, folders, options.rounds)}
@@ -145,9 +154,10 @@ def report(found: dict[str, Any]) -> list[str]:
     product = spread([rate / 1e12 for rate in found["flops_per_s"]["product"]])
     lines = whole_runs.heading("What the program and DeepSpeed add to a step", found)
     lines += [
-        f"{found['rounds']} rounds in turns, {found['steps']} steps each, on the same batches. FLOPs as counted by "
-        f"superoffload/model/flops.py. Product of bf16 matrices of {program_turns.PRODUCT} x {program_turns.PRODUCT}: "
-        f"{product.show('.3f')} TFLOP/s. Ratios are those of the same step in the same round.",
+        f"{found['starts']} starts, {found['rounds']} rounds in turns in each, {found['steps']} steps each, on the "
+        "same batches. FLOPs as counted by superoffload/model/flops.py. Product of bf16 matrices of "
+        f"{program_turns.PRODUCT} x {program_turns.PRODUCT}: {product.show('.3f')} TFLOP/s. Ratios are those of the "
+        "same step in the same round.",
         "",
         *bars_table(bars_of(found)),
         "",
@@ -170,11 +180,15 @@ def report(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Measure and write the results."""
-    options = whole_runs.parser(__doc__, rounds=3, steps=2).parse_args()
+    parser = whole_runs.parser(__doc__, rounds=2, steps=2)
+    parser.add_argument("--starts", type=int, default=3, help="start the processes so many times, rounds in each")
+    options = parser.parse_args()
     options.data = options.data.resolve()
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(options.threads), **STEADY}
     with whole_runs.work_folder() as work:
-        found = whole_runs.circumstances("program_speed.py", options) | measure(options, work)
+        found = whole_runs.circumstances("program_speed.py", options)
+        found |= {"command": f"{found['command']} --starts {options.starts}", "starts": options.starts}
+        found |= measure(options, work)
     found["bars"] = [bar.as_dict() for bar in bars_of(found)]
     write(options.results, "program_speed", found, report(found))
 
