@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from superoffload import cli, config, config_file, launcher
 from superoffload.ds_config import REPOSITORY
-from superoffload.errors import UserError
+from superoffload.errors import UserError, nearest
 
 SCRIPT = REPOSITORY / "finetune_zero3.py"
 ERROR = "Error: "
@@ -69,7 +69,7 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
     result: list[str] = []
     for name, value in settings.items():
         if name != "config" and name not in known:
-            raise UserError(f"finetune: {name}: there is no such setting{config.nearest(name, known)}")
+            raise UserError(f"finetune: {name}: there is no such setting{nearest(name, known)}")
         spec = known.get(name)
         if spec is not None and spec.type is bool:
             if not isinstance(value, bool):

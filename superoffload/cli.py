@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import click
 
 from superoffload import config, config_file, launcher
-from superoffload.errors import UserError
+from superoffload.errors import UserError, nearest
 from superoffload.run_log import run_log
+from superoffload.setting import AUTO, CountOrAuto, NumberOrAuto, allowed, settings_of, whole_number
 
 SILENT_RANK_PATIENCE_S = 5.0
 
@@ -31,7 +32,7 @@ class WholeNumber(click.ParamType):  # type: ignore[type-arg]  # not generic bef
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the value as an int; fail if it is not a whole number."""
         try:
-            return config.whole_number(str(value))
+            return whole_number(str(value))
         except ValueError:
             self.fail(f"{value!r} is not a whole number.", param, ctx)
 
@@ -40,15 +41,15 @@ class OrAuto(click.ParamType):  # type: ignore[type-arg]
     """A number that `read` reads from a text, or `auto`."""
 
     def __init__(self, kind: str, noun: str, read: Callable[[str], float]) -> None:
-        self.name = f"{kind}|{config.AUTO}"
+        self.name = f"{kind}|{AUTO}"
         self._noun, self._read = noun, read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         """Return the value as a number unless it is `auto`; fail if it is neither."""
         try:
-            return config.AUTO if value == config.AUTO else self._read(str(value))
+            return AUTO if value == AUTO else self._read(str(value))
         except ValueError:
-            self.fail(f"{value!r} is neither {self._noun} nor {config.AUTO}.", param, ctx)
+            self.fail(f"{value!r} is neither {self._noun} nor {AUTO}.", param, ctx)
 
 
 class Choice(click.Choice):  # type: ignore[type-arg]
@@ -68,7 +69,7 @@ class Choice(click.Choice):  # type: ignore[type-arg]
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         """Return what is wrong with a word that is none of them."""
         message = super().get_invalid_choice_message(value, ctx).rstrip(".")
-        return message + (config.nearest(value, self.choices) or ".")
+        return message + (nearest(value, self.choices) or ".")
 
 
 class Switch(click.Option):
@@ -133,7 +134,7 @@ class GroupedCommand(Command):
         """Write one section per group of settings."""
         records = {param.name: param.get_help_record(ctx) for param in self.get_params(ctx)}
         for group in config.GROUPS.values():
-            rows = [records.pop(spec.name) for spec in config.settings_of(group)]
+            rows = [records.pop(spec.name) for spec in settings_of(group)]
             with formatter.section((group.__doc__ or "").rstrip(".")):
                 formatter.write_dl([row for row in rows if row])
         with formatter.section("Other"):
@@ -144,12 +145,12 @@ def option(spec: Field[Any]) -> click.Option:
     """Build the click option of a setting."""
     kinds: dict[Any, Any] = {
         int: WholeNumber(), float: float, bool: bool, tuple[float, ...]: float,
-        config.NumberOrAuto: OrAuto("float", "a number", float),
-        config.CountOrAuto: OrAuto("integer", "a whole number", config.whole_number),
+        NumberOrAuto: OrAuto("float", "a number", float),
+        CountOrAuto: OrAuto("integer", "a whole number", whole_number),
     }  # fmt: skip
     alone = spec.metadata.get("alone")
     kind = Choice(spec.metadata["choices"], alone) if "choices" in spec.metadata else kinds.get(spec.type, str)
-    limits = "" if "choices" in spec.metadata else config.allowed(spec)
+    limits = "" if "choices" in spec.metadata else allowed(spec)
     required = spec.default is MISSING
     default: dict[str, Any] = {} if required else {"default": spec.default}  # click counts default=None as a default
     if alone is not None:
@@ -224,9 +225,7 @@ def command(action: Callable[[config.Config], Any]) -> click.Command:
     def callback(**values: Any) -> Any:
         return action(config.build(values, explicit(values)))
 
-    options: list[click.Parameter] = [
-        option(spec) for group in config.GROUPS.values() for spec in config.settings_of(group)
-    ]
+    options: list[click.Parameter] = [option(spec) for spec in config.SPECS.values()]
     return GroupedCommand(
         "finetune_zero3.py",
         params=[config_option(), *options],

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from superoffload import config
-from superoffload.errors import UserError, first_line
+from superoffload.errors import UserError, first_line, nearest
+from superoffload.setting import AUTO, OR_AUTO, accepts, allowed, from_switch, settings_of, shown, whole_number
 
 if TYPE_CHECKING:
     from yaml import MappingNode, Node
@@ -29,7 +30,7 @@ def settings() -> dict[str, tuple[str, Field[Any]]]:
     return {
         spec.name: (name, spec)
         for name, group in config.GROUPS.items()
-        for spec in config.settings_of(group)
+        for spec in settings_of(group)
         if spec.name not in LEFT_OUT
     }
 
@@ -120,9 +121,9 @@ class _Reader:
             raise self._error(node, f"{group}.{name}: belongs to the group {own}; move it there")
         self._once(name, node)
         value = self._value(spec, node)
-        if not config.accepts(spec, value):
-            problem = f"{name} {config.shown(value)}: must be {config.allowed(spec)}"
-            raise self._error(node, problem + config.nearest(value, spec.metadata.get("choices", ())))
+        if not accepts(spec, value):
+            problem = f"{name} {shown(value)}: must be {allowed(spec)}"
+            raise self._error(node, problem + nearest(value, spec.metadata.get("choices", ())))
         if value is not None:
             self._values[name] = value
 
@@ -130,7 +131,7 @@ class _Reader:
         if name in LEFT_OUT:
             return f"{name}: the launcher sets it; remove it"
         known = [*self._settings, *(config.GROUPS if group is None else ())]
-        return f"{name}: there is no such setting{config.nearest(name.strip('-').replace('-', '_'), known)}"
+        return f"{name}: there is no such setting{nearest(name.strip('-').replace('-', '_'), known)}"
 
     def _value(self, spec: Field[Any], node: "Node") -> Any:
         import yaml
@@ -157,7 +158,7 @@ class _Reader:
         try:
             return _convert(spec, wanted, node.value)
         except (KeyError, ValueError) as error:
-            or_auto = f" or {config.AUTO}" if spec.type in config.OR_AUTO else ""
+            or_auto = f" or {AUTO}" if spec.type in OR_AUTO else ""
             raise self._error(node, f"{spec.name} {node.value}: must be {NAMES[wanted]}{or_auto}") from error
 
 
@@ -166,15 +167,15 @@ def _is_nothing(node: "Node") -> bool:
 
 
 def _convert(spec: Field[Any], wanted: type, text: str) -> Any:
-    if spec.type in config.OR_AUTO and text == config.AUTO:
+    if spec.type in OR_AUTO and text == AUTO:
         return text
     if "alone" in spec.metadata:
-        return config.from_switch(spec, SWITCH.get(text.lower(), text))
+        return from_switch(spec, SWITCH.get(text.lower(), text))
     if wanted is bool:
         return SWITCH[text.lower()]
     if wanted is str:
         return os.path.expanduser(text) if text.startswith("~/") else text  # as the shell does with a flag
-    return config.whole_number(text) if wanted is int else wanted(text)
+    return whole_number(text) if wanted is int else wanted(text)
 
 
 def write(settings_of_run: config.Config) -> str:
@@ -225,8 +226,8 @@ def _described(spec: Field[Any]) -> dict[str, Any]:
     forms = [one]
     if "alone" in limits:
         forms.append({"type": "boolean"})
-    if spec.type in config.OR_AUTO:
-        forms.append({"const": config.AUTO})
+    if spec.type in OR_AUTO:
+        forms.append({"const": AUTO})
     if "several" in limits:
         forms.append({"type": "array", "items": one, "minItems": 0 if spec.default == () else 1})
     if spec.default is None or spec.default == ():

@@ -14,6 +14,7 @@ from typing import Any
 from superoffload import config as settings
 from superoffload.config import Config
 from superoffload.errors import UserError
+from superoffload.setting import AUTO, accepts, allowed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -72,7 +73,6 @@ class _FlagResolver:
 
     def __init__(self, config: Config, name: str) -> None:
         self.values = settings.flat(config)
-        self._specs = {spec.name: spec for group in settings.GROUPS.values() for spec in settings.settings_of(group)}
         self.explicit = config.explicit
         self.name = name
         self.notes: list[str] = []
@@ -81,15 +81,15 @@ class _FlagResolver:
         """Return the resolved value of `flag`; `found` is the JSON's value of `key`, None if it has none."""
         if found in (None, "auto"):
             return self.values[flag]
-        if not settings.accepts(self._specs[flag], found):
-            allowed = settings.allowed(self._specs[flag])
-            raise UserError(f"--deepspeed_config {self.name}: {key} is {found}, must be {allowed}")
+        spec = settings.SPECS[flag]
+        if not accepts(spec, found):
+            raise UserError(f"--deepspeed_config {self.name}: {key} is {found}, must be {allowed(spec)}")
         if found != self.values[flag] and flag in self.explicit:
             raise UserError(
                 f"--{flag} {self.values[flag]} contradicts {key} {found} in {self.name}; "
                 f'remove one, or set it to "auto" there'
             )
-        kind: Any = type(self._specs[flag].default)
+        kind: Any = type(spec.default)
         self.values[flag] = kind(found)
         return self.values[flag]
 
@@ -147,7 +147,7 @@ def merge_flags(ds_config: DsConfig, config: Config, world_size: int) -> Merged:
     if zero.get("reduce_bucket_size") in (None, "auto"):
         zero["reduce_bucket_size"] = sub_group
     ratio = flags.resolve("offload_ratio", "offload_optimizer.ratio", offload.get("ratio"))
-    offload["ratio"] = 1.0 if ratio == settings.AUTO else ratio  # until `with_offload_ratio` sets it
+    offload["ratio"] = 1.0 if ratio == AUTO else ratio  # until `with_offload_ratio` sets it
     _resolve_optimizer_state(flags, merged)
     _resolve_offload_params(flags, zero)
 

@@ -45,8 +45,7 @@ def test_every_path_exists(path: Path) -> None:
 
 @each_document
 def test_every_flag_exists(path: Path) -> None:
-    settings = [spec.name for group in config.GROUPS.values() for spec in config.settings_of(group)]
-    known = {f"--{name}" for name in settings} | {"--no_packing", "--no_preflight", "--help"}
+    known = {f"--{name}" for name in config.SPECS} | {"--no_packing", "--no_preflight", "--help"}
     for command in commands.group.commands.values():
         known |= {flag for option in command.params if isinstance(option, click.Option) for flag in option.opts}
     for script in ("test.sh", "lock.sh"):
@@ -134,5 +133,5 @@ def test_the_formats_are_those_of_the_setting() -> None:
         for table in documents.tables(documents.read(REPOSITORY / "docs/data.md"))
         if table[0][0] == "`--dataset_format`"
     )
-    (spec,) = [spec for spec in config.settings_of(config.DataSettings) if spec.name == "dataset_format"]
-    assert ["auto", *(row[0].strip("`") for row in table[1:])] == list(spec.metadata["choices"])
+    choices = config.SPECS["dataset_format"].metadata["choices"]
+    assert ["auto", *(row[0].strip("`") for row in table[1:])] == list(choices)

@@ -28,6 +28,7 @@ ROWS: list[Row] = [
             "api",
             "errors",
             "protocols",
+            "setting",
             "config",
             "config_file",
             "cli",

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from superoffload.bench.grid import Order
-from superoffload.config import AUTO, build
+from superoffload.config import build
 from superoffload.ds_config import merge_flags, read_ds_config
 from superoffload.planning import machine
 from superoffload.planning.budget import job, memory
 from superoffload.planning.budget.shape import Shape
+from superoffload.setting import AUTO
 
 GIB = 2**30
 SHARE = 0.85

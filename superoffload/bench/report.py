@@ -6,13 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from superoffload import config
 from superoffload.bench import alternatives, documents
 from superoffload.bench.grid import STOCK, Case
 from superoffload.bench.rounds import Measured, Plan
 from superoffload.bench.subject import Subject
 from superoffload.ds_config import REPOSITORY
 from superoffload.planning import environment
+from superoffload.setting import shown
 
 Numbers = dict[str, Any]
 Report = dict[str, Any]
@@ -37,7 +37,7 @@ def make(cases: Sequence[Case], found: Measured, plan: Plan, subject: Subject, v
             "parameters": next((one["parameters"] for one in described if one), None),
             "random_weights": subject.config is not None,
         },
-        "rows": config.shown(values["dataset_name"]) if values["dataset_name"] else documents.DESCRIPTION,
+        "rows": shown(values["dataset_name"]) if values["dataset_name"] else documents.DESCRIPTION,
         "ranks": plan.ranks,
         "rounds": plan.rounds,
         "steps": plan.steps,

@@ -12,6 +12,7 @@ from superoffload.bench.grid import HAND, SHARED, Case, Order
 from superoffload.ds_config import REPOSITORY
 from superoffload.errors import UserError
 from superoffload.planning.budget import shape
+from superoffload.setting import shown
 
 POSITIONS = 2048
 
@@ -52,7 +53,7 @@ def choose(values: Mapping[str, Any]) -> Subject:
         raise UserError(f"{both}: {problem}; use --model_name, --shape NAME, or --layers and --hidden")
     if not values["model_name"] and values["dataset_name"]:
         raise UserError(
-            f"--dataset_name {config.shown(values['dataset_name'])}: its rows need a tokenizer, and --{given[0]} has "
+            f"--dataset_name {shown(values['dataset_name'])}: its rows need a tokenizer, and --{given[0]} has "
             "none; use --model_name, or omit --dataset_name for rows of random tokens"
         )
     if values["model_name"]:

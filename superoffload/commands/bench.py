@@ -12,6 +12,7 @@ from superoffload import cli, config
 from superoffload.bench import grid
 from superoffload.ds_config import REPOSITORY
 from superoffload.errors import UserError
+from superoffload.setting import settings_of
 
 INTERRUPTED = 130
 
@@ -113,7 +114,7 @@ def _make_folder(path: Path) -> None:
 
 def _shared() -> list[click.Parameter]:
     """Derive the flags that all configurations share from the settings."""
-    specs = [spec for group, names in grid.SHARED.items() for spec in config.settings_of(group) if spec.name in names]
+    specs = [spec for group, names in grid.SHARED.items() for spec in settings_of(group) if spec.name in names]
     options = [cli.option(spec) for spec in specs]
     for option in options:
         option.required = False
@@ -129,7 +130,7 @@ def _axes() -> list[click.Parameter]:
         click.Option(["--mode"], type=click.Choice(grid.MODES), default=grid.MODES[:1], help="Mode."),
         click.Option(["--layout"], type=click.Choice(list(grid.LAYOUTS)), default="packed", help=layouts),
     ]
-    specs = {spec.name: spec for group in config.GROUPS.values() for spec in config.settings_of(group)}
+    specs = config.SPECS
     axes += [cli.option(specs[name]) for name in grid.SETTINGS]
     return [
         click.Option(

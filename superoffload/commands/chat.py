@@ -78,7 +78,7 @@ def _speaker(source: Any, first: Any, chosen: dict[str, str], manner: Any) -> An
 
 def _options() -> list[click.Parameter]:
     """List the flags; those that are settings of a run come from `config`."""
-    specs = {spec.name: spec for group in config.GROUPS.values() for spec in config.settings_of(group)}
+    specs = config.SPECS
     from_settings = [
         cli.option(specs[name])
         for name in (*TEMPLATE, "revision", "trust_checkpoint", "trust_remote_code", "attn_implementation", "seed")

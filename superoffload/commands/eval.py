@@ -8,6 +8,7 @@ import click
 
 from superoffload import cli, config
 from superoffload.errors import UserError
+from superoffload.setting import settings_of
 
 SETTINGS = ("revision", "trust_remote_code", "trust_checkpoint", "attn_implementation", "kernels", "loss_kernel",
             "batch_size", "seed")  # fmt: skip
@@ -50,7 +51,7 @@ def _options() -> list[click.Parameter]:
     specs = [
         spec
         for name, group in config.GROUPS.items()
-        for spec in config.settings_of(group)
+        for spec in settings_of(group)
         if spec.name in SETTINGS or (name == "data" and spec.name not in LEFT_OUT)
     ]
     options = [cli.option(spec) for spec in specs]

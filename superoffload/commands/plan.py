@@ -12,6 +12,7 @@ from superoffload import cli, config, ds_config
 from superoffload.errors import UserError
 from superoffload.planning import machine, plan, ratio, recipes, remedies, speed, words
 from superoffload.planning.budget import job, shape
+from superoffload.setting import AUTO, settings_of, shown
 
 # The flags of a run that memory or time depend on; of the other groups, all.
 MODEL = (
@@ -60,7 +61,7 @@ def _show(**values: Any) -> int:
             f"--sequence_parallel_size {wanted.parts}: the {model.heads} attention heads of {model.name} cannot be "
             f"divided among {wanted.parts} ranks; use a divisor of their number"
         )
-    if settings.offload.offload_ratio == config.AUTO:
+    if settings.offload.offload_ratio == AUTO:
         wanted = replace(wanted, ratio=ratio.auto(model, wanted, capacity.device)[0])
     found = plan.make(model, wanted, capacity, _hardware(values, here, ranks_per_node))
     if values["plot"]:
@@ -114,7 +115,7 @@ def _shape(model: config.ModelSettings) -> shape.Shape:
         return shape.built_in(model.model_name)
     if known and "/" not in model.model_name:
         raise UserError(
-            f"--freeze {config.shown(model.freeze)}: the names of parameters are not known of {model.model_name}; give "
+            f"--freeze {shown(model.freeze)}: the names of parameters are not known of {model.model_name}; give "
             "--model_name a folder or a hub id"
         )
     return shape.load(*model.origin, model.freeze)
@@ -146,7 +147,7 @@ def _options() -> list[click.Parameter]:
     """Derive the flags of a run from the settings, and add those of the machine."""
     run: list[click.Parameter] = []
     for group, names in SETTINGS.items():
-        for spec in config.settings_of(group):
+        for spec in settings_of(group):
             if spec.name in names:
                 option = cli.option(spec)
                 option.required = False

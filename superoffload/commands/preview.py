@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from superoffload import cli, config
+from superoffload.setting import settings_of
 
 GROUPS = {"model": config.ModelSettings, "data": config.DataSettings, "training": config.TrainingSettings}
 OPTIONS = ("model_name", "revision", "trust_remote_code", "batch_size", "gradient_accumulation_steps", "seed")
@@ -52,7 +53,7 @@ def _options() -> list[click.Parameter]:
         *(
             cli.option(spec)
             for name, settings in GROUPS.items()
-            for spec in config.settings_of(settings)
+            for spec in settings_of(settings)
             if name == "data" or spec.name in OPTIONS
         ),
     ]

@@ -12,13 +12,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from superoffload import hub
 from superoffload.checkpoint.rank_files import RankFiles
 from superoffload.checkpoint.trust import TRUST
-from superoffload.config import several, shown
 from superoffload.data import mixture
 from superoffload.errors import UserError
 from superoffload.export import picture
 from superoffload.model import architecture, load
 from superoffload.model.tokenizer import load_tokenizer
 from superoffload.protocols import Model
+from superoffload.setting import several, shown
 
 CONFIG = "config.json"
 CURVE = "loss.png"

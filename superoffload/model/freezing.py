@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from superoffload.config import nearest
-from superoffload.errors import UserError
+from superoffload.errors import UserError, nearest
 from superoffload.log import logger
 from superoffload.model.flops import count_parameters, numel
 from superoffload.protocols import Model

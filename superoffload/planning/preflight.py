@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from superoffload import distributed
 from superoffload.checkpoint.resume import Source
-from superoffload.config import AUTO, CheckpointSettings
+from superoffload.config import CheckpointSettings
 from superoffload.ds_config import Merged, with_offload_ratio
 from superoffload.errors import FAILURES, UserError, first_line
 from superoffload.log import logger
@@ -15,6 +15,7 @@ from superoffload.model.load import Architecture
 from superoffload.planning import plan, ratio, sight, speed
 from superoffload.planning.budget import job, shape
 from superoffload.planning.forecast import Forecast
+from superoffload.setting import AUTO
 
 Found = TypeVar("Found")
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from superoffload.config import AUTO
 from superoffload.ds_config import REPOSITORY
 from superoffload.errors import UserError
 from superoffload.planning.budget import shape
+from superoffload.setting import AUTO
 
 SCRIPTS = REPOSITORY / "scripts"
 # What the memory and the time of a run depend on: the names in a recipe and what they become.

@@ -6,10 +6,10 @@ from functools import lru_cache
 from math import ceil, floor
 from typing import Any
 
-from superoffload.config import AUTO
 from superoffload.planning.budget.job import Job
 from superoffload.planning.budget.memory import Budget, budget
 from superoffload.planning.budget.shape import Shape
+from superoffload.setting import AUTO
 
 LENGTH_STEP = 256
 MOST_BATCH, MOST_LENGTH = 4096, 2**23

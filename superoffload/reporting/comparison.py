@@ -5,11 +5,12 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from superoffload import config, config_file
+from superoffload import config_file
 from superoffload.errors import UserError
 from superoffload.reporting import records
 from superoffload.reporting.charts import smoothed
 from superoffload.reporting.records import Points, Records
+from superoffload.setting import shown
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2330", "#8a93a3")
 FORMATS = (".png", ".svg", ".pdf")
@@ -71,7 +72,7 @@ def labels(runs: Sequence[Records]) -> list[str]:
 
 
 def _value(run: Records, name: str) -> str:
-    return config.shown(run.settings.get(name)).rstrip("/").split("/")[-1].removesuffix(".json")
+    return shown(run.settings.get(name)).rstrip("/").split("/")[-1].removesuffix(".json")
 
 
 def _line(axes: Any, points: Points, **look: Any) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from superoffload import config
 from superoffload.checkpoint.manifest import replace_text
 from superoffload.errors import UserError
 from superoffload.reporting import curves, records
 from superoffload.reporting.records import Records, number
+from superoffload.setting import shown
 
 REPORT_FILE = "report.html"
 GIB = 2**30
@@ -233,6 +233,6 @@ def _settings(values: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     others: list[Row] = []
     for name, value in values.items():
         default = records.default(name)
-        row = (name, "" if value is None else config.shown(value), "" if default is None else config.shown(default))
+        row = (name, "" if value is None else shown(value), "" if default is None else shown(default))
         (others if value == default else changed).append(row)
     return changed, others

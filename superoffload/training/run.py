@@ -10,13 +10,14 @@ from superoffload import distributed
 from superoffload.checkpoint import save
 from superoffload.checkpoint.resume import Source
 from superoffload.checkpoint.trust import Trust
-from superoffload.config import Config, shown
+from superoffload.config import Config
 from superoffload.data.loader import Batches
 from superoffload.errors import UserError
 from superoffload.export import weights
 from superoffload.log import logger
 from superoffload.model.head import Loss
 from superoffload.protocols import Engine, Tokenizer
+from superoffload.setting import shown
 from superoffload.training import metrics
 from superoffload.training import progress as outcomes
 from superoffload.training.evaluation import Evaluation

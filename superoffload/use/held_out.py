@@ -15,6 +15,7 @@ from superoffload.data.rows import TokenizedRows
 from superoffload.errors import UserError
 from superoffload.model import attention, isolation, kernels, loss_kernel, vocabulary
 from superoffload.protocols import Model, Tokenizer
+from superoffload.setting import shown
 from superoffload.training.evaluation import held_out_loss
 from superoffload.use import finished
 from superoffload.use.finished import Source
@@ -117,7 +118,7 @@ def _rows(tokenizer: Tokenizer, settings: Config, every_row: bool) -> TokenizedR
     rows, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
     chosen = rows if every_row else held_out
     if chosen is None or not int(chosen.targets.sum()):
-        raise UserError(f"--dataset_name {config.shown(settings.data.dataset_name)}: has no target tokens")
+        raise UserError(f"--dataset_name {shown(settings.data.dataset_name)}: has no target tokens")
     return chosen
 
 

@@ -26,6 +26,7 @@ from superoffload.model import load
 from superoffload.model.recomputation import HostStates
 from superoffload.planning.budget import device, job
 from superoffload.planning.budget.shape import Shape, of_model
+from superoffload.setting import settings_of
 from tests.helpers import builtin_shapes, counted_memory
 from tests.helpers.planning import job_of
 
@@ -61,7 +62,7 @@ class Row:
 
 def combinations() -> list[dict[str, Any]]:
     """List the combinations of flags that this version of the program has."""
-    known = {spec.name for spec in config.settings_of(config.ModelSettings)}
+    known = {spec.name for spec in settings_of(config.ModelSettings)}
     return [{**kept, "loss_kernel": loss} for kept in KEPT if kept.keys() <= known for loss in LOSSES]
 
 

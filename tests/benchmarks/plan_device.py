@@ -16,10 +16,10 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from superoffload.config import AUTO  # noqa: E402
 from superoffload.planning.budget import device  # noqa: E402
 from superoffload.planning.budget.job import Job  # noqa: E402
 from superoffload.planning.budget.shape import built_in, of_model  # noqa: E402
+from superoffload.setting import AUTO  # noqa: E402
 from tests.helpers import builtin_shapes, counted_memory  # noqa: E402
 from tests.helpers.recipe_jobs import recipe_job  # noqa: E402
 from tests.helpers.recipes import RECIPES  # noqa: E402

@@ -123,6 +123,6 @@ def test_the_model_card_names_what_was_trained(trained: dict[str, Trained]) -> N
 def test_a_matplotlib_that_does_not_work_leaves_out_the_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # an import raises ImportError
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # an import raises ImportError
     assert not picture.draw(tmp_path / "loss.png", [(1, 2.0), (2, 1.0)], [])
     assert "The model card has no curve of the loss: " in caplog.text and list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """The curves of runs in one picture."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from superoffload import commands, config, config_file
 from superoffload.errors import UserError
 from superoffload.reporting import comparison, records
 
-pytestmark = pytest.mark.unit
+# Not marked `unit`: what draws. On its first import ever, matplotlib runs fc-list to find the fonts.
 
 
 def make_run(folder: Path, **values: Any) -> Path:
@@ -28,6 +29,7 @@ def labels(*folders: Path) -> list[str]:
     return comparison.labels([records.read(folder) for folder in folders])
 
 
+@pytest.mark.unit
 def test_runs_are_named_by_the_settings_in_which_they_differ(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a", lr=1e-5, model_name="/x/models/m8/")
     second = make_run(tmp_path / "b", lr=2e-5, model_name="/y/models/m8/", packing=False)
@@ -39,6 +41,7 @@ def test_runs_are_named_by_the_settings_in_which_they_differ(tmp_path: Path) -> 
     assert labels(first) == ["a"]
 
 
+@pytest.mark.unit
 def test_a_run_without_settings_is_named_by_its_folder(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     (second / "config.yaml").unlink()
@@ -71,8 +74,9 @@ def test_mistakes_are_one_line(name: str, words: str, tmp_path: Path) -> None:
         comparison.draw([run], tmp_path / name)
 
 
+@pytest.mark.unit
 def test_without_matplotlib_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(
         UserError, match=r'--out: needs matplotlib; install it with: pip install "superoffload\[plots\]'
     ):

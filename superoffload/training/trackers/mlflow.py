@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from superoffload import config as settings
-from superoffload.config import Config, shown
+from superoffload.config import Config
+from superoffload.setting import shown
 from superoffload.training.trackers import names
 
 
