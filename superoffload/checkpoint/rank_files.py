@@ -27,8 +27,8 @@ class RankFiles:
     """A checkpoint with all its files: its folder, the run's output folder, and the content.
 
     `tensors` maps names in the model to lazy fp32 weights for `gather`, memory-mapped from the files, and to buffers in
-    the dtype in which they were saved; tied weights appear under each of their names. `config` (flat settings) and
-    `progress` are those of the run, empty if the checkpoint has none.
+    the dtype in which they were saved; tied weights appear under each of their names. `config` (flat settings),
+    `progress` and `data` (`Batches.extent`) are those of the run, empty if the checkpoint has none.
     """
 
     folder: Path
@@ -36,6 +36,7 @@ class RankFiles:
     tensors: dict[str, Any]
     config: dict[str, Any]
     progress: dict[str, Any]
+    data: dict[str, Any]
 
 
 def locate(source: Path) -> tuple[Path, Path]:
@@ -86,7 +87,7 @@ def read(source: Path, *, trusted: bool = False) -> RankFiles:
     state = trust.load(states[0], trusted=trusted)
     try:
         buffers = {name: state["module"][name] for name in state["buffer_names"]}
-        described = {key: dict(state.get(key) or {}) for key in ("config", "progress")}
+        described = {key: dict(state.get(key) or {}) for key in ("config", "progress", "data")}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _unreadable(folder, error) from error
     return RankFiles(folder=folder, output_dir=output_dir, tensors={**_lazy_weights(folder), **buffers}, **described)

@@ -6,10 +6,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from superoffload import config, distributed
-from superoffload.config import Config
+from superoffload.config import Config, DataSettings
 from superoffload.data import collate, loader
 from superoffload.data.rows import TokenizedRows
 from superoffload.errors import UserError
@@ -61,7 +62,7 @@ def settings_of(source: Source, given: dict[str, Any]) -> Config:
     """Merge the settings of the run that made the model, if it is known, with those that the user has given.
 
     Another `--dataset_name` keeps how the run's rows are tokenised, but not which rows it took. Raises `UserError` if
-    there is no data set.
+    there is no data set, and if a setting would make other rows than those that the run held out.
     """
     before = config.flat(source.run) if source.run else {}
     if "dataset_name" in given:
@@ -69,6 +70,13 @@ def settings_of(source: Source, given: dict[str, Any]) -> Config:
         given = {**given, "eval_percentage": 0.0, "eval_dataset": None}
     elif source.run is None:
         raise UserError(f"{source.name}: no run of it is known, so no held-out rows; give --dataset_name")
+    else:
+        for name in (*OF_A_DATA_SET, "seed"):
+            if name in given and given[name] != before[name]:
+                raise UserError(
+                    f"--{name} {shown(given[name])}: the run chose its held-out rows with {shown(before[name])}; "
+                    "leave it out, or give --dataset_name"
+                )
     own = {"model_name": source.model.model_name, "revision": source.model.revision, "output_dir": ""}
     merged = config.build({**before, **given, **own, "trust_remote_code": source.trust.code})
     if "dataset_name" not in given and not (merged.data.eval_percentage or merged.data.eval_dataset):
@@ -82,7 +90,7 @@ def losses_of(source: Source, settings: Config, every_row: bool) -> Losses:
     Joins a process group of one rank. Raises `UserError`.
     """
     tokenizer = finished.tokenizer_of(source)
-    rows = _rows(tokenizer, settings, every_row)
+    rows = rows_of(source, tokenizer, settings, every_row)
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has compiled
         distributed.init()
     try:
@@ -114,12 +122,37 @@ def _losses(source: Source, settings: Config, tokenizer: Tokenizer, rows: Tokeni
     return Losses(loss=numbers["eval_loss"], target_tokens=int(numbers["eval_target_tokens"]), sources=parts)
 
 
-def _rows(tokenizer: Tokenizer, settings: Config, every_row: bool) -> TokenizedRows:
-    rows, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
-    chosen = rows if every_row else held_out
+def rows_of(source: Source, tokenizer: Tokenizer, settings: Config, every_row: bool) -> TokenizedRows:
+    """Return all rows of `--dataset_name`, or else those that the run held out. Raises `UserError`."""
+    if every_row or not (source.run and settings.data.eval_percentage):
+        rows, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
+        chosen = rows if every_row else held_out
+    else:
+        chosen = _drawn_by_run(source, source.run, tokenizer, settings.data)
     if chosen is None or not int(chosen.targets.sum()):
         raise UserError(f"--dataset_name {shown(settings.data.dataset_name)}: has no target tokens")
     return chosen
+
+
+def _drawn_by_run(source: Source, run: Config, tokenizer: Tokenizer, data: DataSettings) -> TokenizedRows:
+    """Return the rows that a run drew with `--eval_percentage` and did not train on, tokenised with other settings.
+
+    The draw depends on how many rows the run had, so it is repeated with the run's own settings: others may leave out
+    other rows. Raises `UserError` if the data set is no longer the one that the run trained on.
+    """
+    trained_on, held_out = loader.load(tokenizer, replace(run.data, num_proc=data.num_proc), run.training.seed)
+    now = {"rows": len(trained_on), "tokens": int(trained_on.lengths.sum())}
+    before = {**now, **(source.checkpoint.data if source.checkpoint else {})}
+    if any(before[name] != now[name] for name in now):
+        raise UserError(
+            f"--dataset_name {shown(run.data.dataset_name)}: its rows have changed since the run (then "
+            f"{before['rows']} rows of {before['tokens']} tokens to train on, now {now['rows']} of {now['tokens']}), "
+            "so the held-out ones are not known; give --dataset_name"
+        )
+    every, _ = loader.load(tokenizer, replace(data, eval_percentage=0.0), run.training.seed)
+    chosen = held_out.by_source() if held_out else {}
+    kept = [np.isin(part.numbers, chosen[label].numbers) for label, part in every.by_source().items()]
+    return replace(every, weights=()).select(np.flatnonzero(np.concatenate(kept)))
 
 
 class WholeModel:

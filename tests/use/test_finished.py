@@ -10,8 +10,7 @@ import torch
 from superoffload import config, config_file
 from superoffload.errors import UserError
 from superoffload.model.architecture import empty_model
-from superoffload.use import device, finished, held_out
-from superoffload.use.finished import Source
+from superoffload.use import device, finished
 from tests.helpers.runs import make_checkpoint
 
 pytestmark = pytest.mark.unit
@@ -97,30 +96,6 @@ def test_blank_models_have_the_tensors_of_the_skeleton(model_folder: Path) -> No
     ]
     for (name, mine), (_, other) in zip(blank.named_buffers(), whole.named_buffers(), strict=True):
         assert torch.equal(mine, other), name
-
-
-def run_of(**values: Any) -> Source:
-    run = config.build({"model_name": "m", "output_dir": "o", "dataset_name": ("a.json",), **values})
-    return Source(name="out", model=run.model, run=run)
-
-
-def test_losses_are_of_the_held_out_rows_of_the_run() -> None:
-    found = held_out.settings_of(run_of(eval_percentage=5.0, eval_steps=2, max_length=64), {"packing": False})
-    assert (found.data.eval_percentage, found.data.max_length, found.data.packing) == (5.0, 64, False)
-
-
-def test_another_data_set_keeps_how_rows_are_tokenised_but_not_which_rows_there_were() -> None:
-    run = run_of(eval_percentage=5.0, eval_steps=2, max_length=64, dataset_split="train[:9]", columns="text=t")
-    found = held_out.settings_of(run, {"dataset_name": ("b.json",)}).data
-    assert (found.dataset_name, found.max_length, found.dataset_split) == (("b.json",), 64, "train")
-    assert (found.columns, found.eval_percentage) == (None, 0)
-
-
-def test_without_rows_there_is_no_loss() -> None:
-    with pytest.raises(UserError, match="out: its run held out no rows; give --dataset_name"):
-        held_out.settings_of(run_of(), {})
-    with pytest.raises(UserError, match="out: no run of it is known, so no held-out rows; give --dataset_name"):
-        held_out.settings_of(Source(name="out", model=run_of().model), {})
 
 
 def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
