@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.ranks import launch
+from tests.helpers.forked import launch
 
 
 @pytest.fixture(scope="module")
