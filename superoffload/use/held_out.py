@@ -70,7 +70,9 @@ def settings_of(source: Source, given: dict[str, Any]) -> Config:
         given = {**given, "eval_percentage": 0.0, "eval_dataset": None}
     elif source.run is None:
         raise UserError(f"{source.name}: no run of it is known, so no held-out rows; give --dataset_name")
-    else:
+    elif not (source.run.data.eval_percentage or source.run.data.eval_dataset):
+        raise UserError(f"{source.name}: its run held out no rows; give --dataset_name")
+    elif source.run.data.eval_percentage:
         for name in (*OF_A_DATA_SET, "seed"):
             if name in given and given[name] != before[name]:
                 raise UserError(
@@ -78,10 +80,7 @@ def settings_of(source: Source, given: dict[str, Any]) -> Config:
                     "leave it out, or give --dataset_name"
                 )
     own = {"model_name": source.model.model_name, "revision": source.model.revision, "output_dir": ""}
-    merged = config.build({**before, **given, **own, "trust_remote_code": source.trust.code})
-    if "dataset_name" not in given and not (merged.data.eval_percentage or merged.data.eval_dataset):
-        raise UserError(f"{source.name}: its run held out no rows; give --dataset_name")
-    return merged
+    return config.build({**before, **given, **own, "trust_remote_code": source.trust.code})
 
 
 def losses_of(source: Source, settings: Config, every_row: bool) -> Losses:
