@@ -119,11 +119,12 @@ def join(parts: Mapping[str, TokenizedRows]) -> TokenizedRows:
     if len(every) == 1:
         return every[0]
     counts = {label: part.counts for label, part in parts.items()}
+    firsts = np.cumsum([0, *(part.counts.given for part in every[:-1])])
     return TokenizedRows(
         table=datasets.concatenate_datasets([part.table for part in every]).with_format("numpy"),
         lengths=np.concatenate([part.lengths for part in every]),
         targets=np.concatenate([part.targets for part in every]),
-        numbers=np.concatenate([part.numbers for part in every]),
+        numbers=np.concatenate([part.numbers + first for part, first in zip(every, firsts, strict=True)]),
         pieces=np.concatenate([part.pieces for part in every]),
         counts=RowCounts.total(counts),
         sources=counts,

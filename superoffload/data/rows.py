@@ -50,7 +50,7 @@ class TokenizedRows:
 
     `table` is a `datasets.Dataset` of `input_ids` and `labels`. `lengths` and `targets`, int64 `[rows]`, count the
     tokens and the target tokens of each row. A piece of a longer row is a row here. `numbers`, int64 `[rows]`, says
-    from which row of its data set each is; `pieces`, int64 `[rows]`, numbers the pieces of one, from 1, and is 0 for a
+    from which row of the data set each is; `pieces`, int64 `[rows]`, numbers the pieces of one, from 1, and is 0 for a
     row that was not split.
 
     If the rows come from several sources, `sources` holds the counts of each by its label, and `source_of_row`, int64

@@ -171,7 +171,7 @@ def _figures(rows: TokenizedRows) -> dict[str, Any]:
     counted = np.bincount((lengths - 1) // width, minlength=BARS)
     return {
         "counts": rows.counts,
-        "rows": sum(len(np.unique(part.numbers)) for part in rows.by_source().values()),
+        "rows": len(np.unique(rows.numbers)),
         "tokens": int(lengths.sum()),
         "target_tokens": int(rows.targets.sum()),
         "percentiles": tuple(int(value) for value in np.percentile(lengths, PERCENTILES)),

@@ -104,11 +104,6 @@ def test_shares_and_numbers_are_drawn_with_the_seed(files: tuple[str, ...], load
     assert len(taken(0, f"{plain}:0.001", chats)["plain"]) == 1
 
 
-def test_drawn_rows_of_several_sources_are_counted_once_each(files: tuple[str, ...], load: Load) -> None:
-    rows, _ = load(f"{files[0]}#30", f"{files[2]}#15")
-    assert Batches(rows, PACKED, TrainingSettings(), rank=0, world_size=1).statistics().rows == 45
-
-
 def test_too_many_rows_is_an_error(files: tuple[str, ...], load: Load) -> None:
     with pytest.raises(UserError, match=r"--dataset_name .*chats\.parquet#13: has only 12 rows"):
         load(f"{files[1]}#13")
