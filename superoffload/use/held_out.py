@@ -24,6 +24,8 @@ OF_A_DATA_SET = (
     "dataset_weights", "dataset_config", "dataset_split", "dataset_format", "columns", "dataset_percentage",
     "shuffle_rows", "eval_percentage", "eval_dataset", "eval_config", "eval_split", "eval_steps",
 )  # fmt: skip
+# Those of them that the user may give, and the seed, decide which rows `--eval_percentage` held out.
+OF_THE_SPLIT = ("dataset_config", "dataset_split", "dataset_percentage", "shuffle_rows", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +72,16 @@ def settings_of(source: Source, given: dict[str, Any]) -> Config:
         raise UserError(f"{source.name}: no run of it is known, so no held-out rows; give --dataset_name")
     own = {"model_name": source.model.model_name, "revision": source.model.revision, "output_dir": ""}
     merged = config.build({**before, **given, **own, "trust_remote_code": source.trust.code})
-    if "dataset_name" not in given and not (merged.data.eval_percentage or merged.data.eval_dataset):
+    if "dataset_name" in given:
+        return merged
+    if not (merged.data.eval_percentage or merged.data.eval_dataset):
         raise UserError(f"{source.name}: its run held out no rows; give --dataset_name")
+    for name in OF_THE_SPLIT if merged.data.eval_percentage else ():
+        if name in given and given[name] != before[name]:
+            raise UserError(
+                f"--{name} {given[name]}: would take rows that the run has trained on for held-out rows; leave it out, "
+                "or give --dataset_name"
+            )
     return merged
 
 

@@ -116,6 +116,14 @@ def test_another_data_set_keeps_how_rows_are_tokenised_but_not_which_rows_there_
     assert (found.columns, found.eval_percentage) == (None, 0)
 
 
+def test_settings_that_would_make_held_out_rows_of_those_trained_on_are_refused() -> None:
+    for name, value in {"seed": 1, "dataset_percentage": 50.0, "dataset_split": "test", "shuffle_rows": True}.items():
+        with pytest.raises(UserError, match=f"--{name} {value}: would take rows that the run has trained on"):
+            held_out.settings_of(run_of(eval_percentage=5.0), {name: value})
+        held_out.settings_of(run_of(eval_percentage=5.0, **{name: value}), {name: value})
+        held_out.settings_of(run_of(eval_dataset="b.json"), {name: value})
+
+
 def test_without_rows_there_is_no_loss() -> None:
     with pytest.raises(UserError, match="out: its run held out no rows; give --dataset_name"):
         held_out.settings_of(run_of(), {})
