@@ -121,24 +121,27 @@ def kind_of_rows(settings: DataSettings) -> type[formats.Conversation]:
 def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
     """Split the rows of each source into rows to train on and at least one held-out row.
 
-    The numbers of rows and the seed determine the parts. The pieces of one row of the data set stay together. Raises
+    The number of rows of each data set and the seed determine the parts, and not which of these rows are dropped: with
+    another `--max_length`, no held-out row becomes one to train on. The pieces of one row stay together. Raises
     `UserError` if no row would be left to train on.
     """
     # A separate random stream, so that the held-out rows do not depend on the same numbers as the order of epoch 0.
     rng = np.random.default_rng([seed, 2**32])
     held_out = np.zeros(len(rows), dtype=np.bool_)
-    first = 0
+    first = first_number = 0
     for label, size in _sizes(rows).items():
         of_source = slice(first, first + size)
-        whole, row_of = np.unique(rows.numbers[of_source], return_inverse=True)
-        count = max(1, round(len(whole) * percentage / 100))
-        if count >= len(whole):
+        numbers = rows.numbers[of_source] - first_number
+        given = (rows.sources[label] if rows.sources else rows.counts).given
+        drawn = np.argsort(rng.permutation(given))[numbers]  # when each row is drawn
+        held_out[of_source] = drawn < max(1, round(given * percentage / 100), 1 + drawn.min())
+        if held_out[of_source].all():
             of = f" of {label}" if label else ""
             raise UserError(
-                f"--eval_percentage {percentage:g}: none of the {len(whole)} rows{of} would be left to train on"
+                f"--eval_percentage {percentage:g}: none of the {len(np.unique(numbers))} rows{of} would be left to "
+                "train on"
             )
-        held_out[of_source] = np.isin(row_of, rng.permutation(len(whole))[:count])
-        first += size
+        first, first_number = first + size, first_number + given
     to_train_on = rows.select(np.flatnonzero(~held_out))
     return to_train_on, replace(rows, weights=()).select(np.flatnonzero(held_out))
 

@@ -6,11 +6,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from superoffload import config, distributed
-from superoffload.config import Config, DataSettings
+from superoffload.checkpoint.rank_files import RankFiles
+from superoffload.config import Config
 from superoffload.data import collate, loader
 from superoffload.data.rows import TokenizedRows
 from superoffload.errors import UserError
@@ -26,6 +26,8 @@ OF_A_DATA_SET = (
     "dataset_weights", "dataset_config", "dataset_split", "dataset_format", "columns", "dataset_percentage",
     "shuffle_rows", "eval_percentage", "eval_dataset", "eval_config", "eval_split", "eval_steps",
 )  # fmt: skip
+# Those of them that the user may give, and the seed, decide which rows `--eval_percentage` held out.
+OF_THE_SPLIT = ("dataset_config", "dataset_split", "dataset_percentage", "shuffle_rows", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +75,11 @@ def settings_of(source: Source, given: dict[str, Any]) -> Config:
     elif not (source.run.data.eval_percentage or source.run.data.eval_dataset):
         raise UserError(f"{source.name}: its run held out no rows; give --dataset_name")
     elif source.run.data.eval_percentage:
-        for name in (*OF_A_DATA_SET, "seed"):
+        for name in OF_THE_SPLIT:
             if name in given and given[name] != before[name]:
                 raise UserError(
-                    f"--{name} {shown(given[name])}: the run chose its held-out rows with {shown(before[name])}; "
-                    "leave it out, or give --dataset_name"
+                    f"--{name} {given[name]}: would take rows that the run has trained on for held-out rows; leave it "
+                    "out, or give --dataset_name"
                 )
     own = {"model_name": source.model.model_name, "revision": source.model.revision, "output_dir": ""}
     return config.build({**before, **given, **own, "trust_remote_code": source.trust.code})
@@ -123,35 +125,26 @@ def _losses(source: Source, settings: Config, tokenizer: Tokenizer, rows: Tokeni
 
 def rows_of(source: Source, tokenizer: Tokenizer, settings: Config, every_row: bool) -> TokenizedRows:
     """Return all rows of `--dataset_name`, or else those that the run held out. Raises `UserError`."""
-    if every_row or not (source.run and settings.data.eval_percentage):
-        rows, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
-        chosen = rows if every_row else held_out
-    else:
-        chosen = _drawn_by_run(source, source.run, tokenizer, settings.data)
+    if source.run and source.checkpoint and not every_row and settings.data.eval_percentage:
+        _check_unchanged(source.run, source.checkpoint, tokenizer, settings.data.num_proc)
+    rows, held_out = loader.load(tokenizer, settings.data, settings.training.seed)
+    chosen = rows if every_row else held_out
     if chosen is None or not int(chosen.targets.sum()):
         raise UserError(f"--dataset_name {shown(settings.data.dataset_name)}: has no target tokens")
     return chosen
 
 
-def _drawn_by_run(source: Source, run: Config, tokenizer: Tokenizer, data: DataSettings) -> TokenizedRows:
-    """Return the rows that a run drew with `--eval_percentage` and did not train on, tokenised with other settings.
-
-    The draw depends on how many rows the run had, so it is repeated with the run's own settings: others may leave out
-    other rows. Raises `UserError` if the data set is no longer the one that the run trained on.
-    """
-    trained_on, held_out = loader.load(tokenizer, replace(run.data, num_proc=data.num_proc), run.training.seed)
-    now = {"rows": len(trained_on), "tokens": int(trained_on.lengths.sum())}
-    before = {**now, **(source.checkpoint.data if source.checkpoint else {})}
+def _check_unchanged(run: Config, checkpoint: RankFiles, tokenizer: Tokenizer, num_proc: int) -> None:
+    """Raise `UserError` if the data set is not as it was: its held-out rows could be ones that were trained on."""
+    rows, _ = loader.load(tokenizer, replace(run.data, num_proc=num_proc), run.training.seed)
+    now = {"rows": len(rows), "tokens": int(rows.lengths.sum())}
+    before = {**now, **checkpoint.data}
     if any(before[name] != now[name] for name in now):
         raise UserError(
-            f"--dataset_name {shown(run.data.dataset_name)}: its rows have changed since the run (then "
+            f"--dataset_name {shown(run.data.dataset_name)}: its rows are no longer those of the run (then "
             f"{before['rows']} rows of {before['tokens']} tokens to train on, now {now['rows']} of {now['tokens']}), "
             "so the held-out ones are not known; give --dataset_name"
         )
-    every, _ = loader.load(tokenizer, replace(data, eval_percentage=0.0), run.training.seed)
-    chosen = held_out.by_source() if held_out else {}
-    kept = [np.isin(part.numbers, chosen[label].numbers) for label, part in every.by_source().items()]
-    return replace(every, weights=()).select(np.flatnonzero(np.concatenate(kept)))
 
 
 class WholeModel:

@@ -185,6 +185,15 @@ class TestSplitOff:
         assert len(taken[1]) == 5 and sorted(taken[0] + taken[1]) == list(range(50))
         assert taken[:2] == taken[2:4] != taken[4:]
 
+    def test_rows_that_are_dropped_do_not_move_others_to_the_other_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        taken: list[set[int]] = []
+        monkeypatch.setattr(TokenizedRows, "select", lambda self, indices: taken.append(set(self.numbers[indices])))
+        rows, kept = make_rows(50), np.flatnonzero(np.arange(50) % 7)
+        split_off(rows, 20, 0)
+        parts = {"lengths": rows.lengths[kept], "targets": rows.targets[kept], "pieces": rows.pieces[kept]}
+        split_off(replace(rows, numbers=kept, **parts), 20, 0)
+        assert taken[3] == taken[1] & set(kept) and taken[2] == taken[0] & set(kept)
+
     def test_one_row_at_least_on_each_side(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TokenizedRows, "select", lambda self, indices: indices)
         assert [len(part) for part in split_off(make_rows(3), 0.1, 0)] == [2, 1]

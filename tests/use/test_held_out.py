@@ -33,12 +33,12 @@ def test_losses_are_of_the_held_out_rows_of_the_run() -> None:
     assert (found.data.eval_percentage, found.data.max_length, found.data.packing) == (5.0, 64, False)
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("dataset_percentage", 50.0), ("columns", "text=t")])
-def test_the_held_out_rows_stay_those_of_the_run(name: str, value: Any) -> None:
-    run = run_of(eval_percentage=5.0)
-    with pytest.raises(UserError, match=rf"--{name} {value}: the run chose its held-out rows with"):
-        held_out.settings_of(run, {name: value})
-    assert held_out.settings_of(run, {"seed": 42, "num_proc": 2}).training.seed == 42
+def test_settings_that_would_make_held_out_rows_of_those_trained_on_are_refused() -> None:
+    for name, value in {"seed": 1, "dataset_percentage": 50.0, "dataset_split": "test", "shuffle_rows": True}.items():
+        with pytest.raises(UserError, match=f"--{name} {value}: would take rows that the run has trained on"):
+            held_out.settings_of(run_of(eval_percentage=5.0), {name: value})
+        held_out.settings_of(run_of(eval_percentage=5.0, **{name: value}), {name: value})
+        held_out.settings_of(run_of(eval_dataset="b.json"), {name: value})
 
 
 def test_other_settings_keep_the_held_out_rows_though_they_leave_out_others(tmp_path: Path) -> None:
@@ -66,7 +66,9 @@ def test_rows_that_changed_since_the_run_are_refused(tmp_path: Path) -> None:
     source = replace(source, checkpoint=files)
     assert len(held_out.rows_of(source, tokenizer, settings, every_row=False)) == 12
     models.write_rows(path, count=41)
-    with pytest.raises(UserError, match=r"rows.json: its rows have changed since the run \(then 28 rows of .* now 29 "):
+    with pytest.raises(
+        UserError, match=r"its rows are no longer those of the run \(then 28 rows of .* now 29 "
+    ):
         held_out.rows_of(source, tokenizer, settings, every_row=False)
 
 
