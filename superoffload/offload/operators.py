@@ -35,6 +35,8 @@ NAMES = ("cpu_adam", "deepspeed_shm_comm", "async_io", FUSED)
 # A build takes about a minute. A builder on another node that shares the home folder is invisible here, so a lock
 # counts as abandoned only after this time.
 PATIENCE_S = 180.0
+# A rank that only loads a finished operator holds the lock too, for less than this.
+LOADING_S = 5.0
 
 
 def prepare() -> None:
@@ -109,14 +111,17 @@ def clear_abandoned_locks(root: Path, patience_s: float = PATIENCE_S) -> None:
     """
     locks = [lock for name in NAMES for lock in root.glob(f"{name}/lock")]
     for lock in locks:
-        _log.warning(
-            "Waiting for another process that compiles the operator %s; its lock %s is removed once no process "
-            "compiles here and it is %.0f s old",
-            lock.parent.name,
-            lock,
-            patience_s,
-        )
+        announced = False
         while lock.exists():
+            if not announced and _age_s(lock) > LOADING_S:
+                announced = True
+                _log.warning(
+                    "Waiting for another process that compiles the operator %s; its lock %s is removed once no process "
+                    "compiles here and it is %.0f s old",
+                    lock.parent.name,
+                    lock,
+                    patience_s,
+                )
             # The system releases a FileLock when its owner dies. It keeps a rank from removing another rank's new lock.
             with FileLock(lock.parent / "abandoned.lock"):
                 if _age_s(lock) > patience_s and not _is_building(lock.parent):
