@@ -88,5 +88,5 @@ def _median_changes(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Return how much the logits of each of three documents change, float32 `[3]`."""
     # The median over a document's tokens: a near-tie between experts that resolves differently affects only a few.
     # Sorted, because with --deterministic CUDA refuses a median along a dimension.
-    ordered = (before - after).square().mean(dim=-1).sqrt().unflatten(0, (3, LENGTH)).sort(dim=1).values
+    ordered = (before - after).square().mean(dim=-1).sqrt().view(3, LENGTH).sort(dim=1).values
     return torch.where(ordered[:, -1].isnan(), ordered[:, -1], ordered[:, (LENGTH - 1) // 2])

@@ -123,7 +123,7 @@ def test_a_setting_in_which_layers_differ_is_the_largest_of_them() -> None:
     class Mixed:
         """As transformers reads the configuration of Gemma 4."""
 
-        per_layer_config = [SimpleNamespace(head_dim=8), SimpleNamespace(head_dim=16)]
+        per_layer_config = (SimpleNamespace(head_dim=8), SimpleNamespace(head_dim=16))
         layers = 2
 
         @property
