@@ -90,6 +90,7 @@ def fine_tune(
     progress = Progress(**resume.progress_of(source))
     batches.start_at(progress.step, progress.epoch, progress.packs_in_epoch)
     model = load.load_model(config.model, architecture, ds_config, attention_kernel, embedding_rows)
+    load.end_answers_with(model, evaluation.end_ids)
     model_engine = engine.create(model, resume.with_checkpoint_format(ds_config, source), config, batches.total_steps)
     isolation.check(model_engine, batches.layout)
     sequence_parallel.check(model_engine, batches.layout)

@@ -142,6 +142,8 @@ def _key(rows: datasets.Dataset, tokenizer: Tokenizer, template: str | None, set
         "class": type(tokenizer).__name__,
         "special": tokenizer.special_tokens_map,
         "eos": tokenizer.eos_token_id,
+        # For what the backend does not say: `split_special_tokens`, and `add_bos_token` of a slow tokenizer.
+        "probe": tokenizer(f"{tokenizer.eos_token} a")["input_ids"],
         "template": template,
         "version": VERSION,
         "libraries": [version("transformers"), version("tokenizers")],

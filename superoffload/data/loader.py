@@ -87,10 +87,8 @@ def _held_out(settings: DataSettings) -> DatasetSpec | None:
 def tokenize_prompts(texts: Sequence[str], tokenizer: Tokenizer, settings: DataSettings) -> Prompts:
     """Tokenise prompts as they are in the rows of the training data, of which the first source decides the format.
 
-    Raises `UserError` as `load` does.
+    The tokens that end an answer are there without prompts too. Raises `UserError` as `load` does.
     """
-    if not texts:
-        return Prompts()
     kind = kind_of_rows(settings)
     encoder = Encoder(tokenizer, settings)
     ids = []

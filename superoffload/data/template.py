@@ -193,6 +193,13 @@ def choose(tokenizer: Tokenizer, chat_template: str) -> str | None:
     return _read(chat_template)
 
 
+def keep(tokenizer: Tokenizer, chat_template: str) -> None:
+    """Make the template that `--chat_template` chooses the tokenizer's own, so that an export has it."""
+    text, own = choose(tokenizer, chat_template), tokenizer.chat_template
+    if text is not None:
+        tokenizer.chat_template = {**own, "default": text} if isinstance(own, Mapping) else text
+
+
 def _default(templates: Any, where: str) -> str:
     """Return a tokenizer's template; the one called `default` if it has several."""
     if isinstance(templates, str):

@@ -16,7 +16,7 @@ from superoffload.config import ModelSettings
 from superoffload.ds_config import DsConfig, dtype_name
 from superoffload.errors import UserError, first_line
 from superoffload.log import logger
-from superoffload.model import flash_cpu, sequence_parallel
+from superoffload.model import flash_cpu, flops, sequence_parallel
 from superoffload.protocols import Model
 
 try:
@@ -104,7 +104,7 @@ def _on_cuda_in_half(ds_config: DsConfig) -> bool:
 def _problem_of_varlen(config: Any, ds_config: DsConfig) -> str | None:
     """Return why torch's kernel cannot be used for a model, None if it can."""
     text = config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = flops.setting(text, "head_dim") or text.hidden_size // text.num_attention_heads
     return problem_of_varlen(size, getattr(torch, dtype_name(ds_config)))
 
 

@@ -76,10 +76,18 @@ def _active_parameters(model: Model, config: Any, frozen: frozenset[str]) -> int
     return int(total)
 
 
+def setting(config: Any, name: str) -> Any:
+    """Return a setting of a model; the largest, if its layers differ (Gemma 4); None if there is none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # how transformers refuses a setting in which layers differ
+        return max(getattr(layer, name, None) or 0 for layer in config.per_layer_config)
+
+
 def _active_share(config: Any) -> float:
     """Return the experts of a token as a share of all, 1 without experts."""
-    experts = next((count for count in (getattr(config, key, None) for key in EXPERT_COUNTS) if count), 0)
-    per_token = getattr(config, "num_experts_per_tok", None) or experts
+    experts = next((count for count in (setting(config, key) for key in EXPERT_COUNTS) if count), 0)
+    per_token = setting(config, "num_experts_per_tok") or experts
     return min(1.0, per_token / experts) if experts else 1.0
 
 
@@ -88,12 +96,12 @@ def _attention_of(config: Any) -> tuple[int, tuple[int, ...]]:
 
     Layers without attention (state spaces, convolutions, linear attention) cost only their parameters here.
     """
-    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    heads, layers = setting(config, "num_attention_heads"), getattr(config, "num_hidden_layers", None)
     if not (isinstance(heads, int) and isinstance(layers, int) and heads):
         return 0, ()
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    head_dim = setting(config, "head_dim") or getattr(config, "hidden_size", 0) // heads
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["full"] * layers
-    window = getattr(config, "sliding_window", None) or 0
+    window = setting(config, "sliding_window") or 0
     attending = [str(kind) for kind in kinds if "linear" not in str(kind) and ATTENDING.search(str(kind))]
     return heads * head_dim, tuple(window if "sliding" in kind else 0 for kind in attending)
 

@@ -20,13 +20,14 @@ ATTEMPTS = 3
 
 
 def check(model_engine: Engine, layout: Layout) -> None:
-    """Raise `UserError` if a document in a pack changes with the document before it (collective).
+    """Raise `UserError` if a document in a pack changes with a document before it (collective).
 
-    Runs two packs of three documents. The first and the last document are the same in both packs, the one between them
-    differs. All shapes are equal, so a model that keeps documents apart computes the same last document twice. It also
-    computes the same first document twice, because it is causal: any difference there is numerical noise of the kernels
-    (a mixture of experts may order its tokens differently), which the last document may show too. Does nothing if
-    each row of a batch holds one document.
+    Runs three packs of three documents, of which the last is always the same. The second pack differs from the first in
+    the document in the middle, the third in the first document: a model may count from the start of a pack. All shapes
+    are equal, so a model that keeps documents apart computes the same last document each time. In the first two packs
+    it also computes the same first document, because it is causal: any difference there is numerical noise of the
+    kernels (a mixture of experts may order its tokens differently), which the last document may show too. Does nothing
+    if each row of a batch holds one document.
     """
     if not (layout.packs or layout.varlen):
         return
@@ -57,7 +58,7 @@ def _is_isolated(changes: tuple[float, float], model_engine: Engine) -> bool:
 
 
 def _changes(model_engine: Engine, layout: Layout) -> tuple[float, float] | None:
-    """Return the relative change of the first and the last document's logits between the packs (collective).
+    """Return the relative change of the logits of the first document, and the largest of the last (collective).
 
     Returns None if the model does not accept the inputs of a packed row.
     """
@@ -68,9 +69,8 @@ def _changes(model_engine: Engine, layout: Layout) -> tuple[float, float] | None
     model_engine.eval()
     results = []
     try:
-        for middle in (between, other):
-            pack = [(document, document) for document in (probe, middle, probe)]
-            inputs = collate([pack], 1, layout).on(distributed.device())
+        for pack in ((probe, between, probe), (probe, other, probe), (other, between, probe)):
+            inputs = collate([[(document, document) for document in pack]], 1, layout).on(distributed.device())
             del inputs["labels"]
             with torch.no_grad():
                 results.append(model_engine(**inputs).logits[0, : 3 * LENGTH].float())
@@ -80,8 +80,13 @@ def _changes(model_engine: Engine, layout: Layout) -> tuple[float, float] | None
     finally:
         model_engine.train(was_training)
     size = results[0].square().mean().sqrt()
+    in_second, in_third = (_median_changes(results[0], other) / size for other in results[1:])
+    return float(in_second[0]), float(torch.maximum(in_second[2], in_third[2]))
+
+
+def _median_changes(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return how much the logits of each of three documents change, float32 `[3]`."""
     # The median over a document's tokens: a near-tie between experts that resolves differently affects only a few.
     # Sorted, because with --deterministic CUDA refuses a median along a dimension.
-    ordered = (results[0] - results[1]).square().mean(dim=-1).sqrt().unflatten(0, (3, LENGTH)).sort(dim=1).values
-    changes = torch.where(ordered[:, -1].isnan(), ordered[:, -1], ordered[:, (LENGTH - 1) // 2])
-    return float(changes[0] / size), float(changes[2] / size)
+    ordered = (before - after).square().mean(dim=-1).sqrt().view(3, LENGTH).sort(dim=1).values
+    return torch.where(ordered[:, -1].isnan(), ordered[:, -1], ordered[:, (LENGTH - 1) // 2])

@@ -1,5 +1,6 @@
 """Load the model: check its configuration, shard its weights as they load, set leaf modules."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,16 @@ def random_model(settings: ModelSettings, described: Architecture, ds_config: Ds
     freezing.apply(model, described.frozen)
     _log(f"{settings.model_name} with random weights", model, dtype_name(ds_config))
     return model  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def end_answers_with(model: Any, end_ids: Sequence[int]) -> None:
+    """Add the tokens that end answers in the rows to those at which the model, and so its export, stops to generate."""
+    settings = getattr(model, "generation_config", None)
+    known = getattr(settings, "eos_token_id", None)
+    every = known if isinstance(known, list) else [] if known is None else [known]
+    new = [token for token in end_ids if token not in every]
+    if settings is not None and new:
+        settings.eos_token_id = [*every, *new]
 
 
 def _untrained(described: Architecture) -> set[str]:

@@ -52,6 +52,11 @@ class Evaluation:
         """Return all that a run gives the model: the rows to train on and those held out, and the prompts."""
         return [training] if self._held_out is None else [training, self._held_out], self._prompts.ids
 
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """Return the tokens that end an answer."""
+        return self._prompts.end_ids
+
     def due(self, step: int, last: bool) -> bool:
         """Return whether to evaluate after a step: every `every` steps, and after the last one."""
         if self._held_out is None and not self._prompts.ids:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from superoffload import distributed
 from superoffload.config import Config
-from superoffload.data import collate, loader
+from superoffload.data import collate, loader, template
 from superoffload.data.loader import Batches
 from superoffload.ds_config import DsConfig
 from superoffload.log import logger
@@ -33,6 +33,7 @@ def load(config: Config, ds_config: DsConfig, architecture: Architecture) -> Inp
         texts = read_prompts(config.evaluation.sample_prompts)
         rows, held_out_rows = loader.load(tokenizer, config.data, config.training.seed)
         prompts = loader.tokenize_prompts(texts, tokenizer, config.data)
+    template.keep(tokenizer, config.data.chat_template)
     takes_documents = attention.takes_documents(attention_kernel)
     layout = collate.choose_layout(config.data, tokenizer.pad_token_id, takes_documents, parts)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}

@@ -146,6 +146,7 @@ def test_every_setting_that_matters_changes_the_key(
         (make_chat_tokenizer(other_template), {"chat_template": "tokenizer"}),
         (tokenizer, {"chat_template": str(tmp_path / "own.jinja")}),
         (make_chat_tokenizer(eos_token="<|end|>"), {}),
+        (make_chat_tokenizer(split_special_tokens=True), {}),
     ]
     for one_tokenizer, settings in variants * 2:
         load(name, one_tokenizer, **settings)

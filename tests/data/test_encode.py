@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from superoffload.config import DataSettings
+from superoffload.data import template
 from superoffload.data.encode import IGNORED, Encoded, Encoder, alpaca_prompt, plain_segments
 from superoffload.data.formats import BadRow, Chat, Conversation, Pair, Text
 from superoffload.errors import UserError
@@ -266,6 +267,17 @@ def test_choice_of_the_template(tmp_path: Path, decoded_targets: Decode) -> None
     assert tokenizer.decode(encoder(tokenizer, "plain")(pair).input_ids).startswith("### User:\nq\n\nc")
     (tmp_path / "own.jinja").write_text(RETURNS)
     assert decoded_targets(encoder(tokenizer, str(tmp_path / "own.jinja"))(TURNS))[-1] == "hi there<|return|>"
+
+
+def test_the_tokenizer_keeps_the_template_of_the_rows(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(RETURNS)
+    tokenizer = make_chat_tokenizer()
+    for choice, expected in (("auto", None), ("plain", None), (str(tmp_path / "own.jinja"), RETURNS)):
+        template.keep(tokenizer, choice)
+        assert tokenizer.chat_template == expected
+    tokenizer.chat_template = {"default": CHATML, "tools": MARKS}
+    template.keep(tokenizer, "tools")
+    assert tokenizer.chat_template == {"default": MARKS, "tools": MARKS}
 
 
 @pytest.mark.parametrize("choice", ["tokenizer", "missing.jinja"])

@@ -190,7 +190,11 @@ class TestSplitOff:
         monkeypatch.setattr(TokenizedRows, "select", lambda self, indices: taken.append(set(self.numbers[indices])))
         rows, kept = make_rows(50), np.flatnonzero(np.arange(50) % 7)
         split_off(rows, 20, 0)
-        parts = {"lengths": rows.lengths[kept], "targets": rows.targets[kept], "pieces": rows.pieces[kept]}
+        parts: dict[str, Any] = {
+            "lengths": rows.lengths[kept],
+            "targets": rows.targets[kept],
+            "pieces": rows.pieces[kept],
+        }
         split_off(replace(rows, numbers=kept, **parts), 20, 0)
         assert taken[3] == taken[1] & set(kept) and taken[2] == taken[0] & set(kept)
 

@@ -1,5 +1,7 @@
 """FLOPs by hand, and compared with those that torch counts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -13,6 +15,7 @@ from superoffload.model.flops import (
     hardware_flops,
     model_flops,
     numel,
+    setting,
     shape_of,
     tiled_parameters,
 )
@@ -114,3 +117,17 @@ def test_a_model_that_says_nothing_is_counted_by_its_parameters(caplog: pytest.L
         active_parameters=count_parameters(model), attention_width=0, attention_windows=()
     )  # fmt: skip
     assert "FLOPs count every parameter" in caplog.text
+
+
+def test_a_setting_in_which_layers_differ_is_the_largest_of_them() -> None:
+    class Mixed:
+        """As transformers reads the configuration of Gemma 4."""
+
+        per_layer_config = (SimpleNamespace(head_dim=8), SimpleNamespace(head_dim=16))
+        layers = 2
+
+        @property
+        def head_dim(self) -> int:
+            raise RuntimeError("'head_dim' is a per-layer attribute and may vary across layers")
+
+    assert [setting(Mixed(), name) for name in ("head_dim", "layers", "heads")] == [16, 2, None]

@@ -51,6 +51,18 @@ def test_weights_are_born_sharded(model_folder: Path) -> None:
         assert recomputes
 
 
+@pytest.mark.parametrize(("known", "expected"), [(None, [0, 3]), (0, [0, 3]), ([3, 0], [3, 0]), ([7], [7, 0, 3])])
+def test_a_model_stops_at_what_ends_answers_in_the_rows(known: int | list[int] | None, expected: list[int]) -> None:
+    model = make_model()
+    model.generation_config.eos_token_id = known
+    load.end_answers_with(model, [0, 3])
+    assert model.generation_config.eos_token_id == expected
+    load.end_answers_with(model, [0])
+    assert model.generation_config.eos_token_id == expected
+    del model.generation_config
+    load.end_answers_with(model, [0])
+
+
 def buffers_sharded_and_whole(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Load a model as in a run, and whole; in ZeRO-3, torch makes every float tensor in the dtype of the weights."""
     import contextlib

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from superoffload.model.tokenizer import load_tokenizer
 from tests.helpers import models
 from tests.helpers.forked import launch, run_forked
+from tests.helpers.tokenizers import make_chat_tokenizer
 
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 PROMPTS = ("the of and to", "that is for it")
 
 
@@ -25,6 +31,26 @@ def said(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "out", done.stderr
+
+
+@pytest.mark.slow
+def test_an_export_has_the_template_of_training_and_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
+    models.make_model(vocab_size=448).save_pretrained(tmp_path / "model")
+    make_chat_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "own.jinja").write_text(CHATML)
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi there"}]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 8)
+    done = launch(
+        1, "--model_name", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl"), "--output_dir",
+        str(tmp_path / "out"), "--chat_template", str(tmp_path / "own.jinja"), "--max_length", "128", "--max_steps",
+        "1", "--save_checkpoint", "--export",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    export = tmp_path / "out" / "model_step1"
+    tokenizer = load_tokenizer(str(export))
+    assert tokenizer.chat_template == CHATML
+    ends = json.loads((export / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == tokenizer.convert_tokens_to_ids(["<eos>", "<|end|>"])
 
 
 def run(*words: str) -> str:

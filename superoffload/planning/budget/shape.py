@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from superoffload.model.flops import ModelShape, numel, shape_of
+from superoffload.model.flops import ModelShape, numel, setting, shape_of
 from superoffload.model.leaf_modules import sparse_blocks
 from superoffload.model.parameter_groups import parameter_groups
 from superoffload.protocols import Model
@@ -182,7 +182,7 @@ def _unit(skeleton: Model, used: set[int]) -> int:
 def _number(config: Any, *names: str) -> int:
     """Return the first of these settings that a configuration has; the largest, if it has one per layer; else 0."""
     for name in names:
-        value = getattr(config, name, None)
+        value = setting(config, name)
         if isinstance(value, (list, tuple)):
             value = max((item for item in value if isinstance(item, int)), default=None)
         if isinstance(value, int) and value:
