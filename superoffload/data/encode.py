@@ -13,7 +13,7 @@ from superoffload.protocols import Tokenizer
 
 IGNORED = -100  # the label of a token that is not a target
 CHARACTERS_AT_A_TIME = 2**20  # tokenised together: a fast tokenizer holds about 300 bytes per token until it is done
-VERSION = 5  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
+VERSION = 6  # of the encoding here and of reading in formats.py and messages.py; in the cache's key
 
 # The Alpaca template.
 INSTRUCTION = "### Instruction:\n"
@@ -210,6 +210,8 @@ class Encoder:
             if not self._pairs_as_chat:
                 return _Segments([(alpaca_prompt(conversation), False), (conversation.answer, True)])
             conversation = as_chat(conversation)
+        if not self._settings.train_on_prompt:
+            conversation = replace(conversation, untrained=conversation.untrained | conversation.given)
         try:
             return self._plain(conversation) if self._jinja is None else self._chat(conversation, self._jinja)
         except BadRow as error:

@@ -14,7 +14,7 @@ prompts and answers, which are targets too. Pairs with one of these are read as 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from superoffload.config import parse_columns
@@ -57,13 +57,14 @@ class Chat:
     """Turns with `role`, `content` (None if a turn has only tool calls) and any other fields a template may use.
 
     tools, documents: what the row offers the model, for templates that take them. untrained: indices of assistant turns
-    that the row keeps out of the loss (`weight: 0`, `train: false`, ...).
+    that the row keeps out of the loss (`weight: 0`, `train: false`, ...). given: indices of those in the prompt.
     """
 
     turns: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
     documents: tuple[dict[str, Any], ...] = ()
     untrained: frozenset[int] = frozenset()
+    given: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +170,11 @@ def read(row: Mapping[str, Any], shape: Shape) -> Conversation:
     if shape.name == "prompt_completion" and row.get("label") is False:
         raise BadRow("label is false, which marks an answer that is not to be learnt")
     if isinstance(shape.get(row, "prompt"), (list, tuple)) and shape.name == "prompt_completion":
-        prompt, _ = read_turns(shape.get(row, "prompt"), "the messages of the prompt")
-        completion, untrained = read_turns(shape.get(row, "completion"), "the messages of the completion")
-        given = {index for index, turn in enumerate(prompt) if turn["role"] == "assistant"}
-        return _chat(row, shape, [*prompt, *completion], given | {len(prompt) + index for index in untrained})
+        prompt, untrained = read_turns(shape.get(row, "prompt"), "the messages of the prompt")
+        completion, later = read_turns(shape.get(row, "completion"), "the messages of the completion")
+        chat = _chat(row, shape, [*prompt, *completion], untrained | {len(prompt) + index for index in later})
+        asked = range(len(chat.turns) - len(completion))
+        return replace(chat, given=frozenset(index for index in asked if chat.turns[index]["role"] == "assistant"))
     pair = _pair(row, shape)
     late = [part for part in IN_TURNS if part not in shape.columns and shape.get(row, part)]
     if late:  # the rows before it have been written as pairs, in another form than chats

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,18 @@ def test_marks_around_other_turns_are_refused(turns: int) -> None:
         targets(template, row)
     with pytest.raises(BadRow, match="enclose other turns too"):
         targets(template, [assistant("Yes"), assistant("No")])
+
+
+@pytest.mark.parametrize("choice", ["auto", "plain"])
+def test_answers_in_the_prompt_are_targets_only_with_the_prompt(choice: str) -> None:
+    turns = (user("Is water wet?"), assistant("Yes"), user("How are you?"), assistant("Fine"))
+    row = Chat(turns, given=frozenset({1}))
+    end = "<|end|>" if choice == "auto" else "<eos>"
+    assert targets(CHATML, row, chat_template=choice) == [f"Fine{end}"]
+    [every] = targets(CHATML, row, chat_template=choice, train_on_prompt=True)
+    assert "Yes" in every
+    kept_out = replace(row, untrained=frozenset({1}))
+    assert "Yes" not in "".join(targets(CHATML, kept_out, chat_template=choice, train_on_prompt=True))
 
 
 def test_two_answers_one_after_the_other() -> None:

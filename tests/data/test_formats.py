@@ -200,7 +200,7 @@ def test_prompts_and_completions_that_are_messages() -> None:
     earlier = [USER, {"role": "assistant", "content": "given"}, USER]
     columns = ["prompt", "completion", "tools"]
     chat = read_as(columns, prompt=earlier, completion=[ANSWER, {**ANSWER, "weight": 0}], tools=[FUNCTION])
-    assert chat == Chat((*earlier, ANSWER, ANSWER), tools=(TOOL,), untrained=frozenset({1, 4}))
+    assert chat == Chat((*earlier, ANSWER, ANSWER), tools=(TOOL,), untrained=frozenset({4}), given=frozenset({1}))
     with pytest.raises(BadRow, match="the messages of the completion are text, but not JSON"):
         read_as(columns, prompt=[USER], completion="a")
     with pytest.raises(BadRow, match="the list of messages of the completion is empty"):
