@@ -9,9 +9,11 @@ from pathlib import Path
 
 import click
 
+from superoffload import cli
+
 
 @click.command("runs")
-@click.argument("folder", type=click.Path(path_type=Path), default=".")
+@click.argument("folder", type=cli.UserPath(path_type=Path), default=".")
 @click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON.")
 def command(folder: Path, as_json: bool) -> None:
     """List the runs below a folder, the last active first.
