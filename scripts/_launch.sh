@@ -34,7 +34,7 @@ fail() {
 }
 
 whole_number() {
-    [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2'; it must be a whole number above 0"
+    [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1 is '$2'; it must be a whole number above 0, of at most 9 digits"
 }
 
 # on NAME VALUE: succeed if a switch is true, stop if it is neither true nor false
@@ -66,6 +66,7 @@ fi
 nodes=${NUM_NODES:-1}
 whole_number BATCH_SIZE "$batch_size"
 whole_number NUM_NODES "$nodes"
+whole_number GPUS_PER_NODE "$GPUS_PER_NODE"
 if [[ -n ${HOSTFILE:-} ]]; then
     [[ -f $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE: no such file"
     nodes=$(grep -cE '^[^#[:space:]]' "$HOSTFILE" || true)

@@ -6,6 +6,7 @@ Imports neither torch nor DeepSpeed, so that `--help` and usage errors return im
 import atexit
 import os
 import re
+import signal
 import string
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from superoffload import config, config_file, launcher
-from superoffload.errors import UserError, nearest
+from superoffload.errors import Interrupted, UserError, nearest
 from superoffload.paths import path_of
 from superoffload.run_log import run_log
 from superoffload.setting import AUTO, CountOrAuto, NumberOrAuto, allowed, settings_of, whole_number
@@ -293,11 +294,20 @@ def run(main: Callable[[config.Config], int]) -> NoReturn:
         status = main(parse(sys.argv[1:]))
     except UserError as error:
         status = report(error)
-    except Exception:  # noqa: BLE001 - as the interpreter does, but without its finalization; see `leave`
-        traceback.print_exc()
-        run_log.add(traceback.format_exc())
-        status = 1
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - as the interpreter does, but see `leave`
+        if _is_interrupt(error):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher forwards what the terminal has sent already
+            status = report(Interrupted("stopped by Ctrl-C while no training step was running, so none is lost"))
+        else:
+            traceback.print_exc()
+            run_log.add(traceback.format_exc())
+            status = 1
     leave(status)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Return whether an error is Ctrl-C, or followed from it, as one of a pool that was closing down."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__context__))
 
 
 def report(error: UserError) -> int:

@@ -53,7 +53,8 @@ def is_rank_0() -> bool:
 def init() -> None:
     """Join the process group (collective); a process that no launcher started is a job of one rank.
 
-    Raises `UserError` if the ranks cannot meet, for instance because another program uses the port.
+    Raises `UserError` if the ranks cannot meet, for instance because another program uses the port, and on a rank that
+    sees no device of its own.
     """
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
@@ -67,6 +68,7 @@ def init() -> None:
             "MASTER_PORT": str(port),
         }
         os.environ.update(alone)
+    _require_device()
     get_accelerator().set_device(local_rank())
     chosen = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": COLLECTIVE_TIMEOUT}
     on_cpu = get_accelerator().device_name() == "cpu"  # there DeepSpeed communicates by an operator
@@ -79,6 +81,17 @@ def init() -> None:
         raise UserError(f"MASTER_ADDR={address} MASTER_PORT={port}: {first_line(error)}; {remedy}") from error
     barrier()
     _forget_shared_buffer()
+
+
+def _require_device() -> None:
+    """Raise `UserError` unless this rank sees the device of its number, as all ranks of a node see the same devices."""
+    seen = get_accelerator().device_count()
+    if get_accelerator().device_name() == "cuda" and local_rank() >= seen:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise UserError(
+            f"LOCAL_RANK={local_rank()}: this process sees {seen} device(s) (CUDA_VISIBLE_DEVICES is {visible}); start "
+            "fewer ranks, or let each see all devices of its node: srun needs --gpu-bind=none with --gpus-per-task"
+        )
 
 
 def _forget_shared_buffer() -> None:

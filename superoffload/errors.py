@@ -15,6 +15,12 @@ class UserError(Exception):
     status = 2
 
 
+class Interrupted(UserError):
+    """Ctrl-C outside training, which answers it by saving."""
+
+    status = 130
+
+
 class BadRow(Exception):
     """What is wrong with one row, without its number, which the caller adds."""
 

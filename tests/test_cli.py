@@ -1,8 +1,10 @@
 """The command line: its flags, its help and its errors."""
 
 import runpy
+import signal
 import sys
 import time
+from collections.abc import Callable
 
 import click
 import pytest
@@ -103,6 +105,37 @@ def test_any_other_error_is_a_traceback_and_status_1(
         cli.run(main)
     printed = capsys.readouterr().err
     assert printed.startswith("Traceback ") and printed.endswith("ValueError: of m\n")
+
+
+def raise_keyboard_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def raise_another_error_because_of_it() -> None:
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise TimeoutError
+
+
+@pytest.mark.parametrize("interrupt", [raise_keyboard_interrupt, raise_another_error_because_of_it])
+def test_ctrl_c_outside_training_is_one_line(
+    interrupt: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_: config.Config) -> int:
+        interrupt()
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["finetune_zero3.py", *REQUIRED])
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            cli.run(main)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err == "Error: stopped by Ctrl-C while no training step was running, so none is lost\n"
 
 
 def test_defaults_of_this_program() -> None:

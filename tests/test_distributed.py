@@ -5,12 +5,16 @@ import random
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from superoffload import distributed
+from superoffload.errors import UserError
 from tests.helpers.ranks import REPOSITORY, rank_environment, run_ranks
 
 
@@ -50,6 +54,20 @@ def test_a_process_without_a_launcher_is_a_job_of_one(one_rank: None) -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
     assert distributed.is_rank_0()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("name", "fits"), [("cuda", False), ("cpu", True)])
+def test_a_rank_without_a_device_of_its_own_is_told_so(name: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = SimpleNamespace(device_count=lambda: 1, device_name=lambda: name)
+    monkeypatch.setattr(distributed, "get_accelerator", lambda: accelerator)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with nullcontext() if fits or rank == "0" else pytest.raises(
+            UserError, match=r"LOCAL_RANK=1: this process sees 1 device\(s\) \(CUDA_VISIBLE_DEVICES is 3\)"
+        ):  # fmt: skip
+            distributed._require_device()
 
 
 def draw() -> tuple[float, float, float]:

@@ -134,7 +134,7 @@ def test_a_missing_or_unknown_mode_shows_the_usage(arguments: list[str], stand_i
     assert not (stand_in.parent / "seen").exists()
 
 
-@pytest.mark.parametrize("size", ["0", "-4", "four", "4.5"])
+@pytest.mark.parametrize("size", ["0", "-4", "four", "4.5", "4" * 20])
 def test_an_invalid_batch_size(size: str, stand_in: Path) -> None:
     result = call(script_of("llama-8b"), stand_in, "superoffload", size)
     if size == "-4":  # looks like a flag, and the parser names it
@@ -142,8 +142,16 @@ def test_an_invalid_batch_size(size: str, stand_in: Path) -> None:
     else:
         assert (result.returncode, result.stderr) == (
             2,
-            f"Error: BATCH_SIZE is '{size}'; it must be a whole number above 0\n",
+            f"Error: BATCH_SIZE is '{size}'; it must be a whole number above 0, of at most 9 digits\n",
         )
+
+
+@pytest.mark.parametrize("gpus", ["0", "-1", "two", "1.5"])
+def test_an_invalid_number_of_gpus(gpus: str, stand_in: Path) -> None:
+    script = changed("llama-8b", stand_in.parent, "GPUS_PER_NODE=1", f"GPUS_PER_NODE={gpus}")
+    result = call(script, stand_in, "superoffload")
+    message = f"Error: GPUS_PER_NODE is '{gpus}'; it must be a whole number above 0, of at most 9 digits\n"
+    assert (result.returncode, result.stderr) == (2, message)
 
 
 def test_a_switch_is_true_or_false(stand_in: Path) -> None:

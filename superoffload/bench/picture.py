@@ -21,8 +21,9 @@ def check() -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the picture of a report."""
-    figure(report).savefig(path, format="png")
+    """Write the picture of a report; none if no configuration has numbers."""
+    if any(one.get("step_time_s") for one in report["configurations"]):
+        figure(report).savefig(path, format="png")
 
 
 def figure(report: Report) -> Any:

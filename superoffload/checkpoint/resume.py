@@ -210,9 +210,10 @@ def restore(engine: Engine, source: Source, *, trusted: bool) -> dict[str, Any]:
 
     Learning rate, weight decay and schedule are this run's, also where the checkpoint has other values. Returns what
     `save` was given: `progress`, `config` and the entries of `extra`. Raises `UserError` if the checkpoint's model
-    trains other tensors.
+    trains other tensors, or if its optimizer state is divided into other sub-groups.
     """
     _check_same_model(engine, source.path, trusted=trusted)
+    _check_same_sub_groups(engine, source, trusted=trusted)
     groups = engine.optimizer.param_groups
     fresh = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     scheduler = engine.lr_scheduler
@@ -250,6 +251,24 @@ def _check_same_model(engine: Engine, path: Path, *, trusted: bool) -> None:
                 f"{path}: belongs to a different model: {name} has the shape {saved.get(name, '(none)')} there, "
                 f"{current.get(name, '(none)')} in this run; use that model, or --resume none"
             )
+
+
+def _check_same_sub_groups(engine: Engine, source: Source, *, trusted: bool) -> None:
+    """Raise `UserError` if the checkpoint's optimizer state is divided otherwise than the engine's.
+
+    Sizes are compared, not settings: two sizes of sub-groups may divide a small model in the same way.
+    """
+    if source.universal or engine.optimizer.swap_optimizer:  # on NVMe, nothing of it is in memory
+        return
+    file = min(source.path.glob("*_optim_states.pt"))  # any rank's: all have the same sizes
+    flats = trust.load(file, trusted=trusted)["optimizer_state_dict"]["fp32_flat_groups"]
+    if [flat.numel() for flat in flats] != [flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat]:
+        size = source.manifest["config"]["sub_group_size"]
+        raise UserError(
+            f"--sub_group_size {engine.optimizer.sub_group_size}: divides the optimizer's state otherwise than "
+            f"{source.path}, which was saved with {size}; use {size}, or convert it: superoffload convert "
+            f"{source.path} NEW_FOLDER"
+        )
 
 
 def _own_moments(engine: Engine) -> None:

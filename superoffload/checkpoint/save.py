@@ -17,6 +17,7 @@ from superoffload import distributed
 from superoffload.checkpoint import manifest
 from superoffload.config import Config
 from superoffload.log import logger
+from superoffload.offload.zero3.optimizer import SharedMemorySuperOffload
 from superoffload.protocols import Engine, Model, Tokenizer
 
 BYTES_PER_PARAMETER = {"fp32": 12, "bf16": 6}  # master and the two moments; ZeRO-3's model states hold no weights
@@ -86,8 +87,11 @@ def save(
     `progress` holds at least `step`; `extra` is what this rank needs to resume besides model, optimizer and schedule.
     Every rank writes its files and reports whether it could; one collective decides, and only then does rank 0 publish.
     If any rank failed, the partial checkpoint is removed and older ones stay as they were. Never raises for a failed
-    write: returns the checkpoint's folder, or None on every rank if saving failed.
+    write: returns the checkpoint's folder, or None on every rank if saving failed. Raises `OptimizerProcessError` on a
+    rank whose optimizer process has died in the last step.
     """
+    if isinstance(engine.optimizer, SharedMemorySuperOffload):
+        engine.optimizer.flush()  # an error within `save_checkpoint` would leave the other ranks in its first barrier
     folder = Path(config.output.output_dir)
     tag = _free_tag(folder, progress["step"])
     state = {"progress": progress, "config": settings.flat(config), **extra}

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import click
@@ -83,10 +83,13 @@ def _show(report: dict[str, Any], before: dict[str, Any] | None, values: dict[st
     click.echo(text, nl=False)
     out = values["out"]
     if out is not None:
-        (out / "bench.md").write_text(text, encoding="utf-8")
-        (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        if values["picture"]:
-            picture.draw(report, out / "bench.png")
+        try:
+            (out / "bench.md").write_text(text, encoding="utf-8")
+            (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            if values["picture"]:
+                picture.draw(report, out / "bench.png")
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); the report is above") from error
     if report["interrupted"]:
         return INTERRUPTED
     return 1 if any(one["failure"] for one in report["configurations"]) else 0
@@ -106,10 +109,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _make_folder(path: Path) -> None:
+    """Make the folder of the report, and try a file in it: a benchmark takes minutes."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"--out {path}: cannot be created ({error.strerror})") from error
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
 
 
 def _shared() -> list[click.Parameter]:

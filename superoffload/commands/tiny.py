@@ -8,6 +8,7 @@ import click
 
 from superoffload import cli
 from superoffload import tiny as example
+from superoffload.errors import UserError
 
 
 @click.group("tiny")
@@ -25,7 +26,10 @@ def write(folder: Path) -> None:
     from superoffload import log
 
     log.setup("WARNING")
-    example.write(folder)
+    try:
+        example.write(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
 @command.command()
@@ -39,7 +43,10 @@ def score(folder: Path, output_dir: Path) -> None:
     from superoffload.export import weights
     from superoffload.model.load import load_whole
 
-    rows = json.loads((folder / "held_out.json").read_text(encoding="utf-8"))
+    try:
+        rows = json.loads((folder / "held_out.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: has no held_out.json; give what `superoffload tiny write` wrote") from error
     before = example.score(*load_whole(folder / "model"), rows)
     with TemporaryDirectory() as exports:
         trained = Path(exports) / "model"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -217,9 +218,12 @@ class _RowEncoder:
         self._max_length, self._long_rows = settings.max_length, settings.long_rows
         self._skip_bad_rows = settings.skip_bad_rows
         self.num_proc = settings.num_proc
+        self._made_by = os.getpid()
 
     def __call__(self, columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, Any]:
         """Encode the rows at `indices` (from 0) of those chosen, given by column, into the columns of the cache."""
+        if os.getpid() != self._made_by:  # one of the processes that the other ends after Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         names = list(columns)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         conversations = [self._read(row) for row in rows]

@@ -35,6 +35,8 @@ NAMES = ("cpu_adam", "deepspeed_shm_comm", "async_io", FUSED)
 # A build takes about a minute. A builder on another node that shares the home folder is invisible here, so a lock
 # counts as abandoned only after this time.
 PATIENCE_S = 180.0
+# A rank that only loads a finished operator holds the lock too, for less than this.
+LOADING_S = 5.0
 
 
 def prepare() -> None:
@@ -56,10 +58,7 @@ def processor(ask: Callable[[], dict[str, Any]] = cpuinfo.get_cpu_info) -> dict[
 
     An answer of py-cpuinfo takes a second, and DeepSpeed asks three times while it loads its Adam.
     """
-    told = ("vendor_id", "model name", "flags", "CPU ", "Features")  # the latter two on ARM
-    lines = {line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith(told)}
-    key = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
-    path = folder() / f"processor_{key}.json"
+    path = folder() / f"processor_{processor_key()}.json"
     with suppress(OSError, ValueError):  # none yet, or damaged
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
@@ -72,14 +71,25 @@ def processor(ask: Callable[[], dict[str, Any]] = cpuinfo.get_cpu_info) -> dict[
     return answer
 
 
+@functools.cache
+def processor_key() -> str:
+    """Return a name that differs between kinds of processors, by what Linux says of their instructions."""
+    told = ("vendor_id", "model name", "flags", "CPU ", "Features")  # the latter two on ARM
+    lines = {line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith(told)}
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
+
+
 def folder() -> Path:
     """Return the folder of this environment's operators."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(get_default_build_root()) / environment_key()))
 
 
 def environment_key() -> str:
-    """Return a name that differs between environments, and between versions of what the operators are compiled for."""
-    parts = (sys.prefix, platform.python_version(), *map(version, ("torch", "deepspeed", "ninja")))
+    """Return a name that differs between environments, and between versions of what the operators are compiled for.
+
+    Also between processors: an operator may use instructions that another node, with the same home folder, lacks.
+    """
+    parts = (sys.prefix, platform.python_version(), processor_key(), *map(version, ("torch", "deepspeed", "ninja")))
     return "superoffload_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -109,14 +119,17 @@ def clear_abandoned_locks(root: Path, patience_s: float = PATIENCE_S) -> None:
     """
     locks = [lock for name in NAMES for lock in root.glob(f"{name}/lock")]
     for lock in locks:
-        _log.warning(
-            "Waiting for another process that compiles the operator %s; its lock %s is removed once no process "
-            "compiles here and it is %.0f s old",
-            lock.parent.name,
-            lock,
-            patience_s,
-        )
+        announced = False
         while lock.exists():
+            if not announced and _age_s(lock) > LOADING_S:
+                announced = True
+                _log.warning(
+                    "Waiting for another process that compiles the operator %s; its lock %s is removed once no process "
+                    "compiles here and it is %.0f s old",
+                    lock.parent.name,
+                    lock,
+                    patience_s,
+                )
             # The system releases a FileLock when its owner dies. It keeps a rank from removing another rank's new lock.
             with FileLock(lock.parent / "abandoned.lock"):
                 if _age_s(lock) > patience_s and not _is_building(lock.parent):

@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from superoffload import distributed
 from superoffload.checkpoint.manifest import replace_text
 from superoffload.errors import FAILURES, first_line
@@ -60,7 +58,7 @@ def end(run: Run, failure: BaseException | None = None) -> None:
             record = {**json_object(folder / RUN_FILE, []), "error": first_line(failure)}
             replace_text(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         path = report.write(folder, folder / report.REPORT_FILE)
-    except (*FAILURES, TemplateError) as error:
+    except FAILURES as error:
         logger.warning("No report was written: %s", first_line(error))
         return
     run.trackers.attach(path)

@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
 from superoffload.checkpoint.manifest import replace_text
-from superoffload.errors import UserError
+from superoffload.errors import FAILURES, UserError, first_line
 from superoffload.reporting import curves, records
 from superoffload.reporting.records import Records, number
 from superoffload.setting import shown
@@ -21,8 +21,18 @@ GIB = 2**30
 
 
 def write(folder: Path, path: Path) -> Path:
-    """Write the report of the run in a folder. Raises `UserError` if there is none, or the file cannot be written."""
-    page = html(records.read(folder))
+    """Write the report of the run in a folder.
+
+    Raises `UserError` if there is none, if its records have an unknown form, or if the file cannot be written.
+    """
+    found = records.read(folder)
+    try:
+        page = html(found)
+    except (*FAILURES, TemplateError) as error:
+        raise UserError(
+            f"{folder}: its records have another form than this version writes ({first_line(error)}); use the version "
+            "that made the run"
+        ) from error
     try:
         replace_text(path, page)
     except OSError as error:

@@ -143,12 +143,12 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path) -> str | None:
-    """Return the name of the newest complete checkpoint."""
+    """Return the name of the newest checkpoint if it is complete; None for one that cannot be read."""
     try:
         name = manifest.read_latest(folder)
+        return name if name and manifest.read(folder / name) else None
     except (OSError, UserError):
         return None
-    return name if name and (folder / name / manifest.MANIFEST).is_file() else None
 
 
 def _modified(path: Path) -> float:

@@ -14,12 +14,15 @@ from superoffload.reporting.runs import DIED, FINISHED, RUNNING, FoundRun
 
 WIDE = 120
 """Columns from which on model and mode have columns of their own."""
+NARROW = 72
+"""Columns below which no table fits; the lines are plain, and the terminal wraps them."""
 STYLES = {RUNNING: "bold cyan", FINISHED: "green", DIED: "bold red"}
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def lines(runs: Sequence[FoundRun], root: Path, now: float, width: int | None, colours: bool = False) -> list[str]:
     """Return the lines of the table in so many columns; without a width, plain lines that are as long as they are."""
+    width = width if width is None or width >= NARROW else None
     console = Console(
         file=io.StringIO(), width=width or 10_000, force_terminal=colours, color_system="standard" if colours else None
     )

@@ -7,11 +7,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
+from superoffload import distributed
 from superoffload.config import Config
 from superoffload.ds_config import DsConfig, has_bf16_state
 from superoffload.errors import UserError, first_line
@@ -32,7 +34,7 @@ REJECTIONS = (
 
 
 def check(ds_config: DsConfig, name: str) -> None:
-    """Raise `UserError` if DeepSpeed does not accept the ds_config made from the file `name`.
+    """Raise `UserError` if DeepSpeed or the device does not accept the ds_config made from the file `name`.
 
     `superoffload.ds_schema` has checked what this program reads; DeepSpeed's own keys are checked here, before it
     rejects them while it loads the model.
@@ -47,6 +49,13 @@ def check(ds_config: DsConfig, name: str) -> None:
         ) from error
     except REJECTIONS as error:
         raise UserError(f"--deepspeed_config {name}: DeepSpeed does not accept it: {first_line(error)}") from error
+    device = get_accelerator()
+    for precision, supported in (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported)):
+        if ds_config.get(precision, {}).get("enabled") and not supported():
+            raise UserError(
+                f"--deepspeed_config {name}: enables {precision}, which this device ({distributed.device_name()}) does "
+                "not support; enable another precision there"
+            )
 
 
 def create(model: Model, ds_config: DsConfig, config: Config, total_steps: int, *, stock: bool = False) -> Engine:

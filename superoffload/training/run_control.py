@@ -56,7 +56,8 @@ class RunControl:
     def votes(self) -> tuple[float, float]:
         """Return this rank's votes to stop and to save, 1.0 for yes, to be summed over all ranks."""
         due = self._is_rank_0 and (
-            (self._period_s > 0 and self._clock() - self._saved_at >= self._period_s) or self._file.exists()
+            (self._period_s > 0 and self._clock() - self._saved_at >= self._period_s)
+            or os.path.exists(self._file)  # not Path.exists, which raises the error of a disk that does not answer
         )
         return float(self._signal is not None), float(due)
 

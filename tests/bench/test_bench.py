@@ -157,6 +157,12 @@ def test_without_matplotlib_the_picture_is_refused_before_anything_runs(
 
 
 @pytest.mark.unit
+def test_a_folder_that_takes_no_file_is_refused_before_anything_runs() -> None:
+    with pytest.raises(UserError, match=r"--out /proc/self: cannot be written \(No such file or directory\)"):
+        bench(*TINY, "--no_picture", "--out", "/proc/self")
+
+
+@pytest.mark.unit
 def test_a_package_without_the_program_cannot_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("superoffload.commands.bench.REPOSITORY", tmp_path)
     with pytest.raises(UserError, match=r"finetune_zero3.py, which is not installed; run `pip install -e \.`"):

@@ -55,5 +55,7 @@ def test_the_picture_stacks_the_parts_of_each_configuration(tmp_path: Path) -> N
     drawn = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
     assert list(drawn) == ["data", "forward", "backward", "optimizer", "rest"]
     assert drawn["backward"] == pytest.approx([700.0, 1400.0])
+    picture.draw({**REPORT, "configurations": [configuration("packed", [])]}, tmp_path / "nothing.png")
+    assert list(tmp_path.iterdir()) == []
     picture.draw(REPORT, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"

@@ -341,15 +341,15 @@ def test_new_values_hold_from_the_first_resumed_step(mode: str, model_folder: Pa
     assert found["mapped"] == {None}  # nothing that training changes lies in the checkpoint's files
 
 
-def resume_with_another_model(model: str, other: str, out: str) -> str:
-    """Save a checkpoint of one model, resume another from it, and return the error. Runs on a rank."""
+def resume_with_another_engine(model: str, other: str, out: str, **values: Any) -> str:
+    """Save a checkpoint of one engine, resume another from it, and return the error. Runs on a rank."""
     from superoffload.checkpoint import save
     from tests.helpers.runs import make_engine
 
     first, tokenizer, chosen = make_engine(model, out, resume="auto", resume_anyway=True)
     assert save.save(first, tokenizer, chosen, {"step": 0, "epoch": 0}, {}) is not None
     first.destroy()  # type: ignore[attr-defined]
-    engine, _, chosen = make_engine(other, out, resume="auto", resume_anyway=True)
+    engine, _, chosen = make_engine(other, out, resume="auto", resume_anyway=True, **values)
     source = resume.first_intact(chosen, resume.find(chosen))
     assert source is not None
     try:
@@ -363,6 +363,17 @@ def resume_with_another_model(model: str, other: str, out: str) -> str:
 
 def test_another_model_is_refused_in_one_line(model_folder: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", num_hidden_layers=3)
-    for error in run_ranks(2, resume_with_another_model, str(model_folder), str(other), str(tmp_path / "out")):
+    for error in run_ranks(2, resume_with_another_engine, str(model_folder), str(other), str(tmp_path / "out")):
         assert "belongs to a different model: model.layers.2." in error
         assert "has the shape (none) there" in error
+
+
+def resume_with_sub_groups_of(size: int, model: str, out: str) -> str:
+    return resume_with_another_engine(model, model, out, sub_group_size=size)
+
+
+def test_other_sub_groups_are_refused_in_one_line(model_folder: Path, tmp_path: Path) -> None:
+    for error in run_ranks(2, resume_with_sub_groups_of, 3000, str(model_folder), str(tmp_path)):
+        assert error.startswith("--sub_group_size 3000: divides the optimizer's state otherwise than")
+        assert "saved with 400000000; use 400000000, or convert it: superoffload convert" in error
+    assert run_ranks(1, resume_with_sub_groups_of, 500_000_000, str(model_folder), str(tmp_path / "one")) == [""]

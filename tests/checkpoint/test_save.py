@@ -19,6 +19,7 @@ from superoffload.checkpoint import manifest, save
 from superoffload.checkpoint.manifest import HashedFile
 from superoffload.log import logger
 from superoffload.model.tokenizer import load_tokenizer
+from superoffload.offload.trainer.process import OptimizerProcessError
 from superoffload.protocols import Engine
 from superoffload.training.progress import Progress, Saved, saved_in
 from tests.helpers.ranks import run_ranks
@@ -254,6 +255,20 @@ def test_a_full_disk(model_folder: Path, small_disk: Path) -> None:
     assert (small_disk / "latest").read_text() == "global_step5"
     assert len(files_of(small_disk, "global_step5")) == 5
     assert not (small_disk / "global_step9").exists()
+
+
+def save_after_a_death(model: str, output_dir: str) -> None:
+    """Save when rank 1's optimizer process has died before it had finished the last step."""
+    engine, tokenizer, chosen = make_engine(model, output_dir)
+    error = OptimizerProcessError("the optimizer process was killed") if distributed.rank() == 1 else None
+    with mock.patch.object(engine.optimizer, "flush", side_effect=error):
+        save.save(engine, tokenizer, chosen, asdict(Progress(step=9)), {})
+
+
+def test_a_rank_whose_optimizer_process_died_ends_before_others_wait_for_it(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="OptimizerProcessError: the optimizer process was killed"):
+        run_ranks(2, save_after_a_death, str(model_folder), str(tmp_path), timeout_s=30)
+    assert manifest.complete_checkpoints(tmp_path) == []
 
 
 class OtherEngine:

@@ -113,6 +113,18 @@ def test_a_young_lock_is_given_time(tmp_path: Path, on_sleep: list[Callable[[], 
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("age_s", [0, 10])
+def test_a_wait_for_a_rank_that_loads_an_operator_is_no_warning(
+    age_s: float, tmp_path: Path, on_sleep: list[Callable[[], object]], caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = make_lock(tmp_path, "cpu_adam", age_s)
+    on_sleep += [lambda: None, lock.unlink]
+    with caplog.at_level("WARNING", "superoffload"):
+        operators.clear_abandoned_locks(tmp_path)
+    assert ["Waiting for another process that compiles" in text for text in caplog.messages] == [True] * (age_s > 0)
+
+
+@pytest.mark.unit
 def test_each_environment_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
@@ -122,8 +134,10 @@ def test_each_environment_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatc
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     assert folder.name == operators.environment_key()
     assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
+    monkeypatch.setattr(operators, "processor_key", lambda: "another")  # a node with the same home folder
+    of_another_node = operators.environment_key()
     monkeypatch.setattr(sys, "prefix", "/another")
-    assert operators.environment_key() != folder.name
+    assert len({folder.name, of_another_node, operators.environment_key()}) == 3
     operators.prepare()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(folder)  # a folder that is set stays
 

@@ -187,6 +187,17 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
         assert path.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize(
+    "form", [{"data": [1]}, {"model": "m"}, {"environment": {"torch": 2}}], ids=lambda form: next(iter(form))
+)
+def test_records_of_another_form_are_one_line(form: dict[str, Any], tmp_path: Path) -> None:
+    example.write(tmp_path)
+    described = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**described, **form}))
+    with pytest.raises(UserError, match=r"its records have another form than this version writes \(.*\); use "):
+        report.write(tmp_path, tmp_path / "report.html")
+
+
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     example.write(tmp_path)
     with pytest.raises(UserError, match=r"none/x.html: cannot be written \(No such file or directory\)"):

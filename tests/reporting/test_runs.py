@@ -105,6 +105,10 @@ def test_damaged_files_say_less(tmp_path: Path) -> None:
     (folder / "run.json").write_text('{"model": 3, "total_steps": "many"')
     found = runs.read(folder)
     assert (found.model, found.step, found.state, found.checkpoint) == (None, 200, "died", None)
+    (folder / "latest").write_text("global_step200")
+    (folder / "global_step200").mkdir()
+    (folder / "global_step200" / "manifest.json").write_text('{"saved_at')
+    assert runs.read(folder).checkpoint is None
 
 
 def test_runs_are_found_below_a_folder_the_last_active_first(tmp_path: Path) -> None:
@@ -122,7 +126,7 @@ def test_runs_are_found_below_a_folder_the_last_active_first(tmp_path: Path) -> 
         runs.find(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("width", [runs_table.NARROW, 80, 200])
 def test_the_table_fits_the_terminal(width: int, tmp_path: Path) -> None:
     model = {"name": "meta-llama/Llama-3.1-8B"}
     write_run(tmp_path / "llama-8b_superoffload_output_of_a_long_name_and_more", model=model)
@@ -134,6 +138,11 @@ def test_the_table_fits_the_terminal(width: int, tmp_path: Path) -> None:
     assert all(word in text for word in ("Llama-3.1-8B", "superoffload", "200/300", "1200/120000", "3.0000", "2 h"))
     assert "…" not in text and "\x1b" not in text
     assert "\x1b" in "\n".join(runs_table.lines(found, tmp_path, 0, width, colours=True))
+
+
+def test_a_terminal_too_narrow_for_the_table_wraps_lines_that_leave_nothing_out(tmp_path: Path) -> None:
+    found = runs.find(write_run(tmp_path / "llama-8b", model={"name": "meta-llama/Llama-3.1-8B"}))
+    assert runs_table.lines(found, tmp_path, 0, 40) == runs_table.lines(found, tmp_path, 0, None)
 
 
 def test_elsewhere_each_run_is_one_line(tmp_path: Path) -> None:

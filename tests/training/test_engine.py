@@ -3,11 +3,13 @@
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 import finetune_zero3
 from superoffload import config, distributed
@@ -101,6 +103,18 @@ def test_what_deepspeed_does_not_accept_is_named_before_the_model_is_loaded(
     with pytest.raises(UserError, match=f"--deepspeed_config file.json: {words}") as caught:
         engine.check(merged, "file.json")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_the_device_lacks_is_named_before_the_model_is_loaded(
+    precision: str, monkeypatch: pytest.MonkeyPatch, one_rank: None
+) -> None:
+    merged = merge_flags(FP32, config.build({"model_name": "m", "output_dir": "unused"}), 1).ds_config
+    merged = {**merged, "bf16": {"enabled": False}, precision: {"enabled": True}}
+    for supported in (True, False):
+        monkeypatch.setattr(get_accelerator(), f"is_{precision}_supported", lambda found=supported: found)
+        with nullcontext() if supported else pytest.raises(UserError, match=f"enables {precision}, which this device"):
+            engine.check(merged, "file.json")
 
 
 @pytest.mark.unit

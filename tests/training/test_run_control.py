@@ -50,6 +50,15 @@ def test_a_signal_a_few_seconds_after_the_first_ends_the_process(
 
 
 @pytest.mark.unit
+def test_a_file_that_the_disk_cannot_look_up_is_not_there(tmp_path: Path) -> None:
+    """A network file system may fail for a moment, and this is asked at every step."""
+    folder = tmp_path / ("x" * 300)
+    with pytest.raises(OSError, match="File name too long"):
+        os.stat(folder)
+    assert make(folder).votes() == (0.0, 0.0)
+
+
+@pytest.mark.unit
 def test_the_file_and_the_clock_ask_for_a_save(tmp_path: Path) -> None:
     now = [0.0]
     control = make(tmp_path, clock=lambda: now[0], save_minutes=2)

@@ -66,9 +66,7 @@ def test_rows_that_changed_since_the_run_are_refused(tmp_path: Path) -> None:
     source = replace(source, checkpoint=files)
     assert len(held_out.rows_of(source, tokenizer, settings, every_row=False)) == 12
     models.write_rows(path, count=41)
-    with pytest.raises(
-        UserError, match=r"its rows are no longer those of the run \(then 28 rows of .* now 29 "
-    ):
+    with pytest.raises(UserError, match=r"its rows are no longer those of the run \(then 28 rows of .* now 29 "):
         held_out.rows_of(source, tokenizer, settings, every_row=False)
 
 
