@@ -23,7 +23,10 @@ def command(folder: Path, as_json: bool) -> None:
     """
     from superoffload.reporting import runs, runs_table
 
-    found, now = runs.find(folder), time.time()
+    notes: list[str] = []
+    found, now = runs.find(folder, notes), time.time()
+    for note in notes:
+        click.echo(note, err=True)
     if as_json:
         click.echo(json.dumps([run.as_dict(now) for run in found], indent=1))
         return
