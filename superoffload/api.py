@@ -79,6 +79,9 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
             continue
         elif spec is not None and "several" in spec.metadata:
             values = [value] if isinstance(value, str | os.PathLike | int | float) else list(value)
+            flags = [text for text in map(str, values[1:]) if cli.is_flag(text)]
+            if flags:
+                raise UserError(f"--{name} {flags[0]}: begins as a flag does; make it the first value")
             result += [f"--{name}={values[0]}", *map(str, values[1:])] if values else []
         else:
             result.append(f"--{name}={value}")

@@ -19,6 +19,7 @@ import click
 
 from superoffload import config, config_file, launcher
 from superoffload.errors import Interrupted, UserError, nearest
+from superoffload.paths import path_of
 from superoffload.run_log import run_log
 from superoffload.setting import AUTO, CountOrAuto, NumberOrAuto, allowed, settings_of, whole_number
 
@@ -114,6 +115,32 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(float(number) * base ** ("kmgt".index(unit.lower()) + 1))
 
 
+class PathText(click.ParamType):  # type: ignore[type-arg]
+    """A path, or what may be one, such as a hub id: a text, which `path_of` has looked at.
+
+    `expand` is whether `~` is replaced; not in what a checkpoint is compared with.
+    """
+
+    name = "text"
+
+    def __init__(self, expand: bool = True) -> None:
+        self._expand = expand
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text. Raises `UserError` as `path_of` does."""
+        path = path_of(value, param.opts[0] if isinstance(param, click.Option) else "")
+        return str(path) if self._expand and value.startswith("~") else str(value)
+
+
+class UserPath(click.Path):
+    """A path, which `path_of` has looked at."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path. Raises `UserError` as `path_of` does."""
+        path = path_of(str(value), param.opts[0] if isinstance(param, click.Option) else "")
+        return super().convert(path, param, ctx)
+
+
 class Command(click.Command):
     """A command of which some flags take several values: `--wandb_tags a b`."""
 
@@ -150,7 +177,8 @@ def option(spec: Field[Any]) -> click.Option:
         CountOrAuto: OrAuto("integer", "a whole number", whole_number),
     }  # fmt: skip
     alone = spec.metadata.get("alone")
-    kind = Choice(spec.metadata["choices"], alone) if "choices" in spec.metadata else kinds.get(spec.type, str)
+    text = PathText(expand="shapes_run" not in spec.metadata) if "path" in spec.metadata else str
+    kind = Choice(spec.metadata["choices"], alone) if "choices" in spec.metadata else kinds.get(spec.type, text)
     limits = "" if "choices" in spec.metadata else allowed(spec)
     required = spec.default is MISSING
     default: dict[str, Any] = {} if required else {"default": spec.default}  # click counts default=None as a default
@@ -160,7 +188,7 @@ def option(spec: Field[Any]) -> click.Option:
     return made(
         [f"--{spec.name}/--no_{spec.name}" if spec.type is bool else f"--{spec.name}"],
         type=kind,
-        is_flag=spec.type is bool,
+        is_flag=True if spec.type is bool else None if alone is None else False,  # False: a value may be missing
         multiple="several" in spec.metadata,
         required=required,
         show_default=not (spec.default is None or spec.default is False or spec.default == ()),
@@ -181,6 +209,7 @@ def config_option() -> click.Option:
         is_eager=True,
         expose_value=False,
         callback=read,
+        type=PathText(),
         metavar="FILE",
         help="Read settings from a YAML file, such as the config.yaml of another run; flags win.",
     )
@@ -191,6 +220,11 @@ def explicit(values: Iterable[str]) -> frozenset[str]:
     context = click.get_current_context()
     given = {click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP}
     return frozenset(name for name in values if context.get_parameter_source(name) in given)
+
+
+def is_flag(word: str) -> bool:
+    """Return whether a word of the command line is a flag, and not a value such as a negative number."""
+    return word.startswith("-") and word[1:2] in {"-", *string.ascii_letters}
 
 
 def _spread(argv: Sequence[str], several: set[str]) -> list[str]:
@@ -204,12 +238,11 @@ def _spread(argv: Sequence[str], several: set[str]) -> list[str]:
     open_flag = ""
     for word in argv:
         flag, equals, value = word.partition("=")
-        is_flag = word.startswith("-") and word[1:2] in {"-", *string.ascii_letters}  # and not a negative number
-        if is_flag:
+        if is_flag(word):
             open_flag = flag if flag in several else ""
         if not open_flag:
             result.append(word)
-        elif is_flag:
+        elif is_flag(word):
             given[open_flag] = [value] if equals else []
         else:
             given[open_flag].append(word)

@@ -29,7 +29,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
 class ModelSettings(Settings):
     """Model."""
 
-    model_name: str = setting("Hub id or folder of the model.", shapes_run=True)
+    model_name: str = setting("Hub id or folder of the model.", shapes_run=True, path=True)
     revision: str | None = setting("Branch, tag or commit of the model on the hub.", None, shapes_run=True)
     trust_remote_code: bool = setting("Run code that the model brings along; read it first.", False)
     init_missing: bool = setting(
@@ -117,6 +117,7 @@ class DataSettings(Settings):
         ("tatsu-lab/alpaca",),
         several=True,
         shapes_run=True,
+        path=True,
     )
     dataset_weights: tuple[float, ...] = setting(
         "One weight per data set: in each epoch, rows are drawn in these proportions, with replacement.",
@@ -148,6 +149,7 @@ class DataSettings(Settings):
         "answer, and the tokenizer's template for chats, or plain if it has none.",
         "auto",
         shapes_run=True,
+        path=True,
     )
     dataset_percentage: float = setting(
         "Percentage of the rows to use, starting with the first.", 100.0, above=0, maximum=100, shapes_run=True
@@ -189,7 +191,7 @@ class DataSettings(Settings):
     eval_percentage: float = setting(
         "Percentage of the rows to hold out for evaluation; 0: none.", 0.0, minimum=0, maximum=50, shapes_run=True
     )
-    eval_dataset: str | None = setting("Data set to evaluate on: hub id, folder or file.", None)
+    eval_dataset: str | None = setting("Data set to evaluate on: hub id, folder or file.", None, path=True)
     eval_config: str | None = setting("Config of --eval_dataset, as --dataset_config.", None)
     eval_split: str = setting("Split of --eval_dataset, as --dataset_split.", "test")
 
@@ -318,7 +320,9 @@ class EvaluationSettings(Settings):
     """Evaluation."""
 
     eval_steps: int = setting("Evaluate every N steps and at the end; 0: only at the end.", 0, minimum=0)
-    sample_prompts: str | None = setting("File of prompts, one per line, to answer at each evaluation.", None)
+    sample_prompts: str | None = setting(
+        "File of prompts, one per line, to answer at each evaluation.", None, path=True
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,7 +330,7 @@ class OffloadSettings(Settings):
     """Memory and DeepSpeed."""
 
     deepspeed_config: str = setting(
-        "DeepSpeed JSON: where weights and optimizer state are kept.", "configs/superoffload.json"
+        "DeepSpeed JSON: where weights and optimizer state are kept.", "configs/superoffload.json", path=True
     )
     offload_ratio: float | Literal["auto"] = setting(
         "Fraction of the optimizer's state and work to keep on the host; auto takes the smallest that fits the "
@@ -365,7 +369,9 @@ class OffloadSettings(Settings):
 class OutputSettings(Settings):
     """Output."""
 
-    output_dir: str = setting("Folder for checkpoints, the tokenizer, metrics.jsonl, summary.json and run.log.")
+    output_dir: str = setting(
+        "Folder for checkpoints, the tokenizer, metrics.jsonl, summary.json and run.log.", path=True
+    )
     log_interval: int = setting("Log every N steps.", 1, minimum=1)
     display: str = setting(
         "How to show progress: rich is a live display on a terminal, plain one line per logged step; auto uses rich if "
@@ -392,6 +398,7 @@ class CheckpointSettings(Settings):
         "auto: resume from the newest complete checkpoint in the output folder, or start from the model if there is "
         "none; none: start from the model; or a checkpoint, or the output folder of a run.",
         "none",
+        path=True,
     )
     resume_anyway: bool = setting("Resume even if settings or data differ from the checkpoint's.", False)
     trust_checkpoint: bool = setting(

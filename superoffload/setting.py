@@ -22,8 +22,9 @@ def setting(help_text: str, default: Any = MISSING, **limits: Any) -> Any:
 
     `limits` may hold `minimum` and `maximum` (inclusive), `above` and `below` (exclusive), `choices` (a tuple),
     `several` (the flag takes one or more values), `alone` (the choice that the flag means without a value; the setting
-    was a switch once, so it takes true for that choice, and false for the first) and `shapes_run` (changing it makes a
-    different run, which does not resume from the checkpoint). A setting without a default is a required flag.
+    was a switch once, so it takes true for that choice, and false for the first), `path` (it names a file or folder, or
+    may do so) and `shapes_run` (changing it makes a different run, which does not resume from the checkpoint). A
+    setting without a default is a required flag.
     """
     metadata = {"help": help_text, **limits}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)

@@ -67,6 +67,7 @@ def test_the_settings_become_flags() -> None:
         ({"lr": "fast"}, "'fast' is not a valid float"),
         ({"lr": -1}, "--lr -1.0: must be 0 < value <= 10"),
         ({"output_dir": None}, "--output_dir"),
+        ({"wandb_tags": ["a", "--lr=1"]}, "--wandb_tags --lr=1: begins as a flag does; make it the first value"),
     ],
 )
 def test_a_mistake_is_found_before_a_process_starts(settings: dict[str, Any], message: str) -> None:

@@ -38,6 +38,7 @@ ROWS: list[Row] = [
             "run_log",
             "hub",
             "launcher",
+            "paths",
             "distributed",
         }
     ],

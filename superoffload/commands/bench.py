@@ -152,7 +152,7 @@ def _axes() -> list[click.Parameter]:
 
 def _options() -> list[click.Parameter]:
     """List all flags: what is measured, the grid, how it is measured, and what all configurations share."""
-    number, folder = click.IntRange(min=1), click.Path(path_type=Path, file_okay=False)
+    number, folder = click.IntRange(min=1), cli.UserPath(path_type=Path, file_okay=False)
     by_hand = "Random weights in the shape of a Llama: --layers and --hidden, and what differs from the usual."
     against = "Alternatives to the first configuration: DeepSpeed's own SuperOffload, or padding to --max_length."
     return [
@@ -167,7 +167,7 @@ def _options() -> list[click.Parameter]:
         click.Option(["--alone"], is_flag=True, help="Keep only one configuration in memory at a time."),
         click.Option(["--out"], type=folder, help="Write bench.md, bench.json and bench.png to this folder."),
         click.Option(["--picture/--no_picture"], default=True, help="With --out: draw bench.png; needs matplotlib."),
-        click.Option(["--compare"], type=click.Path(path_type=Path), help="A bench.json: say what changed since."),
+        click.Option(["--compare"], type=cli.UserPath(path_type=Path), help="A bench.json: say what changed since."),
         *_shared(),
     ]
 

@@ -86,9 +86,9 @@ def _options() -> list[click.Parameter]:
     compare = f"Answer with this model too, a folder or hub id; {RUN_BASE}: the one that the run started from."
     most = "Maximum tokens of an answer."
     return [
-        click.Argument(["model"]),
+        click.Argument(["model"], type=cli.PathText()),
         click.Option(["--prompt"], multiple=True, help="Answer this prompt and leave; may be repeated."),
-        click.Option(["--compare"], metavar="BASE", help=compare),
+        click.Option(["--compare"], type=cli.PathText(), metavar="BASE", help=compare),
         click.Option(["--system"], help="System message, for chat templates."),
         click.Option(["--temperature"], type=click.FloatRange(min=0), default=0.0, show_default=True,
                      help="Temperature to sample with; 0: greedy."),

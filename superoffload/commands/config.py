@@ -4,13 +4,13 @@ import json
 
 import click
 
-from superoffload import config, config_file
+from superoffload import cli, config, config_file
 from superoffload.errors import UserError
 
 
 @click.command("config")
 @click.option("--schema", is_flag=True, help="Print a JSON schema of such files, for editors.")
-@click.option("--check", metavar="FILE", help="Check the settings of a file.")
+@click.option("--check", type=cli.PathText(), metavar="FILE", help="Check the settings of a file.")
 def command(schema: bool, check: str | None) -> None:
     """Check a file of settings for --config, or print its JSON schema."""
     if schema == (check is not None):

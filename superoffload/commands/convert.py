@@ -4,10 +4,12 @@ from pathlib import Path
 
 import click
 
+from superoffload import cli
+
 
 @click.command("convert")
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=cli.UserPath(exists=True, path_type=Path))
+@click.argument("target", type=cli.UserPath(path_type=Path))
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Parallel processes.")
 @click.option("--trust_checkpoint", is_flag=True, help="Load files that could run code, e.g. of other programs.")
 def command(checkpoint: Path, target: Path, workers: int, trust_checkpoint: bool) -> None:

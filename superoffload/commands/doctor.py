@@ -9,6 +9,8 @@ from typing import TextIO
 
 import click
 
+from superoffload import cli
+
 MIN_WIDTH = 60
 """Columns; below them, text beside verdict and name is too narrow to read."""
 
@@ -16,7 +18,11 @@ MIN_WIDTH = 60
 @click.command("doctor")
 @click.option("--ranks", type=click.IntRange(min=1), help="Ranks on this machine. Default: number of devices, or 1.")
 @click.option(
-    "--output_dir", type=click.Path(path_type=Path), default=".", show_default=True, help="Folder whose disk is tested."
+    "--output_dir",
+    type=cli.UserPath(path_type=Path),
+    default=".",
+    show_default=True,
+    help="Folder whose disk is tested.",
 )
 @click.option("--quick", is_flag=True, help="Compile and measure nothing; takes seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")

@@ -59,10 +59,10 @@ def _options() -> list[click.Parameter]:
         if option.name == "dataset_name":
             option.default, option.show_default = (), False
     return [
-        click.Argument(["model"]),
+        click.Argument(["model"], type=cli.PathText()),
         click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                      help="Where to compute; auto: on a CUDA device if there is one."),
-        click.Option(["--json", "json_file"], type=click.Path(path_type=Path), metavar="FILE",
+        click.Option(["--json", "json_file"], type=cli.UserPath(path_type=Path), metavar="FILE",
                      help="Write the numbers to a file."),
         *options,
     ]  # fmt: skip

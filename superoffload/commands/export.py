@@ -4,10 +4,12 @@ from pathlib import Path
 
 import click
 
+from superoffload import cli
+
 
 @click.command("export")
-@click.argument("checkpoint_or_output_dir", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("checkpoint_or_output_dir", type=cli.UserPath(path_type=Path))
+@click.argument("target", type=cli.UserPath(path_type=Path))
 @click.option("--dtype", default="bfloat16", show_default=True, help="Weight dtype: bfloat16, float32 or float16.")
 @click.option("--max_shard_size", default="5GB", show_default=True, help="Maximum size of a weight file.")
 @click.option("--trust_checkpoint", is_flag=True, help="Load files that could run code, e.g. of other programs.")

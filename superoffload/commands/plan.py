@@ -161,10 +161,12 @@ def _options() -> list[click.Parameter]:
         click.Option(["--gpu_memory"], type=size, help="Memory of a device, e.g. 80GiB.  [default: that of this one]"),
         click.Option(["--host_memory"], type=size, help="Memory of a machine.  [default: that of this one]"),
         click.Option(["--link"], type=click.Choice(list(speed.LINKS)), help="Link between device and host."),
-        click.Option(["--output_dir"], help="Check the free space of the disk with this folder, too."),
+        click.Option(
+            ["--output_dir"], type=cli.PathText(), help="Check the free space of the disk with this folder, too."
+        ),
         click.Option(["--tokens"], type=Tokens(min=1), help="Tokens of an epoch, as superoffload preview counts them."),
         click.Option(["--json"], is_flag=True, help="Write JSON: sizes in bytes, times in seconds."),
-        click.Option(["--plot"], help="Draw the memory to a PNG file; needs matplotlib."),
+        click.Option(["--plot"], type=cli.PathText(), help="Draw the memory to a PNG file; needs matplotlib."),
     ]
     return [cli.config_option(), *own, *run]
 

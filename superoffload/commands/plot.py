@@ -4,10 +4,12 @@ from pathlib import Path
 
 import click
 
+from superoffload import cli
+
 
 @click.command("plot")
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write: .png, .svg or .pdf.")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=cli.UserPath(path_type=Path))
+@click.option("--out", required=True, type=cli.UserPath(path_type=Path), help="File to write: .png, .svg or .pdf.")
 def command(runs: tuple[Path, ...], out: Path) -> None:
     """Draw loss, held-out loss and throughput of runs into one picture.
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
+from superoffload import cli
 from superoffload.errors import UserError
 
 
 @click.command("push")
-@click.argument("run_or_export", type=click.Path(path_type=Path))
+@click.argument("run_or_export", type=cli.UserPath(path_type=Path))
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="Create a public repository; default: a private one.")
 @click.option("--dry_run", is_flag=True, help="Show what would be uploaded, without the network.")
@@ -23,7 +24,7 @@ def command(run_or_export: Path, repo: str, public: bool, dry_run: bool, export:
     """
     from superoffload.export import push
 
-    checkpoint, folder = push.exported(run_or_export.expanduser())
+    checkpoint, folder = push.exported(run_or_export)
     if checkpoint is not None:
         if dry_run or not export:
             raise UserError(

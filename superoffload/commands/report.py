@@ -4,10 +4,12 @@ from pathlib import Path
 
 import click
 
+from superoffload import cli
+
 
 @click.command("report")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: RUN/report.html]")
+@click.argument("run", type=cli.UserPath(path_type=Path))
+@click.option("--out", type=cli.UserPath(path_type=Path), help="File to write.  [default: RUN/report.html]")
 def command(run: Path, out: Path | None) -> None:
     """Write the report of a run as one HTML file.
 

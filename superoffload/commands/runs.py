@@ -9,9 +9,11 @@ from pathlib import Path
 
 import click
 
+from superoffload import cli
+
 
 @click.command("runs")
-@click.argument("folder", type=click.Path(path_type=Path), default=".")
+@click.argument("folder", type=cli.UserPath(path_type=Path), default=".")
 @click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON.")
 def command(folder: Path, as_json: bool) -> None:
     """List the runs below a folder, the last active first.
@@ -21,7 +23,10 @@ def command(folder: Path, as_json: bool) -> None:
     """
     from superoffload.reporting import runs, runs_table
 
-    found, now = runs.find(folder), time.time()
+    notes: list[str] = []
+    found, now = runs.find(folder, notes), time.time()
+    for note in notes:
+        click.echo(note, err=True)
     if as_json:
         click.echo(json.dumps([run.as_dict(now) for run in found], indent=1))
         return

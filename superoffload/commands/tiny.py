@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
+from superoffload import cli
 from superoffload import tiny as example
 from superoffload.errors import UserError
 
@@ -19,7 +20,7 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=cli.UserPath(path_type=Path))
 def write(folder: Path) -> None:
     """Write a small random model, its tokenizer and generated rows to FOLDER."""
     from superoffload import log
@@ -32,8 +33,8 @@ def write(folder: Path) -> None:
 
 
 @command.command()
-@click.argument("folder", type=click.Path(exists=True, path_type=Path))
-@click.argument("output_dir", type=click.Path(exists=True, path_type=Path))
+@click.argument("folder", type=cli.UserPath(exists=True, path_type=Path))
+@click.argument("output_dir", type=cli.UserPath(exists=True, path_type=Path))
 def score(folder: Path, output_dir: Path) -> None:
     """Score the model in FOLDER and the checkpoint in OUTPUT_DIR on the held-out rows."""
     from superoffload import log

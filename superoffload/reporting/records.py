@@ -85,8 +85,13 @@ def points(lines: list[Line], name: str) -> Points:
 
 def number(value: Any) -> float | None:
     """Return a value as a float; None if it is none, infinite or NaN."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return None
+    return found if math.isfinite(found) else None
 
 
 def default(name: str) -> Any:
@@ -110,10 +115,10 @@ def outdated(summary: Line, run: Line) -> bool:
 
 def json_object(path: Path, notes: list[str]) -> Line:
     """Return the object that a file holds; empty without one, of which `notes` says why if there is a file."""
-    if not path.is_file():
-        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return {}
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} cannot be read: {error}")
         return {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from superoffload import config_file, run_log
 from superoffload.checkpoint import folder_lock, manifest
-from superoffload.errors import UserError
+from superoffload.errors import UserError, first_line
 from superoffload.reporting import records
 from superoffload.reporting.records import METRICS_FILE, RUN_FILE, SETTINGS_FILE, SUMMARY_FILE, number
 
@@ -46,27 +46,37 @@ class FoundRun:
         return {name: None if value != value else value for name, value in values.items()}
 
 
-def find(folder: Path) -> list[FoundRun]:
-    """Read the runs in and below a folder, the last active first. Raises `UserError` if there is no such folder."""
+def find(folder: Path, notes: list[str] | None = None) -> list[FoundRun]:
+    """Read the runs in and below a folder, the last active first; `notes` says which files could not be read.
+
+    Raises `UserError` if there is no such folder.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    return sorted(map(read, output_folders(folder)), key=lambda run: run.active_at, reverse=True)
+    notes = [] if notes is None else notes
+    found = [read(path, notes) for path in output_folders(folder, notes)]
+    return sorted(found, key=lambda run: run.active_at, reverse=True)
 
 
-def output_folders(folder: Path) -> Iterator[Path]:
+def output_folders(folder: Path, notes: list[str]) -> Iterator[Path]:
     """List the output folders of runs in and below a folder; does not follow links."""
-    for path, inner, files in os.walk(folder):
+
+    def closed(error: OSError) -> None:
+        notes.append(f"{error.filename} cannot be read: {error.strerror}")
+
+    for path, inner, files in os.walk(folder, onerror=closed):
         inner[:] = [name for name in inner if not name.startswith(NO_RUNS_IN)]
         if RUN_FILE in files or {SETTINGS_FILE, METRICS_FILE} <= {*files}:
             yield Path(path)
 
 
-def read(folder: Path) -> FoundRun:
+def read(folder: Path, notes: list[str] | None = None) -> FoundRun:
     """Read what the files of an output folder say; a file that is missing, truncated or being written says less."""
-    described = _described(folder)
+    unread: list[str] = []
+    described = _described(folder, unread)
     model = described.get("model")
     logged, evaluated = _last_lines(folder / METRICS_FILE)
-    summary = records.json_object(folder / SUMMARY_FILE, [])
+    summary = records.json_object(folder / SUMMARY_FILE, unread)
     has_ended = bool(summary) and not records.outdated(summary, described)
     step = max(number(logged.get("step")) or 0, (number(summary.get("global_step")) or 0) if has_ended else 0)
     total = number(described.get("total_steps"))
@@ -78,6 +88,9 @@ def read(folder: Path) -> FoundRun:
         epochs = number(described.get("num_train_epochs")) or 0
         is_complete = step >= total if total else (number(logged.get("epoch")) or 0) >= epochs
         state = FINISHED if is_complete and not summary.get("stopped_by") else STOPPED
+    checkpoint = _checkpoint(folder, unread)
+    if notes is not None:
+        notes += [f"{folder}: {note}" for note in unread]
     return FoundRun(
         folder=folder,
         model=_text(model.get("name")) if isinstance(model, dict) else None,
@@ -87,14 +100,14 @@ def read(folder: Path) -> FoundRun:
         loss=_loss(logged, "loss"),
         eval_loss=_loss(evaluated, "eval_loss"),
         state=state,
-        checkpoint=_checkpoint(folder),
+        checkpoint=checkpoint,
         active_at=max(_modified(folder / name) for name in (RUN_FILE, SETTINGS_FILE, METRICS_FILE, run_log.FILE)),
     )
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _described(folder: Path, notes: list[str]) -> dict[str, Any]:
     """Return what run.json says; of a run without it, what its settings say."""
-    described = records.json_object(folder / RUN_FILE, [])
+    described = records.json_object(folder / RUN_FILE, notes)
     if described:
         return described
     try:
@@ -142,13 +155,17 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _checkpoint(folder: Path) -> str | None:
+def _checkpoint(folder: Path, notes: list[str]) -> str | None:
     """Return the name of the newest checkpoint if it is complete; None for one that cannot be read."""
     try:
         name = manifest.read_latest(folder)
-        return name if name and manifest.read(folder / name) else None
-    except (OSError, UserError):
-        return None
+        if name and manifest.read(folder / name):
+            return name
+        if name:
+            notes.append(f"{name}/{manifest.MANIFEST} is missing or cannot be read")
+    except (OSError, UserError) as error:
+        notes.append(first_line(error))
+    return None
 
 
 def _modified(path: Path) -> float:

@@ -50,7 +50,11 @@ def test_lines_of_another_form_are_left_out(line: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_none() -> None:
-    assert [records.number(value) for value in (1, 2.5, True, "1", None, float("nan"))] == [1, 2.5, *[None] * 4]
+    assert [records.number(value) for value in (1, 2.5, True, "1", None, float("nan"), 10**400)] == [
+        1,
+        2.5,
+        *[None] * 5,
+    ]
 
 
 def test_files_that_are_not_json_are_notes(tmp_path: Path) -> None:

@@ -126,6 +126,20 @@ def test_runs_are_found_below_a_folder_the_last_active_first(tmp_path: Path) -> 
         runs.find(tmp_path / "missing")
 
 
+def test_what_cannot_be_read_is_named_and_the_others_are_listed(tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    folder = write_run(tmp_path / "half")
+    (folder / "run.json").write_text('{"model"')
+    (folder / "latest").write_text("global_step5")
+    notes: list[str] = []
+    assert len(runs.find(tmp_path, notes)) == 2
+    assert [note.partition(" cannot")[0] for note in notes] == [
+        f"{folder}: run.json", f"{folder}: global_step5/manifest.json is missing or"
+    ]  # fmt: skip
+    done = CliRunner().invoke(commands.group, ["runs", str(tmp_path)])
+    assert done.exit_code == 0 and all(word in done.output for word in ("good", "half", *notes))
+
+
 @pytest.mark.parametrize("width", [runs_table.NARROW, 80, 200])
 def test_the_table_fits_the_terminal(width: int, tmp_path: Path) -> None:
     model = {"name": "meta-llama/Llama-3.1-8B"}
