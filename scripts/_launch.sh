@@ -37,14 +37,6 @@ whole_number() {
     [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1 is '$2'; it must be a whole number above 0, of at most 9 digits"
 }
 
-# need NAME...: stop if a recipe has no line for one of these values
-need() {
-    local name
-    for name; do
-        [[ -n ${!name+set} ]] || fail "$name is not set in $0; copy its line from a recipe in $repository/scripts"
-    done
-}
-
 # on NAME VALUE: succeed if a switch is true, stop if it is neither true nor false
 on() {
     case "$2" in
@@ -54,10 +46,6 @@ on() {
     esac
 }
 
-need MODEL_NAME GPUS_PER_NODE DEVICE_KIND BIND_CORES SAVE_CHECKPOINT SAVE_STEPS EXPORT KEEP_CHECKPOINTS RESUME \
-    USE_WANDB DATASET_NAME DATASET_PERCENTAGE MAX_LENGTH PACKING BATCH_SIZE EPOCHS LR WARMUP WEIGHT_DECAY SEED \
-    DETERMINISTIC ACTIVATION_CHECKPOINTING ATTN_IMPLEMENTATION LEAF_MODULE SUB_GROUP_SIZE LOG_INTERVAL WARMUP_STEPS \
-    BENCH_STEPS
 [[ $# -gt 0 ]] || usage
 mode=$1
 shift
@@ -151,10 +139,7 @@ arguments=(
     --resume "$RESUME"
 )
 # ZeRO-Offload keeps the whole optimizer on the host, as upstream's scripts do.
-if [[ $mode == superoffload ]]; then
-    need OFFLOAD_RATIO
-    arguments+=(--offload_ratio "$OFFLOAD_RATIO")
-fi
+if [[ $mode == superoffload ]]; then arguments+=(--offload_ratio "$OFFLOAD_RATIO"); fi
 if [[ -n $LEAF_MODULE ]]; then arguments+=(--leaf_module "$LEAF_MODULE"); fi
 if [[ $LONG_ROWS != truncate ]]; then arguments+=(--long_rows "$LONG_ROWS"); fi
 if ! on PACKING "$PACKING"; then arguments+=(--no_packing); fi
@@ -174,7 +159,6 @@ fi
 if $saves || [[ $SAVE_STEPS != 0 ]]; then arguments+=(--fail_on_checkpoint_error); fi
 if on EXPORT "$EXPORT"; then arguments+=(--export); fi
 if on USE_WANDB "$USE_WANDB"; then
-    need WANDB_PROJECT WANDB_RUN_NAME
     arguments+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_run_name "$WANDB_RUN_NAME-$mode")
 fi
 
