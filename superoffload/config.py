@@ -224,7 +224,9 @@ class TrainingSettings(Settings):
 
     lr: float = setting("Peak learning rate.", 1e-5, above=0, maximum=10, shapes_run=True)
     batch_size: int = setting("Rows (packs, if packed) per device and micro-batch.", 1, minimum=1, shapes_run=True)
-    gradient_accumulation_steps: int = setting("Micro-batches per optimizer step.", 1, minimum=1, shapes_run=True)
+    gradient_accumulation_steps: int = setting(
+        "Micro-batches per optimizer step.", 1, minimum=1, maximum=65_536, shapes_run=True
+    )
     sequence_parallel_size: int = setting(
         "Number of consecutive ranks that share each row, each with a part of its positions; --batch_size is then that "
         "of all of them together. It must divide the number of ranks and of attention heads.",

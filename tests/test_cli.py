@@ -177,6 +177,7 @@ def test_whole_numbers_may_be_written_with_an_exponent() -> None:
         (["--num_train_epochs", "0"], "--num_train_epochs 0"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
         (["--weight_decay", "-0.1"], "--weight_decay -0.1: must be 0 <= value <= 1"),
+        (["--gradient_accumulation_steps", "9" * 20], "must be 1 <= value <= 65536"),
         (["--warmup", "1.5"], "--warmup 1.5: above 1 it is a number of steps, and must be a whole number"),
         (["--decay", "2.5"], "--decay 2.5: above 1 it is a number of steps, and must be a whole number"),
         (["--decay", "0.01"], "--decay 0.01: --lr_scheduler cosine has none; use wsd"),
