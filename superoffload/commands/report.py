@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from superoffload import cli
+from superoffload.errors import UserError, first_line
 
 
 @click.command("report")
@@ -17,4 +18,12 @@ def command(run: Path, out: Path | None) -> None:
     """
     from superoffload.reporting import report
 
-    click.echo(report.write(run, out or run / report.REPORT_FILE))
+    try:
+        click.echo(report.write(run, out or run / report.REPORT_FILE))
+    except UserError:
+        raise
+    except report.FAILURES as error:
+        raise UserError(
+            f"{run}: its records have another form than this version writes ({first_line(error)}); use the version of "
+            "superoffload that made the run"
+        ) from error

@@ -58,7 +58,7 @@ def end(run: Run, failure: BaseException | None = None) -> None:
             record = {**json_object(folder / RUN_FILE, []), "error": first_line(failure)}
             replace_text(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         path = report.write(folder, folder / report.REPORT_FILE)
-    except FAILURES as error:
+    except report.FAILURES as error:
         logger.warning("No report was written: %s", first_line(error))
         return
     run.trackers.attach(path)

@@ -10,29 +10,25 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
+from superoffload import errors
 from superoffload.checkpoint.manifest import replace_text
-from superoffload.errors import FAILURES, UserError, first_line
+from superoffload.errors import UserError
 from superoffload.reporting import curves, records
 from superoffload.reporting.records import Records, number
 from superoffload.setting import shown
 
 REPORT_FILE = "report.html"
+FAILURES = (*errors.FAILURES, TemplateError)
+"""What records of another form than this version writes make code raise."""
 GIB = 2**30
 
 
 def write(folder: Path, path: Path) -> Path:
-    """Write the report of the run in a folder.
+    """Write the report of the run in a folder. Raises `UserError` if there is none, or the file cannot be written.
 
-    Raises `UserError` if there is none, if its records have an unknown form, or if the file cannot be written.
+    Records that another version wrote may raise one of `FAILURES`.
     """
-    found = records.read(folder)
-    try:
-        page = html(found)
-    except (*FAILURES, TemplateError) as error:
-        raise UserError(
-            f"{folder}: its records have another form than this version writes ({first_line(error)}); use the version "
-            "that made the run"
-        ) from error
+    page = html(records.read(folder))
     try:
         replace_text(path, page)
     except OSError as error:

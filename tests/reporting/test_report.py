@@ -195,7 +195,7 @@ def test_records_of_another_form_are_one_line(form: dict[str, Any], tmp_path: Pa
     described = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**described, **form}))
     with pytest.raises(UserError, match=r"its records have another form than this version writes \(.*\); use "):
-        report.write(tmp_path, tmp_path / "report.html")
+        commands.group.main(["report", str(tmp_path)], standalone_mode=False)
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
