@@ -297,7 +297,7 @@ def run(main: Callable[[config.Config], int]) -> NoReturn:
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - as the interpreter does, but see `leave`
         if _is_interrupt(error):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher forwards what the terminal has sent already
-            status = report(Interrupted("stopped by Ctrl-C while no training step was running, so none is lost"))
+            status = report(Interrupted("stopped by Ctrl-C, before the first step or after the last"))
         else:
             traceback.print_exc()
             run_log.add(traceback.format_exc())

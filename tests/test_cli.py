@@ -135,7 +135,7 @@ def test_ctrl_c_outside_training_is_one_line(
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert capsys.readouterr().err == "Error: stopped by Ctrl-C while no training step was running, so none is lost\n"
+    assert capsys.readouterr().err == "Error: stopped by Ctrl-C, before the first step or after the last\n"
 
 
 def test_defaults_of_this_program() -> None:

@@ -56,10 +56,10 @@ def test_what_is_closed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     assert path_of(str(tmp_path / "missing"), "--out") == tmp_path / "missing"
     assert path_of(str(tmp_path)) == tmp_path
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"^--out .*cannot be read \(Permission denied"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"^--out .*cannot be used \(Permission denied"):
         patch.setattr(os, "access", lambda *_: False)
         path_of(str(tmp_path), "--out")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot be read \(Permission denied"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot be used \(Permission denied"):
         patch.setattr(Path, "stat", no_stat)
         path_of(str(tmp_path / "inside"))
 

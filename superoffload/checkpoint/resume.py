@@ -254,7 +254,7 @@ def _check_same_model(engine: Engine, path: Path, *, trusted: bool) -> None:
 
 
 def _check_same_sub_groups(engine: Engine, source: Source, *, trusted: bool) -> None:
-    """Raise `UserError` if the checkpoint's optimizer state is divided otherwise than the engine's.
+    """Raise `UserError` if the checkpoint's optimizer state is divided differently from the engine's.
 
     Sizes are compared, not settings: two sizes of sub-groups may divide a small model in the same way.
     """
@@ -263,9 +263,9 @@ def _check_same_sub_groups(engine: Engine, source: Source, *, trusted: bool) -> 
     file = min(source.path.glob("*_optim_states.pt"))  # any rank's: all have the same sizes
     flats = trust.load(file, trusted=trusted)["optimizer_state_dict"]["fp32_flat_groups"]
     if [flat.numel() for flat in flats] != [flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat]:
-        size = source.manifest["config"]["sub_group_size"]
+        size = source.manifest["config"].get("sub_group_size", "another")
         raise UserError(
-            f"--sub_group_size {engine.optimizer.sub_group_size}: divides the optimizer's state otherwise than "
+            f"--sub_group_size {engine.optimizer.sub_group_size}: divides the optimizer's state differently from "
             f"{source.path}, which was saved with {size}; use {size}, or convert it: superoffload convert "
             f"{source.path} NEW_FOLDER"
         )

@@ -248,7 +248,8 @@ class Encoder:
                 row = self(as_chat(Pair(prompt="q", context="", answer="a")))
             except BadRow:  # a template that asks for more than a question and an answer
                 return ends
-            last = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORED][-1]
+            targets = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORED]
+            last = targets[-1] if targets else self._eos
             if last not in ends and self._special.at_end(self._decode([last], skip_special_tokens=False)):
                 ends.append(last)
         return ends

@@ -121,7 +121,7 @@ def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[Tokeni
 
     The number of rows of each data set and the seed determine the parts, and not which of these rows are dropped: with
     another `--max_length`, no held-out row becomes one to train on. The pieces of one row stay together. Raises
-    `UserError` if no row would be left to train on.
+    `UserError` if no row would be left in one of the parts.
     """
     # A separate random stream, so that the held-out rows do not depend on the same numbers as the order of epoch 0.
     rng = np.random.default_rng([seed, 2**32])
@@ -132,12 +132,17 @@ def split_off(rows: TokenizedRows, percentage: float, seed: int) -> tuple[Tokeni
         numbers = rows.numbers[of_source] - first_number
         given = (rows.sources[label] if rows.sources else rows.counts).given
         drawn = np.argsort(rng.permutation(given))[numbers]  # when each row is drawn
-        held_out[of_source] = drawn < max(1, round(given * percentage / 100), 1 + drawn.min())
+        held_out[of_source] = drawn < max(1, round(given * percentage / 100))
+        of = f" of {label}" if label else ""
         if held_out[of_source].all():
-            of = f" of {label}" if label else ""
             raise UserError(
                 f"--eval_percentage {percentage:g}: none of the {len(np.unique(numbers))} rows{of} would be left to "
                 "train on"
+            )
+        if not held_out[of_source].any():  # others in their place would be rows that another run trains on
+            raise UserError(
+                f"--eval_percentage {percentage:g}: each of the rows{of} that it draws is dropped, as one longer than "
+                "--max_length can be; use larger values"
             )
         first, first_number = first + size, first_number + given
     to_train_on = rows.select(np.flatnonzero(~held_out))

@@ -143,7 +143,7 @@ def _check_unchanged(run: Config, checkpoint: RankFiles, tokenizer: Tokenizer, n
         raise UserError(
             f"--dataset_name {shown(run.data.dataset_name)}: its rows are no longer those of the run (then "
             f"{before['rows']} rows of {before['tokens']} tokens to train on, now {now['rows']} of {now['tokens']}), "
-            "so the held-out ones are not known; give --dataset_name"
+            "as after a change of the data or of this program, so the held-out ones are not known; give --dataset_name"
         )
 
 

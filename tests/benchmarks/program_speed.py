@@ -5,7 +5,7 @@
 In both modes, three loops take turns on the same batches: the steps of the program itself; a bare loop of the same
 engine calls (loss, backward, step) in the same process; forward and backward of the same model without DeepSpeed, in
 another process. Where their memory lies differs from start to start, and so does their speed, by several percent: both
-processes are started anew --starts times. Their first passes over the batches are left out: in these the heap still
+processes are restarted --starts times. Their first passes over the batches are left out: in these the heap still
 grows, by several hundred thousand pages. Then forward and backward at hidden size 512 and 1024 take turns with a large
 product of bf16 matrices, whose rate is what the machine reaches. Writes program_speed.md and program_speed.json.
 """

@@ -374,6 +374,6 @@ def resume_with_sub_groups_of(size: int, model: str, out: str) -> str:
 
 def test_other_sub_groups_are_refused_in_one_line(model_folder: Path, tmp_path: Path) -> None:
     for error in run_ranks(2, resume_with_sub_groups_of, 3000, str(model_folder), str(tmp_path)):
-        assert error.startswith("--sub_group_size 3000: divides the optimizer's state otherwise than")
+        assert error.startswith("--sub_group_size 3000: divides the optimizer's state differently from")
         assert "saved with 400000000; use 400000000, or convert it: superoffload convert" in error
     assert run_ranks(1, resume_with_sub_groups_of, 500_000_000, str(model_folder), str(tmp_path / "one")) == [""]

@@ -204,6 +204,14 @@ class TestSplitOff:
         with pytest.raises(UserError, match="--eval_percentage 50"):
             split_off(make_rows(1), 50, 0)
 
+    def test_no_other_row_takes_the_place_of_one_that_is_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TokenizedRows, "select", lambda self, indices: self.numbers[indices])
+        rows: Any = make_rows(40)
+        trained_on: Any = split_off(rows, 5, 42)[0]
+        left = {name: getattr(rows, name)[trained_on] for name in ("lengths", "targets", "numbers", "pieces")}
+        with pytest.raises(UserError, match="--eval_percentage 5: each of the rows that it draws is dropped"):
+            split_off(replace(rows, **left), 5, 42)
+
 
 def test_load_from_files(jsonl: WriteJsonLines, tokenizer: Tokenizer) -> None:
     name = jsonl([{"prompt": f"q{n}", "completion": "a"} for n in range(20)])

@@ -316,7 +316,7 @@ def test_measured_rates_are_used_for_the_machine_at_hand_alone(
         (("--recipe", "gpt-5"), "--recipe gpt-5: must be one of gpt-oss-20b, "),
         (("--model_name", "llama-8b", "--batch_size", "0"), "--batch_size 0: must be 1 <= value"),
         (("--recipe", "llama-8b", "--plot", "plan.txt"), "--plot plan.txt: must be the name of a PNG file"),
-        (("--recipe", "llama-8b", "--plot", ""), "--plot: is empty; give the name of a file"),
+        (("--recipe", "llama-8b", "--plot", ""), "--plot: is empty; give a name"),
         (("--recipe", "llama-8b", "--deepspeed_config", "missing.json"), "--deepspeed_config missing.json: cannot be"),
     ],
 )
