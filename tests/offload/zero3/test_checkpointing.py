@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from superoffload.offload.shared.messages import Reply, Task, TaskKind
+from superoffload.offload.trainer.bookkeeping import Stage
 from superoffload.offload.zero3.checkpointing import PRODUCT_HISTORY_KEY
 from tests.helpers.offload_training import Case, Trainer, make_engine, snapshot
 from tests.helpers.ranks import run_ranks
@@ -199,6 +201,7 @@ def special(folder: str) -> dict[str, Any]:
     engine = make_engine(replace(case, clip=0.0), True)
     trainer = Trainer(engine, case)
     trainer.run(0, 2)
+    decide_after_all_speculations(engine.optimizer._service.coordinator)
     hold_commits_back(engine.optimizer._service.process)
     trainer.run(2, 3)
     results["pending at save"] = engine.optimizer._service.coordinator.has_uncommitted
@@ -237,6 +240,16 @@ def special(folder: str) -> dict[str, Any]:
     results["continued again"] = snapshot(engine)
     engine.destroy()
     return results
+
+
+def decide_after_all_speculations(coordinator: Any) -> None:
+    """Let every speculation finish before its round is decided; on a busy machine the decision may be faster."""
+
+    def settle() -> None:
+        while any(work.stage is Stage.SPECULATING for work in coordinator._work.values()):
+            coordinator._receive_one("waiting for a speculation", time.perf_counter())
+
+    coordinator.settle = settle
 
 
 def hold_commits_back(process: Any) -> None:
